@@ -1,0 +1,561 @@
+//! LoRA files: diffusers, peft and the older attention processors are read, diffusers is written.
+//!
+//! | [`Format`]  | the two factors of a layer `...attn1.to_q`                                                         |
+//! |-------------|----------------------------------------------------------------------------------------------------|
+//! | `Diffusers` | `unet.(..)attn1.to_q.lora_A.weight`, `lora_B`; before 0.27 `lora.down.weight`, `lora.up.weight`     |
+//! | `Peft`      | the same without `unet.`, or with `base_model.model.`, or with the adapter's name: `lora_A.default.weight` |
+//! | `AttnProcs` | `(..)attn1.processor.to_q_lora.down.weight`, `up`; `to_out_lora` is the layer `to_out.0`             |
+//!
+//! **Alpha.** Without a word about it alpha is the rank (the product counts once). diffusers, from 0.35 on, keeps
+//! peft's `LoraConfig` as JSON in the safetensors header under `lora_adapter_metadata` (`unet.lora_alpha`,
+//! `unet.alpha_pattern`); peft keeps it in `adapter_config.json` beside the file; some writers store a scalar
+//! `<layer>.alpha` in the tensors. All three are read, the scalar first. The header is what [`save`] writes: diffusers
+//! refuses a file with `.alpha` tensors. A diffusers before 0.35 ignores the header and takes alpha = rank.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor, pickle, safetensors::load_buffer};
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+
+use super::{Adapters, Factor};
+
+/// Where diffusers looks for the `LoraConfig` in a safetensors header.
+const CONFIG_KEY: &str = "lora_adapter_metadata";
+
+/// What a folder may hold, best first.
+const FILE_NAMES: [&str; 5] =
+    ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin", "pytorch_model.bin"];
+
+/// A LoRA as it was found in a file.
+#[derive(Clone, Debug)]
+pub struct LoadedLora {
+    pub adapters: Adapters,
+    /// The free strings of a safetensors header.
+    pub metadata: HashMap<String, String>,
+    pub format: Format,
+    /// The keys of the text encoder's adapters, which are not supported; sorted.
+    pub ignored: Vec<String>,
+}
+
+/// How the keys of a LoRA file are spelled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Diffusers,
+    Peft,
+    AttnProcs,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Diffusers => "diffusers",
+            Self::Peft => "peft",
+            Self::AttnProcs => "attention processors",
+        })
+    }
+}
+
+/// Reads a LoRA from a file, safetensors or a PyTorch pickle, or from a folder that holds one under its usual name.
+///
+/// The factors become f32 on the CPU; the 1x1 kernels of a convolution become matrices.
+///
+/// # Errors
+/// The file is absent or damaged, has a key that is not understood, half of a pair, or nothing for the UNet.
+pub fn load(path: &Path) -> Result<LoadedLora> {
+    let file = find_file(path)?;
+    read(&file).with_context(|| format!("reading the LoRA file {}", file.display()))
+}
+
+/// Writes the diffusers format in f32: what `load_lora_weights` and [`load`] read with the same alpha.
+///
+/// `metadata` goes into the header beside the config. The file appears whole or not at all, and the same input
+/// gives the same bytes.
+///
+/// # Errors
+/// There is no adapter, an alpha is not finite, or the file cannot be written.
+pub fn save(adapters: &Adapters, metadata: &HashMap<String, String>, path: &Path) -> Result<()> {
+    let write = || -> Result<()> {
+        let mut header: BTreeMap<String, String> = metadata.clone().into_iter().collect();
+        header.insert("format".into(), "pt".into());
+        header.insert(CONFIG_KEY.into(), lora_config(adapters)?.to_string());
+        write_atomically(path, &safetensors_bytes(adapters, &header)?)
+    };
+    write().with_context(|| format!("writing the LoRA file {}", path.display()))
+}
+
+// ---------------------------------------------------------------------------------------------------- reading
+
+fn find_file(path: &Path) -> Result<PathBuf> {
+    if !path.is_dir() {
+        return Ok(path.to_path_buf());
+    }
+    match FILE_NAMES.iter().map(|name| path.join(name)).find(|file| file.is_file()) {
+        Some(file) => Ok(file),
+        None => bail!("no LoRA in the folder {}: looked for {}; name the file if it is called otherwise", path.display(), FILE_NAMES.join(", ")),
+    }
+}
+
+fn read(file: &Path) -> Result<LoadedLora> {
+    let bytes = fs::read(file)?;
+    let (tensors, mut metadata) = if bytes.starts_with(b"PK") { (read_pickle(file)?, HashMap::new()) } else { read_safetensors(&bytes)? };
+    metadata.remove("format");
+    let alphas = match metadata.remove(CONFIG_KEY) {
+        Some(config) => AlphaRule::parse(&config).with_context(|| format!("in the header's `{CONFIG_KEY}`"))?,
+        None => read_adapter_config(file)?,
+    };
+    let (layers, format, ignored) = group_by_layer(tensors)?;
+    let factors = layers.into_iter().map(|(module, parts)| parts.into_factor(module, &alphas)).collect::<Result<_>>()?;
+    Ok(LoadedLora { adapters: Adapters::new(factors)?, metadata, format, ignored })
+}
+
+/// The tensors and the header's strings.
+fn read_safetensors(bytes: &[u8]) -> Result<(HashMap<String, Tensor>, HashMap<String, String>)> {
+    let (_, header) = SafeTensors::read_metadata(bytes).context("not a safetensors file, or a truncated one; copy or download it again")?;
+    Ok((load_buffer(bytes, &Device::Cpu)?, header.metadata().clone().unwrap_or_default()))
+}
+
+fn read_pickle(file: &Path) -> Result<HashMap<String, Tensor>> {
+    let tensors = pickle::read_all(file).context("not a PyTorch state dict of plain tensors, or a truncated one; save it as safetensors with Python")?;
+    Ok(tensors.into_iter().collect())
+}
+
+/// peft's `adapter_config.json`, which lies beside an `adapter_model` file.
+fn read_adapter_config(file: &Path) -> Result<AlphaRule> {
+    let config = file.with_file_name("adapter_config.json");
+    let of_peft = file.file_stem().is_some_and(|stem| stem == "adapter_model");
+    if !of_peft || !config.is_file() {
+        return Ok(AlphaRule::default());
+    }
+    let read = || AlphaRule::parse(&fs::read_to_string(&config)?);
+    read().with_context(|| format!("reading {}", config.display()))
+}
+
+/// The tensors of each layer, how their keys are spelled, and the keys that are left out.
+fn group_by_layer(tensors: HashMap<String, Tensor>) -> Result<(BTreeMap<String, Parts>, Format, Vec<String>)> {
+    let (mut layers, mut formats, mut ignored) = (BTreeMap::<String, Parts>::new(), Vec::new(), Vec::new());
+    let sorted: BTreeMap<String, Tensor> = tensors.into_iter().collect();
+    for (key, tensor) in sorted {
+        if key.starts_with("text_encoder.") || key.starts_with("text_encoder_2.") {
+            ignored.push(key);
+            continue;
+        }
+        let Some((format, module, part)) = parse_key(&key) else {
+            bail!(
+                "the key `{key}` is not understood: the formats read are diffusers (`unet.<layer>.lora_A.weight`), \
+                 peft (`<layer>.lora_A.weight`) and attention processors (`<layer>.processor.to_q_lora.down.weight`)"
+            );
+        };
+        formats.push(format);
+        let slot = layers.entry(module).or_default().slot(part);
+        if let Some((other, _)) = slot {
+            bail!("`{other}` and `{key}` are the same factor of the same layer; keep one adapter per file");
+        }
+        *slot = Some((key, tensor));
+    }
+    match formats.first() {
+        Some(&format) => Ok((layers, format, ignored)),
+        None if ignored.is_empty() => bail!("the file holds no tensor"),
+        None => bail!("the file adapts the text encoder only ({} tensors); only adapters of the UNet are supported", ignored.len()),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    A,
+    B,
+    Alpha,
+}
+
+/// The spelling, the layer and the role that a key stands for; nothing if it is none that is known.
+fn parse_key(key: &str) -> Option<(Format, String, Part)> {
+    let (format, rest) = match key.strip_prefix("unet.") {
+        Some(rest) => (Format::Diffusers, rest),
+        None => (Format::Peft, key.strip_prefix("base_model.model.").unwrap_or(key)),
+    };
+    const OLD: [(&str, Part); 4] =
+        [("_lora.down.weight", Part::A), ("_lora.up.weight", Part::B), ("_lora.network_alpha", Part::Alpha), ("_lora.alpha", Part::Alpha)];
+    if let Some((module, part)) = OLD.iter().find_map(|&(suffix, part)| Some((rest.strip_suffix(suffix)?, part))) {
+        let module = module.replace(".processor.", ".");
+        let index = if module.ends_with(".to_out") { ".0" } else { "" };
+        return Some((Format::AttnProcs, module + index, part));
+    }
+    const NEW: [(&str, Part); 6] = [
+        (".lora_A.weight", Part::A),
+        (".lora_B.weight", Part::B),
+        (".lora.down.weight", Part::A),
+        (".lora.up.weight", Part::B),
+        (".network_alpha", Part::Alpha),
+        (".alpha", Part::Alpha),
+    ];
+    let rest = without_adapter_name(rest);
+    let (module, part) = NEW.iter().find_map(|&(suffix, part)| Some((rest.strip_suffix(suffix)?, part)))?;
+    Some((format, module.replace(".processor.", "."), part))
+}
+
+/// `to_q.lora_A.default.weight` -> `to_q.lora_A.weight`.
+fn without_adapter_name(key: &str) -> String {
+    let stripped = key.strip_suffix(".weight").and_then(|head| head.rsplit_once('.')).map(|(head, _)| head);
+    match stripped {
+        Some(head) if head.ends_with(".lora_A") || head.ends_with(".lora_B") => format!("{head}.weight"),
+        _ => key.to_owned(),
+    }
+}
+
+/// The tensors found for one layer, with their keys.
+#[derive(Default)]
+struct Parts {
+    a: Option<(String, Tensor)>,
+    b: Option<(String, Tensor)>,
+    alpha: Option<(String, Tensor)>,
+}
+
+impl Parts {
+    fn slot(&mut self, part: Part) -> &mut Option<(String, Tensor)> {
+        match part {
+            Part::A => &mut self.a,
+            Part::B => &mut self.b,
+            Part::Alpha => &mut self.alpha,
+        }
+    }
+
+    fn into_factor(self, module: String, alphas: &AlphaRule) -> Result<Factor> {
+        let ((key_a, a), (key_b, b)) = match (self.a, self.b) {
+            (Some(a), Some(b)) => (a, b),
+            (Some((key, _)), None) => bail!("`{key}` has no partner: the lora_B (up) factor of `{module}` is missing"),
+            (None, Some((key, _))) => bail!("`{key}` has no partner: the lora_A (down) factor of `{module}` is missing"),
+            (None, None) => bail!("an alpha without factors for the layer `{module}`"),
+        };
+        let (a, b) = (matrix(&key_a, &a)?, matrix(&key_b, &b)?);
+        let alpha = match self.alpha {
+            Some((key, alpha)) => scalar(&alpha).with_context(|| format!("`{key}` is not a number"))?,
+            None => alphas.alpha(&module, a.dims()[0]),
+        };
+        Factor::new(module, a, b, alpha)
+    }
+}
+
+/// (rows, columns) or (rows, columns, 1, 1) -> (rows, columns) in f32.
+fn matrix(key: &str, tensor: &Tensor) -> Result<Tensor> {
+    if !tensor.dtype().is_float() {
+        bail!("`{key}` holds {:?}; expected f16, bf16, f32 or f64", tensor.dtype());
+    }
+    let (rows, columns) = match tensor.dims() {
+        [rows, columns] | [rows, columns, 1, 1] => (*rows, *columns),
+        shape => bail!("`{key}` has the shape {shape:?}; only linear layers and 1x1 convolutions can be adapted"),
+    };
+    Ok(tensor.reshape((rows, columns))?.to_dtype(DType::F32)?.contiguous()?)
+}
+
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(tensor.to_dtype(DType::F64)?.reshape(())?.to_scalar()?)
+}
+
+/// What a peft `LoraConfig` says about alpha.
+#[derive(Debug, Default)]
+struct AlphaRule {
+    alpha: Option<f64>,
+    /// A layer's name, or its end behind a dot, and its alpha. The first that matches counts.
+    pattern: Vec<(String, f64)>,
+    /// Rank-stabilised: the product is scaled by alpha / sqrt(rank).
+    rslora: bool,
+}
+
+impl AlphaRule {
+    /// Reads `lora_alpha`, `alpha_pattern` and `use_rslora`, with or without diffusers' `unet.` in front.
+    fn parse(config: &str) -> Result<Self> {
+        let config: Map<String, Value> = serde_json::from_str(config)?;
+        let field = |name: &str| config.get(&format!("unet.{name}")).or_else(|| config.get(name)).filter(|value| !value.is_null());
+        let number = |name: &str, value: &Value| value.as_f64().with_context(|| format!("`{name}` is {value}, not a number"));
+        let mut pattern = Vec::new();
+        for (layer, alpha) in field("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
+            // peft takes the keys for regular expressions; diffusers writes `^` and the layer's name.
+            let name = layer.replace("\\.", ".");
+            let plain = name.strip_prefix('^').unwrap_or(&name);
+            if !plain.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) {
+                bail!("the alpha_pattern `{layer}` is a regular expression; only names of layers are understood");
+            }
+            let alpha = number(layer, alpha)?;
+            pattern.push((name, alpha));
+        }
+        Ok(Self {
+            alpha: field("lora_alpha").map(|value| number("lora_alpha", value)).transpose()?,
+            pattern,
+            rslora: field("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        })
+    }
+
+    fn alpha(&self, module: &str, rank: usize) -> f64 {
+        let names = |name: &str| match name.strip_prefix('^') {
+            Some(name) => module == name,
+            None => module == name || module.strip_suffix(name).is_some_and(|head| head.ends_with('.')),
+        };
+        let special = self.pattern.iter().find(|(name, _)| names(name)).map(|&(_, alpha)| alpha);
+        match special.or(self.alpha) {
+            Some(alpha) if self.rslora => alpha * (rank as f64).sqrt(),
+            Some(alpha) => alpha,
+            None => rank as f64,
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- writing
+
+/// The `LoraConfig` that diffusers rebuilds the adapters from: the usual rank and alpha, and the layers that differ.
+fn lora_config(adapters: &Adapters) -> Result<Value> {
+    let factors = adapters.factors();
+    if factors.is_empty() {
+        bail!("there is no adapter to write");
+    }
+    if let Some(factor) = factors.iter().find(|factor| !factor.alpha.is_finite()) {
+        bail!("the alpha of `{}` is {}", factor.module, factor.alpha);
+    }
+    let rank = most_common(factors.iter().map(Factor::rank));
+    let alpha = most_common(factors.iter().map(|factor| factor.alpha));
+    let exceptions = |differs: &dyn Fn(&Factor) -> Option<Value>| -> Map<String, Value> {
+        factors.iter().filter_map(|factor| Some((format!("^{}", factor.module), differs(factor)?))).collect()
+    };
+    Ok(json!({
+        "unet.r": rank,
+        "unet.lora_alpha": alpha,
+        "unet.rank_pattern": exceptions(&|factor| (Some(factor.rank()) != rank).then(|| factor.rank().into())),
+        "unet.alpha_pattern": exceptions(&|factor| (Some(factor.alpha) != alpha).then(|| factor.alpha.into())),
+        "unet.target_modules": factors.iter().map(|factor| factor.module.as_str()).collect::<Vec<_>>(),
+    }))
+}
+
+/// The first of the values that occur most often.
+fn most_common<T: PartialEq>(values: impl Iterator<Item = T>) -> Option<T> {
+    let mut counts: Vec<(T, usize)> = Vec::new();
+    for value in values {
+        match counts.iter_mut().find(|(known, _)| *known == value) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((value, 1)),
+        }
+    }
+    counts.into_iter().rev().max_by_key(|&(_, count)| count).map(|(value, _)| value)
+}
+
+/// Length of the header, header, data. Written here and not by the crate `safetensors`, whose header follows the random
+/// order of a `HashMap`: two equal runs would give different files.
+fn safetensors_bytes(adapters: &Adapters, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!(metadata));
+    let mut data = Vec::with_capacity(4 * adapters.parameter_count());
+    for (name, tensor) in adapters.named_tensors() {
+        let start = data.len();
+        for value in tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()? {
+            data.extend_from_slice(&value.to_le_bytes());
+        }
+        header.insert(format!("unet.{name}"), json!({"dtype": "F32", "shape": tensor.dims(), "data_offsets": [start, data.len()]}));
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' '); // so that the data can be mapped aligned
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header, &data].concat())
+}
+
+/// A reader, also after a crash, sees the old file or the new one.
+fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    // `make_in`: the umask decides who may read; the default is a file for its owner alone.
+    let mut temporary = tempfile::Builder::new().prefix(".lora-").make_in(folder, |name| File::create_new(name))?;
+    temporary.write_all(bytes)?;
+    temporary.as_file().sync_all()?;
+    temporary.persist(path)?;
+    #[cfg(unix)] // elsewhere a folder cannot be opened; the rename itself is then the best there is
+    File::open(folder)?.sync_all()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const Q: &str = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
+    const OUT: &str = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0";
+
+    /// 0, 1, 2, ... of the given shape.
+    fn count(shape: &[usize]) -> Tensor {
+        let n = shape.iter().product::<usize>();
+        Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().reshape(shape).unwrap()
+    }
+
+    fn factor(module: &str, rank: usize, alpha: f64) -> Factor {
+        Factor::new(module, count(&[rank, 6]), (count(&[5, rank]) * -0.5).unwrap(), alpha).unwrap()
+    }
+
+    fn write(folder: &Path, name: &str, tensors: &[(&str, Tensor)], header: &[(&str, &str)]) -> PathBuf {
+        let path = folder.join(name);
+        let header = header.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        safetensors::serialize_to_file(tensors.iter().map(|(k, t)| (*k, t)), Some(header), &path).unwrap();
+        path
+    }
+
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn error(path: &Path) -> String {
+        format!("{:#}", load(path).unwrap_err())
+    }
+
+    #[test]
+    fn a_saved_file_reads_back_with_ranks_alphas_and_metadata() {
+        let folder = folder();
+        let path = folder.path().join("pytorch_lora_weights.safetensors");
+        let adapters = Adapters::new(vec![factor(Q, 2, 8.0), factor(OUT, 3, 8.0), factor("mid_block.x.to_k", 2, 0.3)]).unwrap();
+        let metadata = HashMap::from([("reward".to_owned(), "aesthetic \"v2\"\n".to_owned()), ("seed".to_owned(), "7".to_owned())]);
+        save(&adapters, &metadata, &path).unwrap();
+        for place in [folder.path(), &path] {
+            let lora = load(place).unwrap();
+            assert_eq!((lora.format, lora.metadata, lora.ignored), (Format::Diffusers, metadata.clone(), vec![]));
+            assert_eq!(lora.adapters.factors().len(), 3);
+            for (read, written) in lora.adapters.factors().iter().zip(adapters.factors()) {
+                assert_eq!((&read.module, read.alpha, read.rank()), (&written.module, written.alpha, written.rank()));
+                assert_eq!((values(&read.a), values(&read.b)), (values(&written.a), values(&written.b)));
+            }
+        }
+    }
+
+    #[test]
+    fn equal_input_gives_equal_bytes_and_no_litter() {
+        let folder = folder();
+        let (x, y) = (folder.path().join("x"), folder.path().join("y"));
+        let adapters = Adapters::new(vec![factor(Q, 2, 2.0), factor(OUT, 3, 3.0)]).unwrap();
+        let metadata: HashMap<_, _> = (0..20).map(|i| (format!("k{i}"), "v".to_owned())).collect();
+        save(&adapters, &metadata, &x).unwrap();
+        save(&adapters, &metadata.clone().into_iter().collect(), &y).unwrap();
+        save(&adapters, &metadata, &y).unwrap(); // over an old one
+        assert_eq!(fs::read(x).unwrap(), fs::read(y).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn nothing_to_save_is_an_error() {
+        let error = save(&Adapters::default(), &HashMap::new(), Path::new("x")).unwrap_err();
+        assert!(format!("{error:#}").contains("no adapter"), "{error:#}");
+    }
+
+    #[test]
+    fn keys_are_parsed_in_every_spelling() {
+        use {Format::*, Part::*};
+        let attn = "down_blocks.0.attn1";
+        for (key, format, layer, part) in [
+            (format!("unet.{attn}.to_q.lora_A.weight"), Diffusers, "to_q", A),
+            (format!("unet.{attn}.to_out.0.lora.up.weight"), Diffusers, "to_out.0", B),
+            (format!("unet.{attn}.processor.to_v.lora.down.weight"), Diffusers, "to_v", A),
+            (format!("unet.{attn}.to_q.alpha"), Diffusers, "to_q", Alpha),
+            (format!("{attn}.to_q.lora_B.weight"), Peft, "to_q", B),
+            (format!("{attn}.to_q.lora_B.default.weight"), Peft, "to_q", B),
+            (format!("base_model.model.{attn}.to_out.0.lora_A.weight"), Peft, "to_out.0", A),
+            (format!("{attn}.processor.to_q_lora.down.weight"), AttnProcs, "to_q", A),
+            (format!("{attn}.processor.to_out_lora.up.weight"), AttnProcs, "to_out.0", B),
+            (format!("unet.{attn}.processor.to_k_lora.network_alpha"), AttnProcs, "to_k", Alpha),
+        ] {
+            assert_eq!(parse_key(&key), Some((format, format!("{attn}.{layer}"), part)), "{key}");
+        }
+        for key in ["lora_unet_down_blocks_0_to_q.lora_down.weight", "unet.x.to_q.lora_magnitude_vector", "unet.x.to_q.weight", "unet.x.lora_B.bias"] {
+            assert_eq!(parse_key(key), None, "{key}");
+        }
+    }
+
+    #[test]
+    fn half_precision_kernels_and_scalar_alphas_are_read() {
+        let folder = folder();
+        let half = |shape: &[usize], dtype| count(shape).to_dtype(dtype).unwrap();
+        let tensors = [
+            ("unet.conv.lora.down.weight", half(&[2, 6, 1, 1], DType::F16)),
+            ("unet.conv.lora.up.weight", half(&[5, 2, 1, 1], DType::BF16)),
+            ("unet.conv.alpha", Tensor::new(1f32, &Device::Cpu).unwrap()),
+            ("text_encoder.layers.0.lora_A.weight", count(&[2, 6])),
+        ];
+        // The scalar counts before the header.
+        let lora = load(&write(folder.path(), "x.safetensors", &tensors, &[(CONFIG_KEY, r#"{"unet.lora_alpha": 9}"#)])).unwrap();
+        let conv = lora.adapters.get("conv").unwrap();
+        assert_eq!((conv.a.dims(), conv.b.dims(), conv.alpha, conv.scale()), (&[2, 6][..], &[5, 2][..], 1.0, 0.5));
+        assert_eq!((conv.a.dtype(), values(&conv.b)), (DType::F32, (0..10).map(|x| x as f32).collect()));
+        assert_eq!(lora.ignored, ["text_encoder.layers.0.lora_A.weight"]);
+    }
+
+    #[test]
+    fn alpha_is_the_rank_if_nothing_says_otherwise() {
+        let folder = folder();
+        let tensors = [("a.attn1.processor.to_out_lora.down.weight", count(&[4, 6])), ("a.attn1.processor.to_out_lora.up.weight", count(&[5, 4]))];
+        let lora = load(&write(folder.path(), "x.safetensors", &tensors, &[])).unwrap();
+        assert_eq!((lora.format, lora.adapters.get("a.attn1.to_out.0").unwrap().alpha), (Format::AttnProcs, 4.0));
+    }
+
+    #[test]
+    fn the_config_of_peft_gives_alpha() {
+        let folder = folder();
+        let tensors = ["a.to_q", "b.to_q", "b.to_k"].map(|m| [(format!("base_model.model.{m}.lora_A.weight"), count(&[4, 6])), (format!("base_model.model.{m}.lora_B.weight"), count(&[5, 4]))]).concat();
+        let tensors: Vec<_> = tensors.iter().map(|(k, t)| (k.as_str(), t.clone())).collect();
+        write(folder.path(), "adapter_model.safetensors", &tensors, &[]);
+        let alphas = |config: &str| {
+            fs::write(folder.path().join("adapter_config.json"), config).unwrap();
+            let lora = load(folder.path()).unwrap();
+            assert_eq!(lora.format, Format::Peft);
+            ["a.to_q", "b.to_q", "b.to_k"].map(|module| lora.adapters.get(module).unwrap().alpha)
+        };
+        assert_eq!(alphas(r#"{"r": 4, "lora_alpha": 8, "alpha_pattern": null}"#), [8.0, 8.0, 8.0]);
+        assert_eq!(alphas(r#"{"lora_alpha": 8, "alpha_pattern": {"^a\\.to_q": 1, "to_q": 2}}"#), [1.0, 2.0, 8.0]);
+        assert_eq!(alphas(r#"{"lora_alpha": 8, "use_rslora": true}"#), [16.0, 16.0, 16.0]);
+        fs::write(folder.path().join("adapter_config.json"), r#"{"lora_alpha": 8, "alpha_pattern": {"to_(q|k)": 2}}"#).unwrap();
+        assert!(error(folder.path()).contains("regular expression"), "{}", error(folder.path()));
+    }
+
+    #[test]
+    fn bad_files_say_what_is_wrong() {
+        let folder = folder();
+        let file = |tensors: &[(&str, Tensor)]| error(&write(folder.path(), "x.safetensors", tensors, &[]));
+        let (a, b) = (("unet.m.lora_A.weight", count(&[2, 6])), ("unet.m.lora_B.weight", count(&[5, 2])));
+        let cases = [
+            (file(&[]), "no tensor"),
+            (file(&[a.clone()]), "lora_B (up) factor of `m` is missing"),
+            (file(&[b.clone()]), "`unet.m.lora_B.weight` has no partner"),
+            (file(&[("unet.m.alpha", count(&[1]))]), "alpha without factors"),
+            (file(&[a.clone(), b.clone(), ("unet.m.lora.up.weight", count(&[5, 2]))]), "the same factor of the same layer"),
+            (file(&[a.clone(), b.clone(), ("what", count(&[1]))]), "the key `what` is not understood"),
+            (file(&[a.clone(), b.clone(), ("unet.m.alpha", count(&[2]))]), "`unet.m.alpha` is not a number"),
+            (file(&[a.clone(), ("unet.m.lora_B.weight", count(&[5, 3]))]), "do not fit together"),
+            (file(&[a.clone(), ("unet.m.lora_B.weight", count(&[5, 2, 3, 3]))]), "1x1 convolutions"),
+            (file(&[("text_encoder.m.lora_A.weight", count(&[2, 6]))]), "text encoder only"),
+            (error(&folder.path().join("absent")), "absent"),
+        ];
+        for (error, wanted) in cases {
+            assert!(error.contains(wanted), "expected {wanted:?} in {error:?}");
+        }
+        let empty = tempfile::tempdir().unwrap();
+        assert!(error(empty.path()).contains("pytorch_lora_weights.safetensors"));
+    }
+
+    #[test]
+    fn damaged_files_are_errors_at_every_length() {
+        let folder = folder();
+        let path = folder.path().join("x.safetensors");
+        save(&Adapters::new(vec![factor(Q, 2, 2.0)]).unwrap(), &HashMap::new(), &path).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        for length in (0..bytes.len()).step_by(7) {
+            fs::write(&path, &bytes[..length]).unwrap();
+            assert!(error(&path).contains("truncated"), "{}", error(&path));
+        }
+        for garbage in [&b"PK\x03\x04 no archive"[..], b"\x80\x02}q", b"<html>404</html>"] {
+            fs::write(&path, garbage).unwrap();
+            assert!(error(&path).contains("x.safetensors"));
+        }
+    }
+}

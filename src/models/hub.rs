@@ -1,0 +1,473 @@
+//! Where the files of a model come from: a local folder, or a repository on the Hugging Face hub.
+
+use std::collections::HashSet;
+use std::io::{ErrorKind, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result, anyhow, bail};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
+use hf_hub::{Cache, Repo, RepoType};
+use serde::de::DeserializeOwned;
+
+/// A model folder, local or on the hub, and the sub-folder of it that is being read.
+///
+/// Cheap to clone; the clones share one listing of the repository.
+#[derive(Clone, Debug)]
+pub struct Source {
+    root: Root,
+    /// `""` or `"unet/"`.
+    prefix: String,
+}
+
+#[derive(Clone, Debug)]
+enum Root {
+    Local(PathBuf),
+    Hub(Arc<Hub>),
+}
+
+impl Source {
+    /// An existing folder, else a hub id `owner/name[@revision]`. Touches no network.
+    ///
+    /// # Errors
+    /// When `spec` is a file, or is neither a folder nor a hub id.
+    pub fn open(spec: &str) -> Result<Self> {
+        let path = Path::new(spec);
+        let root = if path.is_dir() {
+            Root::Local(path.to_owned())
+        } else if path.is_file() {
+            bail!(
+                "`{spec}` is a file; give the folder of the model (the one with its config and weights) or a hub id `owner/name`"
+            );
+        } else if let Some((id, revision)) = parse_hub_id(spec) {
+            Root::Hub(Arc::new(Hub::from_env(id, revision)?))
+        } else {
+            return Err(no_such_path(spec, "folder"));
+        };
+        Ok(Self { root, prefix: String::new() })
+    }
+
+    /// The same source, one folder further in: `source.sub("unet")`.
+    pub fn sub(&self, folder: &str) -> Self {
+        Self { root: self.root.clone(), prefix: format!("{}{}/", self.prefix, folder.trim_matches('/')) }
+    }
+
+    /// The local path of `file`, downloaded where needed; `None` when the source has no such file.
+    ///
+    /// # Errors
+    /// When the hub refuses the repository, or cannot be reached and the cache knows nothing of it.
+    pub fn find(&self, file: &str) -> Result<Option<PathBuf>> {
+        let file = format!("{}{file}", self.prefix);
+        match &self.root {
+            Root::Hub(hub) => hub.find(&file),
+            Root::Local(folder) => {
+                let path = folder.join(file);
+                match path.metadata() {
+                    Ok(meta) if meta.is_file() => Ok(Some(path)),
+                    Ok(_) => Ok(None),
+                    Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+                    Err(e) => Err(e).with_context(|| format!("looking at {}", path.display())),
+                }
+            }
+        }
+    }
+
+    /// The local path of a file that must be there.
+    ///
+    /// # Errors
+    /// As [`Source::find`], and when there is no such file: names the source, the file and what to do.
+    pub fn require(&self, file: &str) -> Result<PathBuf> {
+        self.find(file)?.ok_or_else(|| self.missing(&format!("`{file}`")))
+    }
+
+    /// Reads and parses a JSON file.
+    ///
+    /// # Errors
+    /// As [`Source::require`]; a parse error names file, line and column.
+    pub fn read_json<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
+        let path = self.require(file)?;
+        let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        serde_json::from_slice(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))
+    }
+
+    /// The folder, or `owner/name[@revision][:folder]`: for messages.
+    pub fn label(&self) -> String {
+        let folder = self.prefix.trim_end_matches('/');
+        match &self.root {
+            Root::Local(root) if folder.is_empty() => root.display().to_string(),
+            Root::Local(root) => root.join(folder).display().to_string(),
+            Root::Hub(hub) if folder.is_empty() => hub.label(),
+            Root::Hub(hub) => format!("{}:{folder}", hub.label()),
+        }
+    }
+
+    /// The error for files that are not there; says so when that may only be because the hub was not asked.
+    pub(crate) fn missing(&self, what: &str) -> anyhow::Error {
+        let label = self.label();
+        match &self.root {
+            Root::Local(root) if !root.join(&self.prefix).is_dir() => {
+                anyhow!("{what} not found: there is no folder {label}")
+            }
+            Root::Local(_) => anyhow!("{what} not found in {label}"),
+            Root::Hub(hub) if hub.offline => {
+                anyhow!("{what} not found in the cached files of {label}; unset HF_HUB_OFFLINE to download")
+            }
+            Root::Hub(hub) => match hub.listing.get() {
+                Some(Err(failure)) => anyhow!("{what} not found in the cached files of {label}, and {failure}"),
+                _ => anyhow!("{what} not found in {label} on the hub"),
+            },
+        }
+    }
+}
+
+/// A single file: a local path, a folder that holds `default_file`, `owner/name[@revision]:path/in/repo`, or
+/// `owner/name[@revision]` for its `default_file`.
+///
+/// # Errors
+/// When there is no such file, or the hub does not give it.
+pub fn resolve_file(spec: &str, default_file: &str) -> Result<PathBuf> {
+    let path = Path::new(spec);
+    if path.is_file() {
+        return Ok(path.to_owned());
+    }
+    let (repo, file) = match spec.split_once(':') {
+        Some((repo, file)) if parse_hub_id(repo).is_some() && !file.is_empty() => (repo, file),
+        _ => (spec, default_file),
+    };
+    if !path.is_dir() && parse_hub_id(repo).is_none() {
+        return Err(no_such_path(spec, "file"));
+    }
+    Source::open(repo)?.require(file)
+}
+
+/// One repository at one revision. The files of a repository are listed once, so that looking for an optional file
+/// costs no request.
+#[derive(Debug)]
+struct Hub {
+    id: String,
+    revision: String,
+    api: Api,
+    /// The repository's folder in the cache.
+    cache: PathBuf,
+    offline: bool,
+    listing: OnceLock<Result<Listing, Failure>>,
+}
+
+#[derive(Debug)]
+struct Listing {
+    commit: String,
+    files: HashSet<String>,
+}
+
+/// Why a repository could not be listed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("the hub refused it (status {0}): it does not exist, has no such revision, or is private or gated")]
+    Refused(u16),
+    #[error("the hub could not be reached ({0})")]
+    Unreachable(String),
+}
+
+impl Hub {
+    /// Honours `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, and `HF_TOKEN` or the saved token.
+    fn from_env(id: &str, revision: &str) -> Result<Self> {
+        let set = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
+        let mut api = ApiBuilder::from_env();
+        let mut cache = Cache::from_env();
+        if let Some(folder) = set("HF_HUB_CACHE") {
+            cache = Cache::new(folder.clone().into());
+            api = api.with_cache_dir(folder.into());
+        }
+        if let Some(token) = set("HF_TOKEN") {
+            api = api.with_token(Some(token));
+        }
+        let offline = set("HF_HUB_OFFLINE").is_some_and(|v| ["1", "on", "yes", "true"].contains(&&*v.to_lowercase()));
+        Self::new(api, &cache, offline, id, revision)
+    }
+
+    fn new(api: ApiBuilder, cache: &Cache, offline: bool, id: &str, revision: &str) -> Result<Self> {
+        let api = api.with_progress(std::io::stderr().is_terminal()).build().context("preparing the hub client")?;
+        let cache = cache.path().join(Repo::model(id.to_owned()).folder_name());
+        Ok(Self { id: id.into(), revision: revision.into(), api, cache, offline, listing: OnceLock::new() })
+    }
+
+    fn label(&self) -> String {
+        if self.revision == "main" { self.id.clone() } else { format!("{}@{}", self.id, self.revision) }
+    }
+
+    fn find(&self, file: &str) -> Result<Option<PathBuf>> {
+        let cached = self.cached_commit().and_then(|commit| self.cached(&commit, file));
+        // A full commit hash names one content for ever: nothing to ask.
+        if cached.is_some() && (self.offline || is_commit(&self.revision)) {
+            return Ok(cached);
+        }
+        if self.offline {
+            self.cached_commit().with_context(|| {
+                format!("{} is not in the Hugging Face cache and HF_HUB_OFFLINE forbids to ask the hub; {HINT}", self.label())
+            })?;
+            return Ok(None);
+        }
+        match self.listing.get_or_init(|| self.list()) {
+            Ok(listing) if !listing.files.contains(file) => Ok(None),
+            Ok(listing) => match self.cached(&listing.commit, file) {
+                Some(path) => Ok(Some(path)),
+                None => self.download(file, cached).map(Some),
+            },
+            // Something of the repository is cached: work with that, as HF_HUB_OFFLINE would.
+            Err(_) if self.cached_commit().is_some() => Ok(cached),
+            Err(failure) => Err(anyhow!("cannot get `{file}` of {}: {failure}; {}", self.label(), self.hint(failure))),
+        }
+    }
+
+    fn hint(&self, failure: &Failure) -> String {
+        match failure {
+            Failure::Unreachable(_) => HINT.into(),
+            Failure::Refused(_) => format!(
+                "check the name{}, and for a gated repository accept its terms and set HF_TOKEN",
+                nearby(Path::new(&self.id))
+            ),
+        }
+    }
+
+    fn repo(&self) -> hf_hub::api::sync::ApiRepo {
+        self.api.repo(Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone()))
+    }
+
+    fn list(&self) -> Result<Listing, Failure> {
+        let info = self.repo().info().map_err(|e| {
+            let text = e.to_string();
+            match status(e) {
+                Some(code @ (401 | 403 | 404)) => Failure::Refused(code),
+                _ => Failure::Unreachable(text),
+            }
+        });
+        if let Err(failure) = &info
+            && self.cached_commit().is_some()
+        {
+            eprintln!("warning: {}: {failure}; using the cached files", self.label());
+        }
+        let info = info?;
+        Ok(Listing { commit: info.sha, files: info.siblings.into_iter().map(|s| s.rfilename).collect() })
+    }
+
+    /// Downloads `file`; an older cached copy serves when that fails.
+    fn download(&self, file: &str, cached: Option<PathBuf>) -> Result<PathBuf> {
+        match (self.repo().download(file), cached) {
+            (Ok(path), _) => Ok(path),
+            (Err(e), Some(path)) => {
+                eprintln!("warning: downloading `{file}` of {} failed ({e}); using the cached copy", self.label());
+                Ok(path)
+            }
+            (Err(e), None) => Err(e).with_context(|| format!("downloading `{file}` of {}; {HINT}", self.label())),
+        }
+    }
+
+    /// The commit that the cache holds for this revision.
+    fn cached_commit(&self) -> Option<String> {
+        match std::fs::read_to_string(self.cache.join("refs").join(&self.revision)) {
+            Ok(commit) => Some(commit.trim().to_owned()),
+            // Other clients write no ref for a commit hash.
+            Err(_) => self.cache.join("snapshots").join(&self.revision).is_dir().then(|| self.revision.clone()),
+        }
+    }
+
+    fn cached(&self, commit: &str, file: &str) -> Option<PathBuf> {
+        Some(self.cache.join("snapshots").join(commit).join(file)).filter(|path| path.is_file())
+    }
+}
+
+const HINT: &str = "give a local folder instead (for the pipeline: `--set model.path=DIR`), or fill the Hugging Face cache on a machine with network and set HF_HOME";
+
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// The HTTP status of a request that got an answer.
+fn status(e: ApiError) -> Option<u16> {
+    match e {
+        ApiError::RequestError(e) => e.into_response().map(|response| response.status()),
+        _ => None,
+    }
+}
+
+/// `owner/name[@revision]` as (id, revision). A name that ends like a weight file is a mistyped path, not an id.
+fn parse_hub_id(spec: &str) -> Option<(&str, &str)> {
+    let (id, revision) = spec.split_once('@').unwrap_or((spec, "main"));
+    let (owner, name) = id.split_once('/')?;
+    let allowed = |s: &str, more: &str| {
+        !s.is_empty()
+            && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c) || more.contains(c))
+            && !s.starts_with(['.', '-', '/'])
+            && !s.ends_with('/')
+            && !s.contains("..")
+    };
+    let extension = Path::new(name).extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let is_file = ["safetensors", "ckpt", "pt", "pth", "bin", "json", "toml", "txt"].contains(&extension);
+    (allowed(owner, "") && allowed(name, "") && allowed(revision, "/") && !is_file).then_some((id, revision))
+}
+
+fn no_such_path(spec: &str, kind: &str) -> anyhow::Error {
+    let near = nearby(Path::new(spec));
+    anyhow!("`{spec}` does not exist{near}; give an existing {kind} or a hub id `owner/name[@revision]`")
+}
+
+/// " (did you mean ..?)" from the existing folder next to a path that does not exist; empty when nothing is near.
+fn nearby(path: &Path) -> String {
+    let mut missing = path;
+    while let Some(parent) = missing.parent() {
+        let folder = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+        if let Ok(entries) = folder.read_dir() {
+            let wanted = missing.file_name().unwrap_or_default().to_string_lossy();
+            let close = entries
+                .flatten()
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .map(|name| (strsim::jaro_winkler(&name, &wanted), name))
+                .filter(|(score, _)| *score > 0.8)
+                .max_by(|a, b| a.0.total_cmp(&b.0));
+            return match close {
+                Some((_, name)) => format!(" (did you mean `{}`?)", parent.join(name).display()),
+                None if parent.as_os_str().is_empty() => String::new(),
+                None => format!(" (`{}` exists, but has no `{wanted}`)", parent.display()),
+            };
+        }
+        missing = parent;
+    }
+    String::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    const DEAD: &str = "http://127.0.0.1:1";
+
+    fn hub(endpoint: &str, cache: &Path, offline: bool) -> Source {
+        let api = ApiBuilder::new().with_endpoint(endpoint.into()).with_cache_dir(cache.into());
+        let hub = Hub::new(api, &Cache::new(cache.into()), offline, "owner/name", "main").unwrap();
+        Source { root: Root::Hub(Arc::new(hub)), prefix: String::new() }
+    }
+
+    fn fill(cache: &Path, commit: &str) {
+        let repo = cache.join("models--owner--name");
+        fs::create_dir_all(repo.join("refs")).unwrap();
+        fs::create_dir_all(repo.join("snapshots").join(commit).join("unet")).unwrap();
+        fs::write(repo.join("refs/main"), format!("{commit}\n")).unwrap();
+        fs::write(repo.join("snapshots").join(commit).join("unet/config.json"), "{}").unwrap();
+    }
+
+    /// Serves one repository with the file `unet/config.json` holding `{"a": 1}`, or refuses with `refuse`.
+    fn serve(refuse: Option<u16>) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte).unwrap();
+                    request.push(byte[0]);
+                }
+                let request = String::from_utf8(request).unwrap();
+                let (status, body) = match refuse {
+                    Some(code) => (format!("{code} No"), ""),
+                    None if request.starts_with("GET /api/models/owner/name/revision/main ") => {
+                        ("200 OK".into(), r#"{"sha": "c0", "siblings": [{"rfilename": "unet/config.json"}]}"#)
+                    }
+                    None if request.contains("bytes=0-0") => ("206 Partial Content".into(), "{"),
+                    None => ("206 Partial Content".into(), r#"{"a": 1}"#),
+                };
+                let head = "etag: \"e\"\r\nx-repo-commit: c0\r\ncontent-range: bytes 0-0/8\r\nconnection: close";
+                write!(stream, "HTTP/1.1 {status}\r\n{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+            }
+        });
+        endpoint
+    }
+
+    #[test]
+    fn a_local_folder_gives_its_files_and_names_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("unet")).unwrap();
+        fs::write(dir.path().join("unet/config.json"), "{\n \"a\": }").unwrap();
+        let unet = Source::open(dir.path().to_str().unwrap()).unwrap().sub("unet");
+        assert!(unet.find("config.json").unwrap().is_some());
+        assert!(unet.find("none.json").unwrap().is_none());
+        let e = unet.read_json::<serde_json::Value>("config.json").unwrap_err().to_string();
+        assert!(e.contains("config.json") && e.contains("line 2"), "{e}");
+        let e = unet.require("none.json").unwrap_err().to_string();
+        assert!(e.contains("`none.json`") && e.contains(&unet.label()), "{e}");
+        let e = unet.sub("deeper").require("none.json").unwrap_err().to_string();
+        assert!(e.contains("there is no folder"), "{e}");
+    }
+
+    #[test]
+    fn a_mistyped_path_is_an_error_that_names_its_neighbour() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("stable-diffusion")).unwrap();
+        let typed = dir.path().join("stable-difusion");
+        let e = Source::open(typed.to_str().unwrap()).unwrap_err().to_string();
+        assert!(e.contains("does not exist") && e.contains("did you mean") && e.contains("stable-diffusion"), "{e}");
+        fs::write(&typed, "x").unwrap();
+        assert!(Source::open(typed.to_str().unwrap()).unwrap_err().to_string().contains("is a file"));
+        assert!(resolve_file("weights/no-such-head.safetensors", "x").unwrap_err().to_string().contains("does not exist"));
+    }
+
+    #[test]
+    fn hub_ids_are_told_from_paths() {
+        assert_eq!(parse_hub_id("owner/name-1.5"), Some(("owner/name-1.5", "main")));
+        assert_eq!(parse_hub_id("owner/name@refs/pr/1"), Some(("owner/name", "refs/pr/1")));
+        for path in ["name", "./a/b", "/a/b", "a/b/c", "a/", "~/b", "../b", "a/..", "a/b@", "a/b@../x", "a/head.pth", "a b/c", ""] {
+            assert_eq!(parse_hub_id(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_found_in_a_folder_or_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("head.pth");
+        fs::write(&file, "x").unwrap();
+        assert_eq!(resolve_file(file.to_str().unwrap(), "other").unwrap(), file);
+        assert_eq!(resolve_file(dir.path().to_str().unwrap(), "head.pth").unwrap(), file);
+        assert!(resolve_file(dir.path().to_str().unwrap(), "other").is_err());
+    }
+
+    #[test]
+    fn the_cache_serves_when_the_hub_is_away_or_forbidden() {
+        let cache = tempfile::tempdir().unwrap();
+        for offline in [true, false] {
+            let e = hub(DEAD, cache.path(), offline).find("unet/config.json").unwrap_err().to_string();
+            assert!(e.contains("owner/name") && e.contains("model.path=DIR"), "{e}");
+            assert!(offline || e.contains("could not be reached"), "{e}");
+        }
+        fill(cache.path(), "c1");
+        for offline in [true, false] {
+            let unet = hub(DEAD, cache.path(), offline).sub("unet");
+            assert!(unet.find("config.json").unwrap().is_some());
+            assert!(unet.find("none.json").unwrap().is_none());
+            let e = unet.require("none.json").unwrap_err().to_string();
+            assert!(e.contains("owner/name:unet") && e.contains(if offline { "HF_HUB_OFFLINE" } else { "reached" }), "{e}");
+        }
+    }
+
+    #[test]
+    fn files_come_from_the_hub_and_a_refusal_is_told_from_a_failure() {
+        if ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"].iter().any(|v| std::env::var_os(v).is_some()) {
+            return eprintln!("skipped: a proxy stands between this test and its server");
+        }
+        let cache = tempfile::tempdir().unwrap();
+        fill(cache.path(), "stale");
+        let unet = hub(&serve(None), cache.path(), false).sub("unet");
+        assert!(unet.find("none.json").unwrap().is_none());
+        assert_eq!(unet.read_json::<serde_json::Value>("config.json").unwrap()["a"], 1);
+        assert!(hub(DEAD, cache.path(), true).find("unet/config.json").unwrap().unwrap().starts_with(cache.path()));
+
+        let empty = tempfile::tempdir().unwrap();
+        let e = hub(&serve(Some(401)), empty.path(), false).find("x").unwrap_err().to_string();
+        assert!(e.contains("401") && e.contains("gated"), "{e}");
+        let e = hub(&serve(Some(503)), empty.path(), false).find("x").unwrap_err().to_string();
+        assert!(e.contains("could not be reached"), "{e}");
+    }
+}

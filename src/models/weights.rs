@@ -1,0 +1,472 @@
+//! The named tensors of one component, memory-mapped: a component is read once, in f32, into the layers that hold it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Display;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use candle_core::pickle::PthTensors;
+use candle_core::{DType, Device, Tensor};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::prelude::*;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::models::hub::Source;
+
+/// Variants to try, in this order, when none is asked for and there is no plain file.
+const VARIANTS: [&str; 4] = ["fp16", "bf16", "fp32", "non_ema"];
+
+/// Named tensors under a key prefix. Cheap to clone.
+#[derive(Clone)]
+pub struct Weights {
+    files: Arc<Files>,
+    prefix: String,
+}
+
+struct Files {
+    label: String,
+    maps: Vec<Mmap>,
+    pickle: Option<PthTensors>,
+    entries: BTreeMap<String, Entry>,
+    metadata: HashMap<String, String>,
+}
+
+struct Entry {
+    shape: Vec<usize>,
+    place: Place,
+}
+
+enum Place {
+    /// Bytes `start..end` of a memory-mapped safetensors file.
+    Mapped { map: usize, dtype: Dtype, start: usize, end: usize },
+    Pickled,
+}
+
+impl Weights {
+    /// The weights called `stem` (`model`, `diffusion_pytorch_model`) in a folder, as transformers and diffusers lay
+    /// them out: one safetensors file, else the shards of an index, else a pickle.
+    ///
+    /// A component without the asked `variant` gives its plain files, as in diffusers, where pipelines mix the two;
+    /// without an asked variant, a folder that has only a variant gives that.
+    ///
+    /// # Errors
+    /// When nothing of this is there (lists what was looked for), or a file is unreadable.
+    pub fn open(source: &Source, stem: &str, variant: Option<&str>) -> Result<Self> {
+        let variants = match variant {
+            Some(asked) => vec![Some(asked), None],
+            None => std::iter::once(None).chain(VARIANTS.map(Some)).collect(),
+        };
+        let mut tried = Vec::new();
+        for dot in variants.iter().map(|v| v.map_or(String::new(), |v| format!(".{v}"))) {
+            let whole = format!("{stem}{dot}.safetensors");
+            if let Some(path) = source.find(&whole)? {
+                return Self::open_file(&path);
+            }
+            let index = format!("{stem}.safetensors.index{dot}.json");
+            if source.find(&index)?.is_some() {
+                return Self::open_shards(source, &index);
+            }
+            tried.extend([whole, index]);
+        }
+        let pickles = variants.iter().map(|v| v.map_or(format!("{stem}.bin"), |v| format!("{stem}.{v}.bin")));
+        for pickle in pickles.chain(["pytorch_model.bin".into()]) {
+            if let Some(path) = source.find(&pickle)? {
+                return Self::open_file(&path);
+            }
+            tried.push(pickle);
+        }
+        Err(source.missing(&format!("weights (looked for {})", tried.join(", "))))
+    }
+
+    /// One file: safetensors, or a PyTorch zip pickle (.pt, .pth, .bin; no code in it runs), told apart by content.
+    /// A top-level `state_dict` of a pickle is unwrapped.
+    ///
+    /// # Errors
+    /// When the file is missing, empty, truncated, or of another format; names the file.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let mut files = Files::new(path);
+        if !path.is_file() {
+            bail!("there is no weight file {}", path.display());
+        }
+        let map = map_file(path)?;
+        if map.starts_with(b"PK\x03\x04") {
+            files.add_pickle(path)?;
+        } else {
+            files.add_safetensors(path, map)?;
+        }
+        Ok(Self { files: Arc::new(files), prefix: String::new() })
+    }
+
+    fn open_shards(source: &Source, index: &str) -> Result<Self> {
+        #[derive(serde::Deserialize)]
+        struct Index {
+            weight_map: BTreeMap<String, String>,
+        }
+        let Index { weight_map } = source.read_json(index)?;
+        let mut files = Files::new(&source.require(index)?);
+        for shard in weight_map.values().collect::<BTreeSet<_>>() {
+            let path = source.require(shard).with_context(|| format!("a shard named in {}", files.label))?;
+            files.add_safetensors(&path, map_file(&path)?)?;
+        }
+        if let Some((key, shard)) = weight_map.iter().find(|(key, _)| !files.entries.contains_key(*key)) {
+            bail!("{}: `{key}` should be in {shard}, and is not; download the shards again", files.label);
+        }
+        Ok(Self { files: Arc::new(files), prefix: String::new() })
+    }
+
+    /// The tensors under `prefix.`: `weights.pp("down_blocks").pp(0)`.
+    pub fn pp(&self, prefix: impl Display) -> Self {
+        Self { files: self.files.clone(), prefix: self.key(&prefix.to_string()) }
+    }
+
+    /// The dotted prefix, without a trailing dot.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    fn key(&self, name: &str) -> String {
+        match (&*self.prefix, name) {
+            ("", name) => name.to_owned(),
+            (prefix, "") => prefix.to_owned(),
+            (prefix, name) => format!("{prefix}.{name}"),
+        }
+    }
+
+    /// Whether there is a tensor `name` under the prefix.
+    pub fn contains(&self, name: &str) -> bool {
+        self.files.entries.contains_key(&self.key(name))
+    }
+
+    /// All names under the prefix, relative to it, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let dotted = if self.prefix.is_empty() { String::new() } else { format!("{}.", self.prefix) };
+        self.files.entries.keys().filter_map(|key| key.strip_prefix(&dotted)).map(str::to_owned).collect()
+    }
+
+    /// The shape of a tensor, read from the header alone.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.files.entries.get(&self.key(name)).map(|entry| entry.shape.clone())
+    }
+
+    /// A tensor of a known shape: f32, on the CPU, contiguous, whatever float type the file has.
+    ///
+    /// # Errors
+    /// When the key is missing (names the nearest key), has another shape, or is not of a float type.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        if let Some(found) = self.shape(name).filter(|found| found != shape) {
+            bail!(
+                "{}: `{}` has shape {found:?}, expected {shape:?}; do the config and the weights belong together?",
+                self.file(),
+                self.key(name)
+            );
+        }
+        self.get_any(name)
+    }
+
+    /// As [`Weights::get`], of any shape.
+    ///
+    /// # Errors
+    /// When the key is missing, or is not of a float type.
+    pub fn get_any(&self, name: &str) -> Result<Tensor> {
+        let key = self.key(name);
+        let entry = self.files.entries.get(&key).ok_or_else(|| self.files.missing(&key))?;
+        self.files.read(&key, entry).with_context(|| format!("{}: reading `{key}`", self.file()))
+    }
+
+    /// The `__metadata__` of a safetensors file (of the first shard); empty for pickles.
+    pub fn metadata(&self) -> &HashMap<String, String> {
+        &self.files.metadata
+    }
+
+    /// The file, or the index of the shards: for messages.
+    pub fn file(&self) -> String {
+        self.files.label.clone()
+    }
+}
+
+impl Files {
+    fn new(path: &Path) -> Self {
+        Self {
+            label: path.display().to_string(),
+            maps: Vec::new(),
+            pickle: None,
+            entries: BTreeMap::new(),
+            metadata: HashMap::new(),
+        }
+    }
+
+    fn add_safetensors(&mut self, path: &Path, map: Mmap) -> Result<()> {
+        // Validates the header against the length of the file: every range below lies inside the map.
+        let (header, found) = SafeTensors::read_metadata(&map).map_err(|e| not_weights(path, &map, &e))?;
+        let data = 8 + header;
+        for (key, info) in found.tensors() {
+            let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
+            let place = Place::Mapped { map: self.maps.len(), dtype: info.dtype, start, end };
+            self.entries.insert(key, Entry { shape: info.shape.clone(), place });
+        }
+        if self.maps.is_empty() {
+            self.metadata = found.metadata().clone().unwrap_or_default();
+        }
+        self.maps.push(map);
+        Ok(())
+    }
+
+    fn add_pickle(&mut self, path: &Path) -> Result<()> {
+        let tensors = PthTensors::new(path, Some("state_dict")).or_else(|_| PthTensors::new(path, None)).with_context(
+            || format!("{} is truncated or not a PyTorch weight file; download or save it again", path.display()),
+        )?;
+        for (key, info) in tensors.tensor_infos() {
+            let shape = info.layout.dims().to_vec();
+            self.entries.insert(key.clone(), Entry { shape, place: Place::Pickled });
+        }
+        if self.entries.is_empty() {
+            bail!("{} holds no named tensors; save a model's state_dict", path.display());
+        }
+        self.pickle = Some(tensors);
+        Ok(())
+    }
+
+    fn read(&self, key: &str, entry: &Entry) -> Result<Tensor> {
+        match entry.place {
+            Place::Mapped { map, dtype, start, end } => {
+                let values = to_f32(dtype, &self.maps[map][start..end])?;
+                Ok(Tensor::from_vec(values, &*entry.shape, &Device::Cpu)?)
+            }
+            Place::Pickled => {
+                let found = self.pickle.as_ref().map(|p| p.get(key)).transpose()?.flatten();
+                let found = found.context("the file changed since it was opened")?;
+                match found.dtype() {
+                    DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(found.to_dtype(DType::F32)?.contiguous()?),
+                    dtype => bail!("it has type {dtype:?}; weights are f16, bf16, f32 or f64"),
+                }
+            }
+        }
+    }
+
+    fn missing(&self, key: &str) -> anyhow::Error {
+        let near = self.entries.keys().max_by(|a, b| {
+            strsim::normalized_levenshtein(key, a).total_cmp(&strsim::normalized_levenshtein(key, b))
+        });
+        match near {
+            Some(near) => anyhow!("{}: there is no `{key}`; the nearest key is `{near}`", self.label),
+            None => anyhow!("{}: there is no `{key}`; the file holds no tensors", self.label),
+        }
+    }
+}
+
+fn map_file(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    if file.metadata().with_context(|| format!("opening {}", path.display()))?.len() == 0 {
+        bail!("{} is empty; download or copy it again", path.display());
+    }
+    // SAFETY: the map is read-only. Weight files are replaced by renaming, here and in the hub's cache, never written
+    // in place; whoever truncates one while it is read gets a bus error, as with every program that maps weights.
+    unsafe { Mmap::map(&file) }.with_context(|| format!("mapping {}", path.display()))
+}
+
+/// The error for a file that is neither safetensors nor a zip archive.
+fn not_weights(path: &Path, bytes: &[u8], cause: &dyn Display) -> anyhow::Error {
+    let path_of = PathBuf::from(path);
+    let extension = path_of.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let path = path.display();
+    if bytes.starts_with(b"version https://git-lfs") {
+        anyhow!("{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    } else if ["pt", "pth", "bin", "ckpt"].contains(&extension) {
+        anyhow!("{path} is truncated or not a PyTorch zip archive; save it again with PyTorch 1.6 or newer, or as safetensors")
+    } else {
+        anyhow!("{path} is truncated or not a safetensors file ({cause}); download or copy it again")
+    }
+}
+
+/// Little-endian floats of any width as f32. f64 is rounded to nearest; the others convert without loss.
+fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
+    /// Elements per task: large against the cost of a task, small against the second-level cache.
+    const CHUNK: usize = 1 << 15;
+    /// The bit patterns of a chunk of 16-bit floats.
+    fn bits(bytes: &[u8]) -> Vec<u16> {
+        bytes.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b)).collect()
+    }
+    let (width, convert): (usize, fn(&[u8], &mut [f32])) = match dtype {
+        Dtype::F16 => (2, |bytes, out| bits(bytes).reinterpret_cast::<f16>().convert_to_f32_slice(out)),
+        Dtype::BF16 => (2, |bytes, out| bits(bytes).reinterpret_cast::<bf16>().convert_to_f32_slice(out)),
+        Dtype::F32 => (4, |bytes, out| {
+            out.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, &b)| *x = f32::from_le_bytes(b));
+        }),
+        Dtype::F64 => (8, |bytes, out| {
+            out.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, &b)| *x = f64::from_le_bytes(b) as f32);
+        }),
+        other => bail!("it has type {other:?}; weights are f16, bf16, f32 or f64"),
+    };
+    let mut values = vec![0.0; bytes.len() / width];
+    values.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * width)).for_each(|(out, bytes)| convert(bytes, out));
+    Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn save(path: &Path, tensors: &[(&str, Tensor)]) {
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::serialize_to_file(tensors.iter().map(|(k, t)| (*k, t)), Some(metadata), path).unwrap();
+    }
+
+    fn counted(shape: &[usize]) -> Tensor {
+        let n: usize = shape.iter().product();
+        Tensor::from_vec((0..n).map(|i| i as f32 - 1.5).collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+    }
+
+    fn error(result: Result<impl Sized>) -> String {
+        format!("{:#}", result.err().expect("an error"))
+    }
+
+    fn values(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn every_float_type_reads_as_f32() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        // Longer than two chunks of the conversion; f16 and bf16 hold these quarters exactly.
+        let x = (0..70_007).map(|i| (i % 64) as f32 * 0.25 - 4.0).collect::<Vec<_>>();
+        let x = Tensor::from_vec(x, (7, 10_001), &Device::Cpu).unwrap();
+        let types = [("f16", DType::F16), ("bf16", DType::BF16), ("f32", DType::F32), ("f64", DType::F64)];
+        let mut tensors = types.map(|(name, dtype)| (name, x.to_dtype(dtype).unwrap())).to_vec();
+        tensors.push(("ids", Tensor::zeros(3, DType::I64, &Device::Cpu).unwrap()));
+        tensors.push(("scalar", counted(&[])));
+        save(&path, &tensors);
+        let weights = Weights::open_file(&path).unwrap();
+        for (name, _) in types {
+            let read = weights.get(name, x.dims()).unwrap();
+            assert_eq!((read.dtype(), values(&read)), (DType::F32, values(&x)), "{name}");
+        }
+        assert_eq!(weights.get("scalar", &[]).unwrap().to_scalar::<f32>().unwrap(), -1.5);
+        assert!(error(weights.get_any("ids")).contains("I64"));
+        assert_eq!(weights.metadata()["format"], "pt");
+    }
+
+    #[test]
+    fn prefixes_join_and_errors_name_the_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        save(&path, &[("a.0.to_q.weight", counted(&[2, 3])), ("a.0.bias", counted(&[2])), ("ab", counted(&[1]))]);
+        let weights = Weights::open_file(&path).unwrap();
+        let a0 = weights.pp("").pp("a").pp(0);
+        assert_eq!((a0.prefix(), a0.pp("to_q.weight").prefix()), ("a.0", "a.0.to_q.weight"));
+        assert_eq!(weights.pp("a").names(), ["0.bias", "0.to_q.weight"]);
+        assert_eq!(weights.names().len(), 3);
+        assert!(a0.contains("bias") && !a0.contains("to_q") && a0.shape("nothing").is_none());
+        let e = error(a0.get("to_q.weight", &[3, 2]));
+        assert!(["x.safetensors", "a.0.to_q.weight", "[2, 3]", "[3, 2]"].iter().all(|part| e.contains(part)), "{e}");
+        let e = error(a0.get("to_k.weight", &[3, 2]));
+        assert!(e.contains("`a.0.to_k.weight`") && e.contains("`a.0.to_q.weight`"), "{e}");
+    }
+
+    #[test]
+    fn broken_files_are_errors_that_name_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (good, bad) = (dir.path().join("good.safetensors"), dir.path().join("bad.safetensors"));
+        save(&good, &[("x", counted(&[64]))]);
+        let bytes = fs::read(&good).unwrap();
+        for length in [0, 1, 7, 8, 20, bytes.len() - 1] {
+            fs::write(&bad, &bytes[..length]).unwrap();
+            let e = error(Weights::open_file(&bad));
+            assert!(e.contains("bad.safetensors") && (e.contains("truncated") || e.contains("empty")), "{length}: {e}");
+        }
+        fs::write(&bad, [&bytes[..], b"more"].concat()).unwrap();
+        assert!(error(Weights::open_file(&bad)).contains("not a safetensors file"));
+        fs::write(&bad, "version https://git-lfs.github.com/spec/v1\n").unwrap();
+        assert!(error(Weights::open_file(&bad)).contains("git lfs pull"));
+        fs::write(&bad, "PK\x03\x04 and then nothing").unwrap();
+        assert!(error(Weights::open_file(&bad)).contains("not a PyTorch weight file"));
+        assert!(error(Weights::open_file(&dir.path().join("none.pt"))).contains("none.pt"));
+    }
+
+    #[test]
+    fn the_file_of_a_component_is_found_by_stem_and_variant() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Source::open(dir.path().to_str().unwrap()).unwrap();
+        let first = |variant| {
+            let weights = Weights::open(&source, "model", variant).unwrap();
+            weights.names()[0].clone()
+        };
+        let e = error(Weights::open(&source, "model", Some("fp16")));
+        assert!(["model.fp16.safetensors", "model.safetensors.index.json", "model.bin"].iter().all(|f| e.contains(f)), "{e}");
+
+        save(&dir.path().join("model.fp16.safetensors"), &[("half", counted(&[1]))]);
+        assert_eq!((first(None), first(Some("fp16")), first(Some("fp16"))), ("half".into(), "half".into(), "half".into()));
+        save(&dir.path().join("model.safetensors"), &[("full", counted(&[1]))]);
+        assert_eq!((first(None), first(Some("fp16")), first(Some("bf16"))), ("full".into(), "half".into(), "full".into()));
+    }
+
+    #[test]
+    fn shards_read_as_one_and_a_missing_one_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Source::open(dir.path().to_str().unwrap()).unwrap();
+        save(&dir.path().join("model-1.safetensors"), &[("a", counted(&[2]))]);
+        let index = |map: &str| {
+            let text = format!(r#"{{"metadata": {{}}, "weight_map": {{{map}}}}}"#);
+            fs::write(dir.path().join("model.safetensors.index.fp16.json"), text).unwrap();
+        };
+        index(r#""a": "model-1.safetensors", "b": "model-2.safetensors""#);
+        assert!(error(Weights::open(&source, "model", None)).contains("model-2.safetensors"));
+        save(&dir.path().join("model-2.safetensors"), &[("b", counted(&[3]))]);
+        let weights = Weights::open(&source, "model", None).unwrap();
+        assert_eq!(weights.names(), ["a", "b"]);
+        assert_eq!(values(&weights.get("b", &[3]).unwrap()), values(&counted(&[3])));
+        index(r#""a": "model-1.safetensors", "c": "model-1.safetensors""#);
+        assert!(error(Weights::open(&source, "model", None)).contains("`c` should be in model-1.safetensors"));
+    }
+
+    /// A zip archive without compression: all that PyTorch's format needs.
+    fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
+        let crc = |data: &[u8]| {
+            !data.iter().fold(!0u32, |crc, &byte| {
+                (0..8).fold(crc ^ u32::from(byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
+            })
+        };
+        let (mut out, mut directory) = (Vec::new(), Vec::new());
+        for (name, data) in files {
+            let offset = out.len() as u32;
+            let mut fields = vec![20, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            fields.extend([crc(data), data.len() as u32, data.len() as u32].iter().flat_map(|x| x.to_le_bytes()));
+            fields.extend([name.len() as u8, 0, 0, 0]);
+            out.extend([b"PK\x03\x04", &fields[..], name.as_bytes(), data].concat());
+            directory.extend([b"PK\x01\x02\x14\x00", &fields[..], &[0; 10], &offset.to_le_bytes(), name.as_bytes()].concat());
+        }
+        let n = files.len() as u8;
+        let (size, offset) = (directory.len() as u32, out.len() as u32);
+        out.extend([&directory[..], b"PK\x05\x06\0\0\0\0", &[n, 0, n, 0]].concat());
+        out.extend([&size.to_le_bytes()[..], &offset.to_le_bytes(), &[0, 0]].concat());
+        out
+    }
+
+    #[test]
+    fn pickles_are_read_and_their_state_dict_unwrapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let data: Vec<u8> = (0..6).flat_map(|i| (i as f32 - 1.5).to_le_bytes()).collect();
+        let text = |s: &str| [b"X", &(s.len() as u32).to_le_bytes()[..], s.as_bytes()].concat();
+        // {"w": a float tensor of shape (2, 3)}
+        let state: Vec<u8> = [
+            b"}", &text("w")[..], b"ctorch._utils\n_rebuild_tensor_v2\n((", &text("storage"), b"ctorch\nFloatStorage\n", &text("0"),
+            &text("cpu"), b"K\x06tQK\0K\x02K\x03\x86K\x03K\x01\x86\x89ccollections\nOrderedDict\n)RtRs",
+        ]
+        .concat();
+        let nested = [b"}", &text("epoch")[..], b"K\x03s", &text("state_dict"), &state, b"s"].concat();
+        for (name, object) in [("pytorch_model.bin", &state), ("nested.pt", &nested)] {
+            let pickle = [b"\x80\x02", &object[..], b"."].concat();
+            fs::write(dir.path().join(name), zip(&[("archive/data.pkl", &pickle), ("archive/data/0", &data)])).unwrap();
+            let weights = Weights::open_file(&dir.path().join(name)).unwrap();
+            assert_eq!(weights.names(), ["w"], "{name}");
+            assert_eq!(values(&weights.get("w", &[2, 3]).unwrap()), values(&counted(&[2, 3])), "{name}");
+        }
+        let source = Source::open(dir.path().to_str().unwrap()).unwrap();
+        assert!(Weights::open(&source, "model", None).unwrap().contains("w"));
+    }
+}

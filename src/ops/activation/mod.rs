@@ -1,0 +1,191 @@
+//! Elementwise functions and their derivatives.
+//!
+//! ```text
+//! silu        x σ(x)                      σ (1 + x (1 - σ))
+//! gelu        x Φ(x), the exact one       Φ(x) + x φ(x)
+//! quick_gelu  x σ(1.702 x)                σ (1 + 1.702 x (1 - σ))     OpenAI's CLIP
+//! unit_range  clamp(x / 2 + 1/2, 0, 1)    1/2 inside [-1, 1], else 0   image in [-1, 1] to [0, 1]
+//! ```
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{Host, Real, per_dtype, tensor_from};
+
+/// An elementwise function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    Identity,
+    Relu,
+    Silu,
+    Gelu,
+    QuickGelu,
+    Tanh,
+    Sigmoid,
+    /// An image in [-1, 1] to [0, 1], clamped.
+    UnitRange,
+}
+
+impl Activation {
+    /// As configuration files spell them (`hidden_act` of transformers, `act_fn` of diffusers).
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "identity" | "linear" => Self::Identity,
+            "relu" => Self::Relu,
+            "silu" | "swish" => Self::Silu,
+            "gelu" => Self::Gelu,
+            "quick_gelu" => Self::QuickGelu,
+            "tanh" => Self::Tanh,
+            "sigmoid" => Self::Sigmoid,
+            _ => return None,
+        })
+    }
+
+    fn value<T: Real>(self, x: T) -> T {
+        let one = T::one();
+        match self {
+            Self::Identity => x,
+            Self::Relu => num_traits::Float::max(x, T::zero()),
+            Self::Silu => x * sigmoid(x),
+            Self::Gelu => x * normal_cdf(x),
+            Self::QuickGelu => x * sigmoid(T::lit(1.702) * x),
+            Self::Tanh => x.tanh(),
+            Self::Sigmoid => sigmoid(x),
+            // written so that NaN stays NaN, as torch.clamp has it
+            Self::UnitRange => match x * T::lit(0.5) + T::lit(0.5) {
+                y if y < T::zero() => T::zero(),
+                y if y > one => one,
+                y => y,
+            },
+        }
+    }
+
+    fn derivative<T: Real>(self, x: T) -> T {
+        let (zero, one) = (T::zero(), T::one());
+        match self {
+            Self::Identity => one,
+            Self::Relu => {
+                if x > zero {
+                    one
+                } else {
+                    zero
+                }
+            }
+            Self::Silu => {
+                let s = sigmoid(x);
+                s * (one + x * (one - s))
+            }
+            Self::Gelu => normal_cdf(x) + x * normal_density(x),
+            Self::QuickGelu => {
+                let k = T::lit(1.702);
+                let s = sigmoid(k * x);
+                s * (one + k * x * (one - s))
+            }
+            Self::Tanh => one - x.tanh() * x.tanh(),
+            Self::Sigmoid => sigmoid(x) * (one - sigmoid(x)),
+            // the borders count as inside, as in torch.clamp
+            Self::UnitRange => {
+                if x < -one || x > one {
+                    zero
+                } else {
+                    T::lit(0.5)
+                }
+            }
+        }
+    }
+}
+
+pub(crate) fn sigmoid<T: Real>(x: T) -> T {
+    T::one() / (T::one() + (-x).exp())
+}
+
+/// Φ(x) of the standard normal distribution.
+pub(crate) fn normal_cdf<T: Real>(x: T) -> T {
+    T::lit(0.5) * (T::one() + (x * T::lit(std::f64::consts::FRAC_1_SQRT_2)).erf())
+}
+
+/// φ(x) of the standard normal distribution.
+pub(crate) fn normal_density<T: Real>(x: T) -> T {
+    T::lit(0.398_942_280_401_432_7) * (-(x * x) * T::lit(0.5)).exp()
+}
+
+/// f(x), elementwise.
+pub fn activation_fwd(x: &Tensor, function: Activation) -> Result<Tensor> {
+    per_dtype!(x, activation_fwd_cpu(x, function))
+}
+
+/// cotangent · f'(x).
+pub fn activation_bwd(cotangent: &Tensor, x: &Tensor, function: Activation) -> Result<Tensor> {
+    per_dtype!(x, activation_bwd_cpu(cotangent, x, function))
+}
+
+const BLOCK: usize = 1 << 14;
+
+fn activation_fwd_cpu<T: Real>(x: &Tensor, function: Activation) -> Result<Tensor> {
+    let data = Host::<T>::read(x)?;
+    let mut y = vec![T::zero(); data.len()];
+    y.par_chunks_mut(BLOCK)
+        .zip(data.par_chunks(BLOCK))
+        .for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y = function.value(*x)));
+    tensor_from(y, x.dims())
+}
+
+fn activation_bwd_cpu<T: Real>(cotangent: &Tensor, x: &Tensor, function: Activation) -> Result<Tensor> {
+    let (dy, data) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
+    let mut dx = vec![T::zero(); data.len()];
+    dx.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(|((dx, x), dy)| {
+        dx.iter_mut().zip(x).zip(dy).for_each(|((dx, x), dy)| *dx = *dy * function.derivative(*x))
+    });
+    tensor_from(dx, x.dims())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Case, check};
+
+    #[test]
+    fn agree_with_autograd_and_finite_differences() {
+        type Composed = fn(&Tensor) -> Result<Tensor>;
+        let functions: [(Activation, Composed); 8] = [
+            (Activation::Identity, |x| x.affine(1.0, 0.0)),
+            (Activation::Relu, |x| x.relu()),
+            (Activation::Silu, |x| x.silu()),
+            // candle's own gelu_erf has constants of 32 bits
+            (Activation::Gelu, crate::ops::testing::gelu),
+            (Activation::QuickGelu, |x| x * (x.affine(-1.702, 0.0)?.exp()? + 1.0)?.recip()?),
+            (Activation::Tanh, |x| x.tanh()),
+            (Activation::Sigmoid, |x| (x.neg()?.exp()? + 1.0)?.recip()),
+            (Activation::UnitRange, |x| x.affine(0.5, 0.5)?.clamp(0.0, 1.0)),
+        ];
+        for (function, composed) in functions {
+            check(
+                &[Case::normal(&[3, 77], 1)],
+                |x| activation_fwd(&x[0], function),
+                |x, dy| Ok(vec![activation_bwd(dy, &x[0], function)?]),
+                |x| composed(&x[0]),
+            );
+        }
+    }
+
+    #[test]
+    fn large_arguments_stay_finite() {
+        let x = Tensor::new(&[-200f32, -90.0, 90.0, 200.0], &candle_core::Device::Cpu).unwrap();
+        for function in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Sigmoid] {
+            for t in
+                [activation_fwd(&x, function).unwrap(), activation_bwd(&x.ones_like().unwrap(), &x, function).unwrap()]
+            {
+                assert!(t.to_vec1::<f32>().unwrap().iter().all(|v| v.is_finite()), "{function:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_borders_of_the_unit_range_pass_their_gradient() {
+        let x = Tensor::new(&[-1f32, 1.0, -1.001, 1.001], &candle_core::Device::Cpu).unwrap();
+        let d = activation_bwd(&x.ones_like().unwrap(), &x, Activation::UnitRange).unwrap();
+        assert_eq!(d.to_vec1::<f32>().unwrap(), [0.5, 0.5, 0.0, 0.0]);
+    }
+}

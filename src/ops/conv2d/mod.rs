@@ -1,0 +1,149 @@
+//! Two-dimensional convolution over frozen kernels, channels-last.
+//!
+//! ```text
+//! y[b, i, j, o]    = bias[o] + sum_{u, v, c} x[b, s i + u - p, s j + v - p, c] K[u, v, c, o]
+//! d_x[b, k, l, c]  = sum_{u, v, o} d_y[b, (k + p - u) / s, (l + p - v) / s, o] K[u, v, c, o]   where s divides
+//! ```
+//!
+//! Both are gathered products: for a tile of output pixels the taps that each needs are copied side by side into a
+//! buffer that stays in cache, and one matrix product per tile finishes the work. There is no whole-image im2col and
+//! the kernel is frozen: it has no gradient.
+
+mod cpu;
+
+use candle_core::{Result, Tensor, bail};
+
+use super::per_dtype;
+use cpu::{conv2d_bwd as conv2d_bwd_cpu, conv2d_fwd as conv2d_fwd_cpu};
+
+/// A frozen kernel with its geometry.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// (kh, kw, in, out): the layout in which a tile's taps meet it as one matrix.
+    weight: Tensor,
+    bias: Option<Tensor>,
+    stride: usize,
+    padding: usize,
+}
+
+impl Kernel {
+    /// From PyTorch's layout: weight (out, in, kh, kw), bias (out). `padding` is symmetric.
+    pub fn new(weight: &Tensor, bias: Option<Tensor>, stride: usize, padding: usize) -> Result<Self> {
+        let (out, _, _, _) = weight.dims4()?;
+        if stride == 0 {
+            bail!("conv2d: the stride must be at least 1");
+        }
+        if let Some(bias) = &bias
+            && bias.dims() != [out]
+        {
+            bail!("conv2d: a bias of shape {:?} for {out} output channels", bias.dims());
+        }
+        Ok(Self { weight: weight.permute((2, 3, 1, 0))?.contiguous()?, bias, stride, padding })
+    }
+    pub fn in_channels(&self) -> usize {
+        self.weight.dims()[2]
+    }
+    pub fn out_channels(&self) -> usize {
+        self.weight.dims()[3]
+    }
+    /// Side of the output along an axis of `n` pixels whose kernel side is `k`.
+    fn out_side(&self, n: usize, k: usize) -> Result<usize> {
+        if n + 2 * self.padding < k {
+            bail!("conv2d: an image side of {n} pixels is smaller than the kernel's {k}");
+        }
+        Ok((n + 2 * self.padding - k) / self.stride + 1)
+    }
+    #[cfg(test)]
+    fn to_dtype(&self, dtype: candle_core::DType) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|b| b.to_dtype(dtype)).transpose()?;
+        Ok(Self { weight: self.weight.to_dtype(dtype)?, bias, ..*self })
+    }
+}
+
+/// x (B, H, W, in) -> (B, H', W', out).
+pub fn conv2d_fwd(x: &Tensor, kernel: &Kernel) -> Result<Tensor> {
+    let channels = x.dims4()?.3;
+    if channels != kernel.in_channels() {
+        bail!("conv2d: {channels} channels for a kernel of {}", kernel.in_channels());
+    }
+    per_dtype!(x, conv2d_fwd_cpu(x, kernel))
+}
+
+/// The gradient of the input, which had `height` x `width` pixels: cotangent (B, H', W', out) -> (B, H, W, in).
+pub fn conv2d_bwd(cotangent: &Tensor, kernel: &Kernel, height: usize, width: usize) -> Result<Tensor> {
+    per_dtype!(cotangent, conv2d_bwd_cpu(cotangent, kernel, height, width))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Case, check};
+
+    #[test]
+    fn agrees_with_autograd_and_finite_differences() {
+        // (h, w, in, out, k, stride, padding): odd sides, one pixel, even by odd at stride 2
+        for (h, w, i, o, k, s, p) in [
+            (5, 7, 3, 4, 3, 1, 1),
+            (1, 1, 2, 3, 3, 1, 1),
+            (6, 5, 3, 2, 3, 2, 1),
+            (7, 8, 2, 5, 3, 2, 1),
+            (4, 4, 3, 3, 1, 1, 0),
+            (9, 6, 2, 2, 5, 1, 2),
+            (40, 33, 5, 6, 3, 1, 1),
+        ] {
+            let weight = Case::normal(&[o, i, k, k], 1);
+            let bias = Case::normal(&[o], 2);
+            let kernel = Kernel::new(&weight, Some(bias.clone()), s, p).unwrap();
+            check(
+                &[Case::normal(&[2, h, w, i], 3)],
+                |x| conv2d_fwd(&x[0], &kernel.to_dtype(x[0].dtype())?),
+                |x, dy| Ok(vec![conv2d_bwd(dy, &kernel.to_dtype(x[0].dtype())?, h, w)?]),
+                |x| reference(&x[0], &weight.to_dtype(x[0].dtype())?, &bias.to_dtype(x[0].dtype())?, s, p),
+            );
+        }
+    }
+
+    /// The convolution as a sum over taps of shifted, strided slices times matrices: candle's own conv2d has no
+    /// backward for an even by odd input at stride 2.
+    fn reference(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize, padding: usize) -> Result<Tensor> {
+        let (o, _, kh, kw) = weight.dims4()?;
+        let (b, h, w, _) = x.dims4()?;
+        let (oh, ow) = ((h + 2 * padding - kh) / stride + 1, (w + 2 * padding - kw) / stride + 1);
+        // enough zeros behind, so that every strided slice can be cut as whole groups of `stride`
+        let x =
+            x.pad_with_zeros(1, padding, padding + stride * oh)?.pad_with_zeros(2, padding, padding + stride * ow)?;
+        let mut y = bias.broadcast_as((b, oh, ow, o))?.contiguous()?;
+        for u in 0..kh {
+            for v in 0..kw {
+                let taps = x.narrow(1, u, oh * stride)?.narrow(2, v, ow * stride)?;
+                let channels = taps.dims()[3];
+                let taps = taps
+                    .contiguous()?
+                    .reshape((b, oh, stride, ow, stride, channels))?
+                    .narrow(2, 0, 1)?
+                    .narrow(4, 0, 1)?;
+                let taps = taps.contiguous()?.reshape((b * oh * ow, channels))?;
+                let matrix = weight.narrow(2, u, 1)?.narrow(3, v, 1)?.squeeze(3)?.squeeze(2)?.t()?;
+                y = (y + taps.matmul(&matrix)?.reshape((b, oh, ow, o))?)?;
+            }
+        }
+        Ok(y)
+    }
+
+    #[test]
+    fn agrees_with_candle_in_the_forward_pass() {
+        let weight = Case::normal(&[6, 5, 3, 3], 1);
+        let kernel = Kernel::new(&weight, None, 2, 1).unwrap();
+        let x = Case::normal(&[2, 5, 9, 7], 2);
+        let expected = x.conv2d(&weight, 1, 2, 1, 1).unwrap().permute((0, 2, 3, 1)).unwrap();
+        let y = conv2d_fwd(&x.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap(), &kernel).unwrap();
+        assert!(crate::ops::testing::relative_error(&y, &expected) < 1e-12);
+    }
+
+    #[test]
+    fn an_image_smaller_than_the_kernel_is_an_error() {
+        let kernel = Kernel::new(&Case::normal(&[1, 1, 3, 3], 1), None, 1, 0).unwrap();
+        let message = conv2d_fwd(&Case::normal(&[1, 2, 2, 1], 1), &kernel).unwrap_err().to_string();
+        assert!(message.contains("smaller than the kernel"), "{message}");
+    }
+}

@@ -1,0 +1,143 @@
+//! Tensors as slices of host memory: the door between candle's storage and the CPU kernels.
+
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor, WithDType};
+use num_traits::Float;
+
+/// The element types that the CPU kernels are written for.
+pub trait Real: WithDType + Float + std::ops::AddAssign + std::iter::Sum + 'static {
+    /// The slice of a storage of this type.
+    fn slice(storage: &CpuStorage) -> Option<&[Self]>;
+    /// The error function, to the precision of the type.
+    fn erf(self) -> Self;
+    fn lit(value: f64) -> Self;
+    fn f64(self) -> f64;
+}
+
+impl Real for f32 {
+    fn slice(storage: &CpuStorage) -> Option<&[f32]> {
+        match storage {
+            CpuStorage::F32(data) => Some(data),
+            _ => None,
+        }
+    }
+    fn erf(self) -> f32 {
+        libm::erff(self)
+    }
+    fn lit(value: f64) -> f32 {
+        value as f32
+    }
+    fn f64(self) -> f64 {
+        self.into()
+    }
+}
+
+impl Real for f64 {
+    fn slice(storage: &CpuStorage) -> Option<&[f64]> {
+        match storage {
+            CpuStorage::F64(data) => Some(data),
+            _ => None,
+        }
+    }
+    fn erf(self) -> f64 {
+        libm::erf(self)
+    }
+    fn lit(value: f64) -> f64 {
+        value
+    }
+    fn f64(self) -> f64 {
+        self
+    }
+}
+
+/// A contiguous tensor in host memory, read as a slice while the guard lives.
+pub(crate) struct Host<'a, T> {
+    guard: StorageRef<'a>,
+    start: usize,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<'a, T: Real> Host<'a, T> {
+    /// # Errors
+    /// The tensor is not contiguous, not in host memory, or of another element type.
+    pub(crate) fn read(tensor: &'a Tensor) -> Result<Self> {
+        let (guard, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!(
+                "a kernel needs contiguous data, got strides {:?} for {:?}",
+                layout.stride(),
+                layout.shape()
+            )
+        };
+        match &*guard {
+            Storage::Cpu(storage) if T::slice(storage).is_some() => {}
+            Storage::Cpu(_) => {
+                candle_core::bail!("a kernel for {:?} was given {:?}", T::DTYPE, tensor.dtype())
+            }
+            _ => candle_core::bail!("this operation has no kernel for {:?} yet", tensor.device().location()),
+        }
+        Ok(Self { guard, start, len: end - start, element: PhantomData })
+    }
+}
+
+impl<T: Real> Deref for Host<'_, T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        match &*self.guard {
+            Storage::Cpu(storage) => {
+                let data = T::slice(storage).expect("checked in Host::read");
+                &data[self.start..self.start + self.len]
+            }
+            _ => unreachable!("checked in Host::read"),
+        }
+    }
+}
+
+/// A host tensor that takes over `data`.
+pub(crate) fn tensor_from<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(data, shape.into(), &Device::Cpu)
+}
+
+/// A mutable slice that several threads write, each in places of its own (interleaved, so that it cannot be split).
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut<'a, T> {
+    pointer: *mut T,
+    len: usize,
+    life: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the pointer comes from an exclusive borrow of a slice of `Send` elements; those who dereference it
+// promise in their own unsafe block that no two threads touch the same element.
+unsafe impl<T: Send> Send for SharedMut<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
+
+impl<'a, T> SharedMut<'a, T> {
+    pub(crate) fn new(data: &'a mut [T]) -> Self {
+        Self { pointer: data.as_mut_ptr(), len: data.len(), life: PhantomData }
+    }
+    /// The address of element `offset`.
+    pub(crate) fn at(&self, offset: usize) -> *mut T {
+        assert!(offset < self.len, "offset {offset} outside a buffer of {}", self.len);
+        // In bounds by the assertion; creating the pointer is not a dereference.
+        self.pointer.wrapping_add(offset)
+    }
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// Calls a kernel generic over [`Real`] with the tensor's element type.
+macro_rules! per_dtype {
+    ($tensor:expr, $kernel:ident ( $($argument:expr),* $(,)? )) => {
+        match $tensor.dtype() {
+            candle_core::DType::F32 => $kernel::<f32>($($argument),*),
+            candle_core::DType::F64 => $kernel::<f64>($($argument),*),
+            other => candle_core::bail!("{} has no CPU kernel for {other:?}: use f32", stringify!($kernel)),
+        }
+    };
+}
+pub(crate) use per_dtype;

@@ -1,0 +1,111 @@
+//! Linear layers over frozen weights, and their low-rank adapters.
+//!
+//! ```text
+//! y   = x Wᵀ + b               x (..., in)  W (out, in)  b (out)  y (..., out)
+//! d_x = d_y W                  W and b are frozen: they get no gradient and cost none
+//!
+//! y  += s (x Aᵀ) Bᵀ            A (rank, in)  B (out, rank)       the adapter, s = alpha / rank
+//! d_x += s (d_y B) A
+//! d_A  = s (d_y B)ᵀ x
+//! d_B  = s d_yᵀ (x Aᵀ)
+//! ```
+
+mod cpu;
+
+use candle_core::{Result, Tensor, bail};
+
+use super::per_dtype;
+
+/// `x Wᵀ + b`: x (..., in), weight (out, in), bias (out) -> (..., out).
+pub fn linear_fwd(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (_, inputs) = rows_of(x)?;
+    if weight.dims2()?.1 != inputs {
+        bail!("linear: {inputs} features for a weight of shape {:?}", weight.dims());
+    }
+    per_dtype!(x, linear_fwd_cpu(x, weight, bias))
+}
+
+/// The gradient of the input: cotangent (..., out) -> (..., in).
+pub fn linear_bwd(cotangent: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (_, outputs) = rows_of(cotangent)?;
+    if weight.dims2()?.0 != outputs {
+        bail!("linear: a cotangent of {outputs} features for a weight of shape {:?}", weight.dims());
+    }
+    per_dtype!(cotangent, linear_bwd_cpu(cotangent, weight))
+}
+
+/// `y + scale (x Aᵀ) Bᵀ`, the adapter's part added to the frozen layer's output `y`.
+pub fn lora_fwd(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64, y: &Tensor) -> Result<Tensor> {
+    let ((_, inputs), (rank, a_in), (out, b_rank)) = (rows_of(x)?, a.dims2()?, b.dims2()?);
+    if a_in != inputs || rank != b_rank || out != rows_of(y)?.1 {
+        bail!("LoRA factors A {:?}, B {:?} on a layer {:?} -> {:?}", a.dims(), b.dims(), x.dims(), y.dims());
+    }
+    per_dtype!(x, lora_fwd_cpu(x, a, b, scale, y))
+}
+
+/// Gradients of [`lora_fwd`] with respect to (x, A, B); the one of `y` is the cotangent itself.
+pub fn lora_bwd(
+    cotangent: &Tensor,
+    x: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    per_dtype!(x, lora_bwd_cpu(cotangent, x, a, b, scale))
+}
+
+use cpu::{
+    linear_bwd as linear_bwd_cpu, linear_fwd as linear_fwd_cpu, lora_bwd as lora_bwd_cpu, lora_fwd as lora_fwd_cpu,
+};
+
+/// (number of rows, features) of a tensor whose last axis is the features.
+fn rows_of(x: &Tensor) -> Result<(usize, usize)> {
+    let features = *x.dims().last().unwrap_or(&1);
+    Ok((x.elem_count() / features.max(1), features))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Case, check};
+
+    #[test]
+    fn linear_agrees_with_autograd_and_finite_differences() {
+        for (rows, inputs, outputs) in [(1, 1, 1), (3, 5, 7), (33, 64, 17)] {
+            let weight = Case::normal(&[outputs, inputs], 1);
+            let bias = Case::normal(&[outputs], 2);
+            check(
+                &[Case::normal(&[2, rows, inputs], 3)],
+                |x| linear_fwd(&x[0], &weight.to_dtype(x[0].dtype())?, Some(&bias.to_dtype(x[0].dtype())?)),
+                |x, dy| Ok(vec![linear_bwd(dy, &weight.to_dtype(x[0].dtype())?)?]),
+                |x| {
+                    let weight = weight.to_dtype(x[0].dtype())?.t()?;
+                    x[0].broadcast_matmul(&weight)?.broadcast_add(&bias.to_dtype(x[0].dtype())?)
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn lora_agrees_with_autograd_and_finite_differences() {
+        for (rows, inputs, outputs, rank) in [(1, 3, 2, 1), (5, 7, 6, 2), (40, 16, 24, 4)] {
+            let y = Case::normal(&[2, rows, outputs], 9);
+            check(
+                &[
+                    Case::normal(&[2, rows, inputs], 1),
+                    Case::normal(&[rank, inputs], 2),
+                    Case::normal(&[outputs, rank], 3),
+                ],
+                |t| lora_fwd(&t[0], &t[1], &t[2], 0.7, &y.to_dtype(t[0].dtype())?),
+                |t, dy| {
+                    let (dx, da, db) = lora_bwd(dy, &t[0], &t[1], &t[2], 0.7)?;
+                    Ok(vec![dx, da, db])
+                },
+                |t| {
+                    let low = t[0].broadcast_matmul(&t[1].t()?)?;
+                    low.broadcast_matmul(&t[2].t()?)?.affine(0.7, 0.0)?.add(&y.to_dtype(t[0].dtype())?)
+                },
+            );
+        }
+    }
+}

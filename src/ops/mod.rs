@@ -1,0 +1,48 @@
+//! Differentiable operations over frozen weights: each has a forward and a backward, written by hand.
+//!
+//! One folder is one operation: `mod.rs` holds its mathematics, the choice of device and the tests, `cpu.rs` the
+//! kernel. An operation is a pair of plain functions on tensors, `<op>_fwd` and `<op>_bwd`; what is kept between the
+//! two is the caller's business ([`crate::nn`] records it on a tape).
+//!
+//! Activations are channels-last, (B, H, W, C) or (B, N, C), contiguous. The CPU kernels exist in f32, which is what
+//! runs, and in f64, which is what finite differences are taken in.
+
+pub mod activation;
+pub mod attention;
+pub mod conv2d;
+pub mod geglu;
+pub mod group_norm;
+mod host;
+pub mod layer_norm;
+pub mod linear;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod upsample;
+
+pub use host::Real;
+pub(crate) use host::{Host, SharedMut, per_dtype, tensor_from};
+
+/// Matrix products `dst = beta_dst * dst + a b`, over strided views of host memory.
+pub(crate) mod gemm;
+
+/// Peak of this machine's matrix product as this program reaches it, in floating point operations a second.
+///
+/// Multiplies two square f32 matrices of side `n` `repetitions` times and takes the best; a yardstick for benches.
+pub fn matmul_peak(n: usize, repetitions: usize) -> f64 {
+    let a = vec![1f32; n * n];
+    let b = vec![1f32; n * n];
+    let mut c = vec![0f32; n * n];
+    let mut best = f64::INFINITY;
+    for _ in 0..repetitions {
+        let start = std::time::Instant::now();
+        gemm::gemm(
+            gemm::View::rows(&a, n, n),
+            gemm::View::rows(&b, n, n),
+            gemm::ViewMut::rows(&mut c, n, n),
+            false,
+            gemm::Threads::All,
+        );
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    2.0 * (n as f64).powi(3) / best
+}

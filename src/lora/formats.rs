@@ -1,10 +1,10 @@
 //! LoRA files: diffusers, peft and the older attention processors are read, diffusers is written.
 //!
-//! | [`Format`]  | the two factors of a layer `...attn1.to_q`                                                         |
-//! |-------------|----------------------------------------------------------------------------------------------------|
-//! | `Diffusers` | `unet.(..)attn1.to_q.lora_A.weight`, `lora_B`; before 0.27 `lora.down.weight`, `lora.up.weight`     |
-//! | `Peft`      | the same without `unet.`, or with `base_model.model.`, or with the adapter's name: `lora_A.default.weight` |
-//! | `AttnProcs` | `(..)attn1.processor.to_q_lora.down.weight`, `up`; `to_out_lora` is the layer `to_out.0`             |
+//! | [`Format`]  | the two factors of a layer `...attn1.to_q`                                                   |
+//! |-------------|----------------------------------------------------------------------------------------------|
+//! | `Diffusers` | `unet.(..)attn1.to_q.lora_A.weight`, `lora_B`; or `lora.down.weight`, `lora.up.weight`       |
+//! | `Peft`      | the same without `unet.`, or with `base_model.model.`; an adapter's name (`lora_A.default.`) is dropped |
+//! | `AttnProcs` | `(..)attn1.processor.to_q_lora.down.weight`, `up`; `to_out_lora` is the layer `to_out.0`     |
 //!
 //! **Alpha.** Without a word about it alpha is the rank (the product counts once). diffusers, from 0.35 on, keeps
 //! peft's `LoraConfig` as JSON in the safetensors header under `lora_adapter_metadata` (`unet.lora_alpha`,
@@ -31,8 +31,13 @@ use super::{Adapters, Factor};
 const CONFIG_KEY: &str = "lora_adapter_metadata";
 
 /// What a folder may hold, best first.
-const FILE_NAMES: [&str; 5] =
-    ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin", "pytorch_model.bin"];
+const FILE_NAMES: [&str; 5] = [
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+    "pytorch_model.bin",
+];
 
 /// A LoRA as it was found in a file.
 #[derive(Clone, Debug)]
@@ -99,31 +104,41 @@ fn find_file(path: &Path) -> Result<PathBuf> {
     }
     match FILE_NAMES.iter().map(|name| path.join(name)).find(|file| file.is_file()) {
         Some(file) => Ok(file),
-        None => bail!("no LoRA in the folder {}: looked for {}; name the file if it is called otherwise", path.display(), FILE_NAMES.join(", ")),
+        None => bail!(
+            "no LoRA in the folder {}: looked for {}; name the file if it is called otherwise",
+            path.display(),
+            FILE_NAMES.join(", ")
+        ),
     }
 }
 
 fn read(file: &Path) -> Result<LoadedLora> {
     let bytes = fs::read(file)?;
-    let (tensors, mut metadata) = if bytes.starts_with(b"PK") { (read_pickle(file)?, HashMap::new()) } else { read_safetensors(&bytes)? };
+    let (tensors, mut metadata) =
+        if bytes.starts_with(b"PK") { (read_pickle(file)?, HashMap::new()) } else { read_safetensors(&bytes)? };
     metadata.remove("format");
     let alphas = match metadata.remove(CONFIG_KEY) {
         Some(config) => AlphaRule::parse(&config).with_context(|| format!("in the header's `{CONFIG_KEY}`"))?,
         None => read_adapter_config(file)?,
     };
     let (layers, format, ignored) = group_by_layer(tensors)?;
-    let factors = layers.into_iter().map(|(module, parts)| parts.into_factor(module, &alphas)).collect::<Result<_>>()?;
+    let factors =
+        layers.into_iter().map(|(module, parts)| parts.into_factor(module, &alphas)).collect::<Result<_>>()?;
     Ok(LoadedLora { adapters: Adapters::new(factors)?, metadata, format, ignored })
 }
 
 /// The tensors and the header's strings.
 fn read_safetensors(bytes: &[u8]) -> Result<(HashMap<String, Tensor>, HashMap<String, String>)> {
-    let (_, header) = SafeTensors::read_metadata(bytes).context("not a safetensors file, or a truncated one; copy or download it again")?;
+    let (_, header) = SafeTensors::read_metadata(bytes).context(
+        "neither a safetensors file nor a PyTorch archive (1.6 or later), or a truncated one; \
+         copy it again, or save it as safetensors with Python",
+    )?;
     Ok((load_buffer(bytes, &Device::Cpu)?, header.metadata().clone().unwrap_or_default()))
 }
 
 fn read_pickle(file: &Path) -> Result<HashMap<String, Tensor>> {
-    let tensors = pickle::read_all(file).context("not a PyTorch state dict of plain tensors, or a truncated one; save it as safetensors with Python")?;
+    let tensors = pickle::read_all(file)
+        .context("not a PyTorch state dict of plain tensors, or a truncated one; save it as safetensors with Python")?;
     Ok(tensors.into_iter().collect())
 }
 
@@ -163,7 +178,10 @@ fn group_by_layer(tensors: HashMap<String, Tensor>) -> Result<(BTreeMap<String, 
     match formats.first() {
         Some(&format) => Ok((layers, format, ignored)),
         None if ignored.is_empty() => bail!("the file holds no tensor"),
-        None => bail!("the file adapts the text encoder only ({} tensors); only adapters of the UNet are supported", ignored.len()),
+        None => bail!(
+            "the file adapts the text encoder only ({} tensors); only adapters of the UNet are supported",
+            ignored.len()
+        ),
     }
 }
 
@@ -180,8 +198,12 @@ fn parse_key(key: &str) -> Option<(Format, String, Part)> {
         Some(rest) => (Format::Diffusers, rest),
         None => (Format::Peft, key.strip_prefix("base_model.model.").unwrap_or(key)),
     };
-    const OLD: [(&str, Part); 4] =
-        [("_lora.down.weight", Part::A), ("_lora.up.weight", Part::B), ("_lora.network_alpha", Part::Alpha), ("_lora.alpha", Part::Alpha)];
+    const OLD: [(&str, Part); 4] = [
+        ("_lora.down.weight", Part::A),
+        ("_lora.up.weight", Part::B),
+        ("_lora.network_alpha", Part::Alpha),
+        ("_lora.alpha", Part::Alpha),
+    ];
     if let Some((module, part)) = OLD.iter().find_map(|&(suffix, part)| Some((rest.strip_suffix(suffix)?, part))) {
         let module = module.replace(".processor.", ".");
         let index = if module.ends_with(".to_out") { ".0" } else { "" };
@@ -230,7 +252,9 @@ impl Parts {
         let ((key_a, a), (key_b, b)) = match (self.a, self.b) {
             (Some(a), Some(b)) => (a, b),
             (Some((key, _)), None) => bail!("`{key}` has no partner: the lora_B (up) factor of `{module}` is missing"),
-            (None, Some((key, _))) => bail!("`{key}` has no partner: the lora_A (down) factor of `{module}` is missing"),
+            (None, Some((key, _))) => {
+                bail!("`{key}` has no partner: the lora_A (down) factor of `{module}` is missing")
+            }
             (None, None) => bail!("an alpha without factors for the layer `{module}`"),
         };
         let (a, b) = (matrix(&key_a, &a)?, matrix(&key_b, &b)?);
@@ -272,8 +296,11 @@ impl AlphaRule {
     /// Reads `lora_alpha`, `alpha_pattern` and `use_rslora`, with or without diffusers' `unet.` in front.
     fn parse(config: &str) -> Result<Self> {
         let config: Map<String, Value> = serde_json::from_str(config)?;
-        let field = |name: &str| config.get(&format!("unet.{name}")).or_else(|| config.get(name)).filter(|value| !value.is_null());
-        let number = |name: &str, value: &Value| value.as_f64().with_context(|| format!("`{name}` is {value}, not a number"));
+        let field = |name: &str| {
+            config.get(&format!("unet.{name}")).or_else(|| config.get(name)).filter(|value| !value.is_null())
+        };
+        let number =
+            |name: &str, value: &Value| value.as_f64().with_context(|| format!("`{name}` is {value}, not a number"));
         let mut pattern = Vec::new();
         for (layer, alpha) in field("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
             // peft takes the keys for regular expressions; diffusers writes `^` and the layer's name.
@@ -354,7 +381,10 @@ fn safetensors_bytes(adapters: &Adapters, metadata: &BTreeMap<String, String>) -
         for value in tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()? {
             data.extend_from_slice(&value.to_le_bytes());
         }
-        header.insert(format!("unet.{name}"), json!({"dtype": "F32", "shape": tensor.dims(), "data_offsets": [start, data.len()]}));
+        header.insert(
+            format!("unet.{name}"),
+            json!({"dtype": "F32", "shape": tensor.dims(), "data_offsets": [start, data.len()]}),
+        );
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' '); // so that the data can be mapped aligned
@@ -396,8 +426,13 @@ mod tests {
 
     fn write(folder: &Path, name: &str, tensors: &[(&str, Tensor)], header: &[(&str, &str)]) -> PathBuf {
         let path = folder.join(name);
-        let header = header.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        safetensors::serialize_to_file(tensors.iter().map(|(k, t)| (*k, t)), Some(header), &path).unwrap();
+        let header = header.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<HashMap<_, _>>();
+        safetensors::serialize_to_file(
+            tensors.iter().map(|(k, t)| (*k, t)),
+            (!header.is_empty()).then_some(header),
+            &path,
+        )
+        .unwrap();
         path
     }
 
@@ -417,8 +452,12 @@ mod tests {
     fn a_saved_file_reads_back_with_ranks_alphas_and_metadata() {
         let folder = folder();
         let path = folder.path().join("pytorch_lora_weights.safetensors");
-        let adapters = Adapters::new(vec![factor(Q, 2, 8.0), factor(OUT, 3, 8.0), factor("mid_block.x.to_k", 2, 0.3)]).unwrap();
-        let metadata = HashMap::from([("reward".to_owned(), "aesthetic \"v2\"\n".to_owned()), ("seed".to_owned(), "7".to_owned())]);
+        let adapters =
+            Adapters::new(vec![factor(Q, 2, 8.0), factor(OUT, 3, 8.0), factor("mid_block.x.to_k", 2, 0.3)]).unwrap();
+        let metadata = HashMap::from([
+            ("reward".to_owned(), "aesthetic \"v2\"\n".to_owned()),
+            ("seed".to_owned(), "7".to_owned()),
+        ]);
         save(&adapters, &metadata, &path).unwrap();
         for place in [folder.path(), &path] {
             let lora = load(place).unwrap();
@@ -468,7 +507,12 @@ mod tests {
         ] {
             assert_eq!(parse_key(&key), Some((format, format!("{attn}.{layer}"), part)), "{key}");
         }
-        for key in ["lora_unet_down_blocks_0_to_q.lora_down.weight", "unet.x.to_q.lora_magnitude_vector", "unet.x.to_q.weight", "unet.x.lora_B.bias"] {
+        for key in [
+            "lora_unet_down_blocks_0_to_q.lora_down.weight",
+            "unet.x.to_q.lora_magnitude_vector",
+            "unet.x.to_q.weight",
+            "unet.x.lora_B.bias",
+        ] {
             assert_eq!(parse_key(key), None, "{key}");
         }
     }
@@ -484,7 +528,8 @@ mod tests {
             ("text_encoder.layers.0.lora_A.weight", count(&[2, 6])),
         ];
         // The scalar counts before the header.
-        let lora = load(&write(folder.path(), "x.safetensors", &tensors, &[(CONFIG_KEY, r#"{"unet.lora_alpha": 9}"#)])).unwrap();
+        let lora = load(&write(folder.path(), "x.safetensors", &tensors, &[(CONFIG_KEY, r#"{"unet.lora_alpha": 9}"#)]))
+            .unwrap();
         let conv = lora.adapters.get("conv").unwrap();
         assert_eq!((conv.a.dims(), conv.b.dims(), conv.alpha, conv.scale()), (&[2, 6][..], &[5, 2][..], 1.0, 0.5));
         assert_eq!((conv.a.dtype(), values(&conv.b)), (DType::F32, (0..10).map(|x| x as f32).collect()));
@@ -494,7 +539,10 @@ mod tests {
     #[test]
     fn alpha_is_the_rank_if_nothing_says_otherwise() {
         let folder = folder();
-        let tensors = [("a.attn1.processor.to_out_lora.down.weight", count(&[4, 6])), ("a.attn1.processor.to_out_lora.up.weight", count(&[5, 4]))];
+        let tensors = [
+            ("a.attn1.processor.to_out_lora.down.weight", count(&[4, 6])),
+            ("a.attn1.processor.to_out_lora.up.weight", count(&[5, 4])),
+        ];
         let lora = load(&write(folder.path(), "x.safetensors", &tensors, &[])).unwrap();
         assert_eq!((lora.format, lora.adapters.get("a.attn1.to_out.0").unwrap().alpha), (Format::AttnProcs, 4.0));
     }
@@ -502,7 +550,14 @@ mod tests {
     #[test]
     fn the_config_of_peft_gives_alpha() {
         let folder = folder();
-        let tensors = ["a.to_q", "b.to_q", "b.to_k"].map(|m| [(format!("base_model.model.{m}.lora_A.weight"), count(&[4, 6])), (format!("base_model.model.{m}.lora_B.weight"), count(&[5, 4]))]).concat();
+        let tensors = ["a.to_q", "b.to_q", "b.to_k"]
+            .map(|m| {
+                [
+                    (format!("base_model.model.{m}.lora_A.weight"), count(&[4, 6])),
+                    (format!("base_model.model.{m}.lora_B.weight"), count(&[5, 4])),
+                ]
+            })
+            .concat();
         let tensors: Vec<_> = tensors.iter().map(|(k, t)| (k.as_str(), t.clone())).collect();
         write(folder.path(), "adapter_model.safetensors", &tensors, &[]);
         let alphas = |config: &str| {
@@ -514,7 +569,8 @@ mod tests {
         assert_eq!(alphas(r#"{"r": 4, "lora_alpha": 8, "alpha_pattern": null}"#), [8.0, 8.0, 8.0]);
         assert_eq!(alphas(r#"{"lora_alpha": 8, "alpha_pattern": {"^a\\.to_q": 1, "to_q": 2}}"#), [1.0, 2.0, 8.0]);
         assert_eq!(alphas(r#"{"lora_alpha": 8, "use_rslora": true}"#), [16.0, 16.0, 16.0]);
-        fs::write(folder.path().join("adapter_config.json"), r#"{"lora_alpha": 8, "alpha_pattern": {"to_(q|k)": 2}}"#).unwrap();
+        fs::write(folder.path().join("adapter_config.json"), r#"{"lora_alpha": 8, "alpha_pattern": {"to_(q|k)": 2}}"#)
+            .unwrap();
         assert!(error(folder.path()).contains("regular expression"), "{}", error(folder.path()));
     }
 
@@ -525,10 +581,13 @@ mod tests {
         let (a, b) = (("unet.m.lora_A.weight", count(&[2, 6])), ("unet.m.lora_B.weight", count(&[5, 2])));
         let cases = [
             (file(&[]), "no tensor"),
-            (file(&[a.clone()]), "lora_B (up) factor of `m` is missing"),
-            (file(&[b.clone()]), "`unet.m.lora_B.weight` has no partner"),
+            (file(std::slice::from_ref(&a)), "lora_B (up) factor of `m` is missing"),
+            (file(std::slice::from_ref(&b)), "`unet.m.lora_B.weight` has no partner"),
             (file(&[("unet.m.alpha", count(&[1]))]), "alpha without factors"),
-            (file(&[a.clone(), b.clone(), ("unet.m.lora.up.weight", count(&[5, 2]))]), "the same factor of the same layer"),
+            (
+                file(&[a.clone(), b.clone(), ("unet.m.lora.up.weight", count(&[5, 2]))]),
+                "the same factor of the same layer",
+            ),
             (file(&[a.clone(), b.clone(), ("what", count(&[1]))]), "the key `what` is not understood"),
             (file(&[a.clone(), b.clone(), ("unet.m.alpha", count(&[2]))]), "`unet.m.alpha` is not a number"),
             (file(&[a.clone(), ("unet.m.lora_B.weight", count(&[5, 3]))]), "do not fit together"),

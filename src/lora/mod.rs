@@ -121,6 +121,10 @@ impl Adapters {
     pub fn get(&self, module: &str) -> Option<&Factor> {
         self.index.get(module).map(|&i| &self.factors[i])
     }
+    /// The place of a module's factors in [`Self::factors`].
+    pub fn position(&self, module: &str) -> Option<usize> {
+        self.index.get(module).copied()
+    }
     pub fn is_empty(&self) -> bool {
         self.factors.is_empty()
     }

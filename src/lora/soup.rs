@@ -42,7 +42,9 @@ pub fn mix(parts: &[(Adapters, f64)], average: Average) -> Result<Adapters> {
             let factors = modules(&parts).into_iter().map(|module| {
                 let product = LowRank::sum(module, &parts)?;
                 match rank {
-                    Some(rank) if rank < product.rank() => product.truncate(rank).with_context(|| format!("truncating `{module}`"))?,
+                    Some(rank) if rank < product.rank() => {
+                        product.truncate(rank).with_context(|| format!("truncating `{module}`"))?
+                    }
                     _ => product,
                 }
                 .into_factor(module)
@@ -81,10 +83,18 @@ fn mix_factors(parts: &[(Adapters, f64)]) -> Result<Adapters> {
                 bail!("not all parts of the soup adapt `{module}`; {HINT}");
             };
             if (factor.a.dims(), factor.b.dims()) != (like.a.dims(), like.b.dims()) {
-                bail!("the parts of the soup have different ranks or shapes at `{module}`: A is {:?} and {:?}; {HINT}", like.a.dims(), factor.a.dims());
+                bail!(
+                    "the parts of the soup have different ranks or shapes at `{module}`: A is {:?} and {:?}; {HINT}",
+                    like.a.dims(),
+                    factor.a.dims()
+                );
             }
             if (factor.alpha - like.alpha).abs() > 1e-9 * like.alpha.abs() {
-                bail!("the parts of the soup have different alphas at `{module}`: {} and {}; {HINT}", like.alpha, factor.alpha);
+                bail!(
+                    "the parts of the soup have different alphas at `{module}`: {} and {}; {HINT}",
+                    like.alpha,
+                    factor.alpha
+                );
             }
             a = (a + factor.a.affine(*weight, 0.0)?)?;
             b = (b + factor.b.affine(*weight, 0.0)?)?;
@@ -114,9 +124,12 @@ impl LowRank {
     /// sum_i c_i s_i B_i A_i of one layer as [.. B_i ..] [.. A_i ..]^T, with s_i = alpha_i / rank_i. Each side takes the
     /// root of |c_i s_i|, so that neither is large, and B the sign.
     fn sum(module: &str, parts: &[(&Adapters, f64)]) -> Result<Self> {
-        let terms: Vec<(&Factor, f64)> =
-            parts.iter().filter_map(|(part, weight)| part.get(module).map(|factor| (factor, weight * factor.scale()))).collect();
-        let shapes: BTreeSet<_> = terms.iter().map(|(factor, _)| (factor.in_features(), factor.out_features())).collect();
+        let terms: Vec<(&Factor, f64)> = parts
+            .iter()
+            .filter_map(|(part, weight)| part.get(module).map(|factor| (factor, weight * factor.scale())))
+            .collect();
+        let shapes: BTreeSet<_> =
+            terms.iter().map(|(factor, _)| (factor.in_features(), factor.out_features())).collect();
         let (Some(&(inputs, outputs)), 1) = (shapes.first(), shapes.len()) else {
             bail!("the parts are for different models: the layer `{module}` has the shapes (in, out) {shapes:?}");
         };
@@ -148,21 +161,70 @@ impl LowRank {
     fn truncate(&self, rank: usize) -> Result<Self> {
         let (qr_b, qr_a) = (self.b.clone().qr(), self.a.transpose().qr());
         let core = qr_b.r() * qr_a.r().transpose();
-        if !core.iter().all(|value| value.is_finite()) {
-            bail!("the factors are not finite");
+        let (mut us, mut v) = orthogonal_columns(core)?; // core = us v^T
+        let mut order: Vec<(usize, f64)> = us.column_iter().map(|column| column.norm()).enumerate().collect();
+        order.sort_by(|(_, x), (_, y)| y.total_cmp(x));
+        order.truncate(rank);
+        for &(i, singular_value) in order.iter().filter(|(_, singular_value)| *singular_value > 0.0) {
+            us.column_mut(i).unscale_mut(singular_value.sqrt());
+            v.column_mut(i).scale_mut(singular_value.sqrt());
         }
-        const SWEEPS: usize = 100_000; // a bound against hanging; a few per singular value are usual
-        let svd = core.try_svd(true, true, f64::EPSILON, SWEEPS).context("the singular value decomposition does not converge")?;
-        let (Some(u), Some(v_t)) = (svd.u, svd.v_t) else { bail!("the singular value decomposition has no vectors") };
-        let rank = rank.min(svd.singular_values.len());
-        let roots = DMatrix::from_diagonal(&svd.singular_values.rows(0, rank).map(f64::sqrt));
-        Ok(Self { a: &roots * v_t.rows(0, rank) * qr_a.q().transpose(), b: qr_b.q() * u.columns(0, rank) * &roots })
+        let kept: Vec<usize> = order.iter().map(|&(i, _)| i).collect();
+        Ok(Self { a: (qr_a.q() * v.select_columns(&kept)).transpose(), b: qr_b.q() * us.select_columns(&kept) })
     }
 
     /// alpha = rank: the scale is in the factors.
     fn into_factor(self, module: &str) -> Result<Factor> {
         let rank = self.rank() as f64;
         Factor::new(module, to_tensor(&self.a)?, to_tensor(&self.b)?, rank)
+    }
+}
+
+/// core = us v^T with orthogonal columns of us, whose norms are the singular values, and an orthogonal v: one-sided
+/// Jacobi rotations (Hestenes 1958).
+///
+/// Not nalgebra's `svd`: version 0.35 gives a wrong decomposition for one in ten matrices that lack rank, and the
+/// checkpoints of one run nearly share their A.
+///
+/// # Errors
+/// The matrix is not finite.
+fn orthogonal_columns(core: DMatrix<f64>) -> Result<(DMatrix<f64>, DMatrix<f64>)> {
+    const MAX_SWEEPS: usize = 100; // about ten are usual
+    const COSINE: f64 = 1e-14; // columns count as orthogonal below it; the result is rounded to f32 (6e-8)
+    let n = core.ncols();
+    let zero = (COSINE * core.norm()).powi(2); // the square of a norm that is rounding error
+    if !zero.is_finite() {
+        bail!("the factors are not finite, or too large to multiply");
+    }
+    let (mut us, mut v) = (core, DMatrix::identity(n, n));
+    for _ in 0..MAX_SWEEPS {
+        let mut done = true;
+        for (p, q) in (0..n).flat_map(|p| (p + 1..n).map(move |q| (p, q))) {
+            let (pp, qq, pq) =
+                (us.column(p).norm_squared(), us.column(q).norm_squared(), us.column(p).dot(&us.column(q)));
+            if pp.min(qq) <= zero || pq.abs() <= COSINE * (pp * qq).sqrt() {
+                continue;
+            }
+            // The angle that makes the columns orthogonal: tan^2 + 2 cot(2 angle) tan - 1 = 0, the smaller root.
+            let cot = (qq - pp) / (2.0 * pq);
+            let tan = cot.signum() / (cot.abs() + cot.hypot(1.0));
+            let cos = 1.0 / tan.hypot(1.0);
+            rotate(&mut us, p, q, cos, cos * tan);
+            rotate(&mut v, p, q, cos, cos * tan);
+            done = false;
+        }
+        if done {
+            return Ok((us, v));
+        }
+    }
+    bail!("the singular value decomposition does not converge in {MAX_SWEEPS} sweeps")
+}
+
+/// Columns (x, y) -> (cos x - sin y, sin x + cos y).
+fn rotate(matrix: &mut DMatrix<f64>, p: usize, q: usize, cos: f64, sin: f64) {
+    for row in 0..matrix.nrows() {
+        let (x, y) = (matrix[(row, p)], matrix[(row, q)]);
+        (matrix[(row, p)], matrix[(row, q)]) = (cos * x - sin * y, sin * x + cos * y);
     }
 }
 
@@ -207,7 +269,9 @@ mod tests {
 
     /// alpha / rank B A, (9, 7).
     fn dense(adapters: &Adapters, module: &str) -> DMatrix<f64> {
-        adapters.get(module).map_or(DMatrix::zeros(9, 7), |f| to_matrix(&f.b).unwrap() * to_matrix(&f.a).unwrap() * f.scale())
+        adapters
+            .get(module)
+            .map_or(DMatrix::zeros(9, 7), |f| to_matrix(&f.b).unwrap() * to_matrix(&f.a).unwrap() * f.scale())
     }
 
     fn product(parts: &[(Adapters, f64)], rank: Option<usize>) -> Adapters {
@@ -229,7 +293,8 @@ mod tests {
 
     #[test]
     fn the_truncation_is_that_of_the_dense_product() {
-        let parts: Vec<_> = (0..3).map(|i| (adapters([factor(i, "m", 2, 3.0), factor(i + 50, "n", 1, 1.0)]), 0.5 + i as f64)).collect();
+        let parts: Vec<_> =
+            (0..3).map(|i| (adapters([factor(i, "m", 2, 3.0), factor(i + 50, "n", 1, 1.0)]), 0.5 + i as f64)).collect();
         let exact = product(&parts, None);
         for rank in 1..=5 {
             let truncated = product(&parts, Some(rank));
@@ -252,7 +317,9 @@ mod tests {
     fn a_deficient_product_loses_nothing() {
         // The same adapter twice, and one that starts as zero: rank 2 held in 6.
         let x = adapters([factor(1, "m", 2, 2.0)]);
-        let fresh = adapters([Factor::new("m", noise(9, 2, 7), Tensor::zeros((9, 2), DType::F32, &Device::Cpu).unwrap(), 2.0).unwrap()]);
+        let fresh =
+            adapters([Factor::new("m", noise(9, 2, 7), Tensor::zeros((9, 2), DType::F32, &Device::Cpu).unwrap(), 2.0)
+                .unwrap()]);
         let parts = [(x.clone(), 0.25), (fresh, 1.0), (x.clone(), 0.75)];
         assert!(relative_error(&x, &product(&parts, Some(2))).unwrap() < 1e-6);
         assert!(relative_error(&x, &product(&parts, Some(4))).unwrap() < 1e-6);
@@ -260,6 +327,30 @@ mod tests {
         let many: Vec<_> = (0..6).map(|i| (adapters([factor(i, "m", 3, 3.0)]), 1.0)).collect();
         assert_eq!(product(&many, Some(10)).get("m").unwrap().rank(), 7);
         assert!(relative_error(&product(&many, None), &product(&many, Some(10))).unwrap() < 1e-6);
+    }
+
+    #[test]
+    fn the_decomposition_holds_for_deficient_matrices() {
+        for i in 0..400 {
+            let (rows, columns, rank) = (1 + i % 23, 1 + i % 17, i % 5);
+            let matrix = |seed: usize, rows: usize, columns: usize| {
+                to_matrix(&noise(seed as u64, rows, columns.max(1))).unwrap()
+            };
+            let mut core = matrix(i, rows, rank) * matrix(i + 1000, columns, rank).transpose();
+            if rank == 0 {
+                core.fill(0.0);
+            }
+            let (us, v) = orthogonal_columns(core.clone()).unwrap();
+            let (scale, eye) = (1e-12 * core.norm(), DMatrix::identity(columns, columns));
+            assert!((&us * v.transpose() - &core).norm() <= scale && (v.transpose() * &v - eye).norm() < 1e-12, "{i}");
+            let gram = us.transpose() * &us;
+            assert!((&gram - DMatrix::from_diagonal(&gram.diagonal())).norm() <= scale * core.norm(), "{i}");
+            // In a product of more rank, cut to what it holds.
+            let wide = LowRank { a: matrix(i, 6, columns), b: matrix(i + 1, rows, 3) * matrix(i + 2, 3, 6) };
+            let cut = wide.truncate(3).unwrap();
+            assert!((cut.b * cut.a - &wide.b * &wide.a).norm() < 1e-12 * wide.b.norm() * wide.a.norm(), "{i}");
+        }
+        assert!(orthogonal_columns(DMatrix::from_element(2, 2, f64::NAN)).is_err());
     }
 
     #[test]
@@ -299,7 +390,13 @@ mod tests {
     fn what_cannot_be_mixed_is_an_error() {
         let one = |module: &str, rank, alpha| adapters([factor(1, module, rank, alpha)]);
         let x = one("m", 2, 2.0);
-        for other in [one("m", 3, 3.0), one("m", 2, 1.0), one("n", 2, 2.0), Adapters::default(), adapters([factor(1, "m", 2, 2.0), factor(1, "n", 2, 2.0)])] {
+        for other in [
+            one("m", 3, 3.0),
+            one("m", 2, 1.0),
+            one("n", 2, 2.0),
+            Adapters::default(),
+            adapters([factor(1, "m", 2, 2.0), factor(1, "n", 2, 2.0)]),
+        ] {
             for parts in [[(x.clone(), 0.5), (other.clone(), 0.5)], [(other.clone(), 0.5), (x.clone(), 0.5)]] {
                 let error = mix(&parts, Average::Factors).unwrap_err();
                 assert!(error.to_string().contains("average the products"), "{error}");

@@ -203,7 +203,10 @@ impl Hub {
         }
         if self.offline {
             self.cached_commit().with_context(|| {
-                format!("{} is not in the Hugging Face cache and HF_HUB_OFFLINE forbids to ask the hub; {HINT}", self.label())
+                format!(
+                    "{} is not in the Hugging Face cache and HF_HUB_OFFLINE forbids asking the hub; {HINT}",
+                    self.label()
+                )
             })?;
             return Ok(None);
         }
@@ -412,14 +415,30 @@ mod tests {
         assert!(e.contains("does not exist") && e.contains("did you mean") && e.contains("stable-diffusion"), "{e}");
         fs::write(&typed, "x").unwrap();
         assert!(Source::open(typed.to_str().unwrap()).unwrap_err().to_string().contains("is a file"));
-        assert!(resolve_file("weights/no-such-head.safetensors", "x").unwrap_err().to_string().contains("does not exist"));
+        assert!(
+            resolve_file("weights/no-such-head.safetensors", "x").unwrap_err().to_string().contains("does not exist")
+        );
     }
 
     #[test]
     fn hub_ids_are_told_from_paths() {
         assert_eq!(parse_hub_id("owner/name-1.5"), Some(("owner/name-1.5", "main")));
         assert_eq!(parse_hub_id("owner/name@refs/pr/1"), Some(("owner/name", "refs/pr/1")));
-        for path in ["name", "./a/b", "/a/b", "a/b/c", "a/", "~/b", "../b", "a/..", "a/b@", "a/b@../x", "a/head.pth", "a b/c", ""] {
+        for path in [
+            "name",
+            "./a/b",
+            "/a/b",
+            "a/b/c",
+            "a/",
+            "~/b",
+            "../b",
+            "a/..",
+            "a/b@",
+            "a/b@../x",
+            "a/head.pth",
+            "a b/c",
+            "",
+        ] {
             assert_eq!(parse_hub_id(path), None, "{path}");
         }
     }
@@ -448,7 +467,10 @@ mod tests {
             assert!(unet.find("config.json").unwrap().is_some());
             assert!(unet.find("none.json").unwrap().is_none());
             let e = unet.require("none.json").unwrap_err().to_string();
-            assert!(e.contains("owner/name:unet") && e.contains(if offline { "HF_HUB_OFFLINE" } else { "reached" }), "{e}");
+            assert!(
+                e.contains("owner/name:unet") && e.contains(if offline { "HF_HUB_OFFLINE" } else { "reached" }),
+                "{e}"
+            );
         }
     }
 

@@ -42,7 +42,12 @@ struct Entry {
 
 enum Place {
     /// Bytes `start..end` of a memory-mapped safetensors file.
-    Mapped { map: usize, dtype: Dtype, start: usize, end: usize },
+    Mapped {
+        map: usize,
+        dtype: Dtype,
+        start: usize,
+        end: usize,
+    },
     Pickled,
 }
 
@@ -216,9 +221,10 @@ impl Files {
     }
 
     fn add_pickle(&mut self, path: &Path) -> Result<()> {
-        let tensors = PthTensors::new(path, Some("state_dict")).or_else(|_| PthTensors::new(path, None)).with_context(
-            || format!("{} is truncated or not a PyTorch weight file; download or save it again", path.display()),
-        )?;
+        let tensors =
+            PthTensors::new(path, Some("state_dict")).or_else(|_| PthTensors::new(path, None)).with_context(|| {
+                format!("{} is truncated or not a PyTorch weight file; download or save it again", path.display())
+            })?;
         for (key, info) in tensors.tensor_infos() {
             let shape = info.layout.dims().to_vec();
             self.entries.insert(key.clone(), Entry { shape, place: Place::Pickled });
@@ -240,7 +246,9 @@ impl Files {
                 let found = self.pickle.as_ref().map(|p| p.get(key)).transpose()?.flatten();
                 let found = found.context("the file changed since it was opened")?;
                 match found.dtype() {
-                    DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(found.to_dtype(DType::F32)?.contiguous()?),
+                    DType::F16 | DType::BF16 | DType::F32 | DType::F64 => {
+                        Ok(found.to_dtype(DType::F32)?.contiguous()?)
+                    }
                     dtype => bail!("it has type {dtype:?}; weights are f16, bf16, f32 or f64"),
                 }
             }
@@ -248,9 +256,10 @@ impl Files {
     }
 
     fn missing(&self, key: &str) -> anyhow::Error {
-        let near = self.entries.keys().max_by(|a, b| {
-            strsim::normalized_levenshtein(key, a).total_cmp(&strsim::normalized_levenshtein(key, b))
-        });
+        let near = self
+            .entries
+            .keys()
+            .max_by(|a, b| strsim::normalized_levenshtein(key, a).total_cmp(&strsim::normalized_levenshtein(key, b)));
         match near {
             Some(near) => anyhow!("{}: there is no `{key}`; the nearest key is `{near}`", self.label),
             None => anyhow!("{}: there is no `{key}`; the file holds no tensors", self.label),
@@ -276,7 +285,9 @@ fn not_weights(path: &Path, bytes: &[u8], cause: &dyn Display) -> anyhow::Error 
     if bytes.starts_with(b"version https://git-lfs") {
         anyhow!("{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
     } else if ["pt", "pth", "bin", "ckpt"].contains(&extension) {
-        anyhow!("{path} is truncated or not a PyTorch zip archive; save it again with PyTorch 1.6 or newer, or as safetensors")
+        anyhow!(
+            "{path} is truncated or not a PyTorch zip archive; save it again with PyTorch 1.6 or newer, or as safetensors"
+        )
     } else {
         anyhow!("{path} is truncated or not a safetensors file ({cause}); download or copy it again")
     }
@@ -286,11 +297,13 @@ fn not_weights(path: &Path, bytes: &[u8], cause: &dyn Display) -> anyhow::Error 
 fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
     /// Elements per task: large against the cost of a task, small against the second-level cache.
     const CHUNK: usize = 1 << 15;
+    /// From the bytes of a chunk to its values.
+    type Convert = fn(&[u8], &mut [f32]);
     /// The bit patterns of a chunk of 16-bit floats.
     fn bits(bytes: &[u8]) -> Vec<u16> {
         bytes.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b)).collect()
     }
-    let (width, convert): (usize, fn(&[u8], &mut [f32])) = match dtype {
+    let (width, convert): (usize, Convert) = match dtype {
         Dtype::F16 => (2, |bytes, out| bits(bytes).reinterpret_cast::<f16>().convert_to_f32_slice(out)),
         Dtype::BF16 => (2, |bytes, out| bits(bytes).reinterpret_cast::<bf16>().convert_to_f32_slice(out)),
         Dtype::F32 => (4, |bytes, out| {
@@ -397,12 +410,21 @@ mod tests {
             weights.names()[0].clone()
         };
         let e = error(Weights::open(&source, "model", Some("fp16")));
-        assert!(["model.fp16.safetensors", "model.safetensors.index.json", "model.bin"].iter().all(|f| e.contains(f)), "{e}");
+        assert!(
+            ["model.fp16.safetensors", "model.safetensors.index.json", "model.bin"].iter().all(|f| e.contains(f)),
+            "{e}"
+        );
 
         save(&dir.path().join("model.fp16.safetensors"), &[("half", counted(&[1]))]);
-        assert_eq!((first(None), first(Some("fp16")), first(Some("fp16"))), ("half".into(), "half".into(), "half".into()));
+        assert_eq!(
+            (first(None), first(Some("fp16")), first(Some("fp16"))),
+            ("half".into(), "half".into(), "half".into())
+        );
         save(&dir.path().join("model.safetensors"), &[("full", counted(&[1]))]);
-        assert_eq!((first(None), first(Some("fp16")), first(Some("bf16"))), ("full".into(), "half".into(), "full".into()));
+        assert_eq!(
+            (first(None), first(Some("fp16")), first(Some("bf16"))),
+            ("full".into(), "half".into(), "full".into())
+        );
     }
 
     #[test]
@@ -438,7 +460,9 @@ mod tests {
             fields.extend([crc(data), data.len() as u32, data.len() as u32].iter().flat_map(|x| x.to_le_bytes()));
             fields.extend([name.len() as u8, 0, 0, 0]);
             out.extend([b"PK\x03\x04", &fields[..], name.as_bytes(), data].concat());
-            directory.extend([b"PK\x01\x02\x14\x00", &fields[..], &[0; 10], &offset.to_le_bytes(), name.as_bytes()].concat());
+            directory.extend(
+                [b"PK\x01\x02\x14\x00", &fields[..], &[0; 10], &offset.to_le_bytes(), name.as_bytes()].concat(),
+            );
         }
         let n = files.len() as u8;
         let (size, offset) = (directory.len() as u32, out.len() as u32);
@@ -454,8 +478,14 @@ mod tests {
         let text = |s: &str| [b"X", &(s.len() as u32).to_le_bytes()[..], s.as_bytes()].concat();
         // {"w": a float tensor of shape (2, 3)}
         let state: Vec<u8> = [
-            b"}", &text("w")[..], b"ctorch._utils\n_rebuild_tensor_v2\n((", &text("storage"), b"ctorch\nFloatStorage\n", &text("0"),
-            &text("cpu"), b"K\x06tQK\0K\x02K\x03\x86K\x03K\x01\x86\x89ccollections\nOrderedDict\n)RtRs",
+            b"}",
+            &text("w")[..],
+            b"ctorch._utils\n_rebuild_tensor_v2\n((",
+            &text("storage"),
+            b"ctorch\nFloatStorage\n",
+            &text("0"),
+            &text("cpu"),
+            b"K\x06tQK\0K\x02K\x03\x86K\x03K\x01\x86\x89ccollections\nOrderedDict\n)RtRs",
         ]
         .concat();
         let nested = [b"}", &text("epoch")[..], b"K\x03s", &text("state_dict"), &state, b"s"].concat();

@@ -1,0 +1,349 @@
+//! The command line: clap structs and the parsers of single arguments, nothing that acts.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{Precision, REWARD_KINDS, parse_device};
+
+/// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
+#[derive(Parser, Debug)]
+#[command(name = "alignprop", version, arg_required_else_help = true, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Train a LoRA on the rewards of a config
+    Train(TrainArgs),
+    /// Score a checkpoint beside the base model, on the same prompts and noise
+    Eval(EvalArgs),
+    /// Average LoRAs into one, or mix them with the base model
+    Soup(SoupArgs),
+    /// Make images, with or without a LoRA
+    Sample(SampleArgs),
+    /// Compare this program's numbers with recorded ones of the reference implementation
+    Verify(VerifyArgs),
+}
+
+/// Where the experiment's settings come from.
+#[derive(Args, Debug)]
+pub struct ConfigArgs {
+    /// The experiment file; without it, the defaults
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Change one setting, for example optimizer.lr=1e-4; may be given again
+    ///
+    /// The value is read as TOML and, where that fails, taken as a string: model.path=DIR needs no quotes.
+    /// A new truncation.rule or source of prompts takes the place of the config's.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop train --config configs/aesthetic.toml
+  alignprop train --config configs/aesthetic.toml --set truncation.rule=fixed --set truncation.k=1
+  alignprop train --config configs/hps.toml --set reward.aesthetic.weight=0 --set run.dir=runs/hps-2
+  alignprop train --resume runs/aesthetic --set train.steps=200")]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    /// Go on from the last checkpoint of this run folder, with its config
+    #[arg(long, value_name = "RUN")]
+    pub resume: Option<PathBuf>,
+
+    /// Check the config and the models, say what would run, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// cpu, cuda or cuda:N; instead of run.device
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
+    pub device: Option<String>,
+
+    /// Format of weights and activations; instead of run.precision
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop eval --checkpoint runs/aesthetic
+  alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
+  alignprop eval --checkpoint lora.safetensors --config configs/hps.toml --reward hps --lora-scale 0.5")]
+pub struct EvalArgs {
+    /// A run folder (its last checkpoint, its config) or a LoRA file
+    #[arg(long, value_name = "RUN_OR_FILE")]
+    pub checkpoint: PathBuf,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    /// A text file with one prompt per line; instead of the config's prompts
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+
+    /// Images per prompt, from the seeds 0 to N-1
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
+    pub seeds: usize,
+
+    /// Rewards of the config to score with; without it, all of them
+    #[arg(long, value_name = "KIND", num_args = 1.., value_parser = REWARD_KINDS)]
+    pub reward: Vec<String>,
+
+    /// Strength of the LoRA: 0 is the base model, 1 the LoRA as trained
+    #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true, value_parser = finite)]
+    pub lora_scale: f64,
+
+    /// Folder for the images and the scores as JSON
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// cpu, cuda or cuda:N; instead of run.device
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
+    pub device: Option<String>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop soup aesthetic.safetensors=0.5 hps.safetensors=0.5 -o soup.safetensors
+  alignprop soup aesthetic.safetensors=0.7 --with-base -o weaker.safetensors
+  alignprop soup a.safetensors=0.3 b.safetensors=0.7 --rank 4 -o soup.safetensors")]
+pub struct SoupArgs {
+    /// A LoRA file and its weight; the weights sum to 1
+    #[arg(value_name = "FILE=WEIGHT", required = true, value_parser = parse_part)]
+    pub parts: Vec<(PathBuf, f64)>,
+
+    /// Let the weights sum to less than 1: the rest is the base model
+    #[arg(long)]
+    pub with_base: bool,
+
+    /// What is averaged
+    #[arg(long, value_enum, default_value_t = Average::Product)]
+    pub average: Average,
+
+    /// Cut the result back to this rank (truncated SVD); without it, the ranks of the parts add up
+    #[arg(long, value_name = "R", value_parser = at_least_one)]
+    pub rank: Option<usize>,
+
+    /// The LoRA file to write
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+}
+
+/// What a soup averages.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Average {
+    /// The products B A, which is what changes the model
+    #[default]
+    Product,
+    /// The factors A and B, each alone, as the AlignProp paper does; all of one rank
+    Factors,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop sample --prompt \"a hippopotamus\" -o out.png
+  alignprop sample --prompt \"a cat\" \"a dog\" --lora lora.safetensors --seed 7 -o grid.png
+  alignprop sample --prompt \"a cat\" --model some/folder --steps 30 --guidance-scale 5 -o out.png")]
+pub struct SampleArgs {
+    /// What to paint; several make a grid
+    #[arg(long, value_name = "TEXT", num_args = 1.., required = true)]
+    pub prompt: Vec<String>,
+
+    /// What to stay away from; instead of sampling.negative_prompt
+    #[arg(long, value_name = "TEXT")]
+    pub negative_prompt: Option<String>,
+
+    /// A LoRA file; without it, the base model
+    #[arg(long, value_name = "FILE")]
+    pub lora: Option<PathBuf>,
+
+    /// Strength of the LoRA: 0 is the base model, 1 the LoRA as trained
+    #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true, value_parser = finite)]
+    pub lora_scale: f64,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    /// The pipeline's folder or hub id; instead of model.path
+    #[arg(long, value_name = "DIR_OR_ID")]
+    pub model: Option<String>,
+
+    /// Denoising steps; instead of sampling.num_inference_steps
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub steps: Option<usize>,
+
+    /// Classifier-free guidance, 1 turns it off; instead of sampling.guidance_scale
+    #[arg(long, value_name = "G", value_parser = finite)]
+    pub guidance_scale: Option<f64>,
+
+    /// DDIM noise, from 0 to 1; instead of sampling.eta
+    #[arg(long, value_name = "ETA", value_parser = finite)]
+    pub eta: Option<f64>,
+
+    /// The image is a function of the seed and the settings
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// Pixels; instead of sampling.height
+    #[arg(long, value_name = "PIXELS", value_parser = at_least_one)]
+    pub height: Option<usize>,
+
+    /// Pixels; instead of sampling.width
+    #[arg(long, value_name = "PIXELS", value_parser = at_least_one)]
+    pub width: Option<usize>,
+
+    /// The PNG file to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    /// cpu, cuda or cuda:N; instead of run.device
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
+    pub device: Option<String>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop verify fixtures
+  alignprop verify fixtures --device cuda --precision bf16 --json")]
+pub struct VerifyArgs {
+    /// Folder with models and recorded numbers
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+
+    /// The aesthetic head's weights, where DIR has none
+    #[arg(long, value_name = "FILE")]
+    pub head: Option<PathBuf>,
+
+    /// cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    pub device: String,
+
+    /// Format of weights and activations
+    #[arg(long, value_name = "PRECISION", value_enum, default_value_t = Precision::F32)]
+    pub precision: Precision,
+
+    /// Print the comparison as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Parses `FILE=WEIGHT`; the last `=` counts, so a file name may have one.
+fn parse_part(text: &str) -> Result<(PathBuf, f64), String> {
+    let Some((file, weight)) = text.rsplit_once('=') else {
+        return Err("expected FILE=WEIGHT, for example lora.safetensors=0.5".to_string());
+    };
+    if file.is_empty() {
+        return Err("the file before `=` is missing; expected FILE=WEIGHT".to_string());
+    }
+    let weight = finite(weight).map_err(|error| format!("the weight `{weight}` after `=` {error}"))?;
+    Ok((PathBuf::from(file), weight))
+}
+
+fn finite(text: &str) -> Result<f64, String> {
+    let number: Option<f64> = text.parse().ok();
+    number.filter(|number| number.is_finite()).ok_or_else(|| "is not a finite number".to_string())
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let number: Option<usize> = text.parse().ok();
+    number.filter(|number| *number >= 1).ok_or_else(|| "is not a whole number, 1 or more".to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, String> {
+        match Cli::try_parse_from(line.split_whitespace()) {
+            Ok(cli) => Ok(cli.command),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_examples_in_the_help_parse() {
+        let mut count = 0;
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().unwrap().to_string();
+            for line in help.lines().filter(|line| line.starts_with("  alignprop")) {
+                // A quoted prompt as one word.
+                let line: String = line
+                    .split('"')
+                    .enumerate()
+                    .map(|(i, part)| if i % 2 == 1 { part.replace(' ', "_") } else { part.into() })
+                    .collect();
+                parse(&line).unwrap();
+                count += 1;
+            }
+        }
+        assert_eq!(count, 15);
+    }
+
+    #[test]
+    fn train_takes_settings() {
+        let line = "alignprop train --config c.toml --set a.b=1 --set c=d --device cuda:1 --precision bf16 --dry-run";
+        let Ok(Command::Train(train)) = parse(line) else { panic!("not train") };
+        assert_eq!(train.config.config, Some(PathBuf::from("c.toml")));
+        assert_eq!(train.config.set, ["a.b=1", "c=d"]);
+        assert_eq!((train.device.as_deref(), train.precision), (Some("cuda:1"), Some(Precision::Bf16)));
+        assert!(train.dry_run && train.resume.is_none());
+    }
+
+    #[test]
+    fn eval_has_defaults() {
+        let Ok(Command::Eval(eval)) = parse("alignprop eval --checkpoint run --reward hps --reward aesthetic") else {
+            panic!("not eval")
+        };
+        assert_eq!((eval.seeds, eval.lora_scale), (4, 1.0));
+        assert_eq!(eval.reward, ["hps", "aesthetic"]);
+    }
+
+    #[test]
+    fn soup_takes_parts() {
+        let Ok(Command::Soup(soup)) = parse("alignprop soup a=b.safetensors=0.25 c=.75 -o out --average factors")
+        else {
+            panic!("not soup")
+        };
+        assert_eq!(soup.parts, [(PathBuf::from("a=b.safetensors"), 0.25), (PathBuf::from("c"), 0.75)]);
+        assert_eq!((soup.average, soup.rank, soup.with_base), (Average::Factors, None, false));
+    }
+
+    #[test]
+    fn wrong_arguments_say_what_was_expected() {
+        for (line, expected) in [
+            ("alignprop soup a -o out", "expected FILE=WEIGHT, for example lora.safetensors=0.5"),
+            ("alignprop soup =1 -o out", "the file before `=` is missing"),
+            ("alignprop soup a=half -o out", "the weight `half` after `=` is not a finite number"),
+            ("alignprop soup a=nan -o out", "the weight `nan` after `=` is not a finite number"),
+            ("alignprop train --device gpu", "must be cpu, cuda or cuda:N"),
+            ("alignprop train --precision fp16", "a similar value exists: 'f16'"),
+            (
+                "alignprop eval --checkpoint r --reward hpsv2",
+                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore]",
+            ),
+            ("alignprop eval --checkpoint r --seeds 0", "is not a whole number, 1 or more"),
+            ("alignprop sample -o out.png", "--prompt <TEXT>..."),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(expected), "{line}\n{error}");
+        }
+    }
+}

@@ -1,0 +1,562 @@
+//! The experiment file: one TOML file is one experiment, and everything it may say is in this file.
+//!
+//! Each table is a struct; a field's doc comment gives its meaning and its range, its default stands beside its type.
+//! `read` turns text and `--set` overrides into a [`Config`] and words the complaints about keys and types; `validate`
+//! checks the ranges. A path in a config is relative to the current directory, as in diffusers.
+
+mod prompts;
+mod read;
+mod validate;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Deserializer, Serialize};
+
+pub use prompts::PromptsConfig;
+pub use validate::parse_device;
+
+/// A table of the config: `field: type = default`, every key optional, an unknown key an error.
+macro_rules! table {
+    (
+        $(#[$meta:meta])*
+        pub struct $name:ident {
+            $($(#[$field_meta:meta])* $field:ident: $type:ty = $default:expr,)*
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            $(
+                $(#[$field_meta])*
+                #[doc = concat!("\n\nDefault: `", stringify!($default), "`")]
+                pub $field: $type,
+            )*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+    };
+}
+use table;
+
+/// One experiment. The order of the fields is the order of the tables in [`Config::to_toml`].
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    pub model: ModelConfig,
+    pub lora: LoraConfig,
+    pub sampling: SamplingConfig,
+    pub truncation: Truncation,
+    pub reward: RewardsConfig,
+    pub prompts: PromptsConfig,
+    pub optimizer: OptimizerConfig,
+    pub train: TrainConfig,
+    pub run: RunConfig,
+}
+
+impl Config {
+    /// Reads a config file and applies `--set section.key=value` overrides to it.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading the config {}", path.display()))?;
+        Config::parse(&text, &path.display().to_string(), overrides)
+    }
+
+    /// Reads a config from `text`; `name` is what error messages call it. The result is valid and says where its
+    /// prompts come from.
+    pub fn parse(text: &str, name: &str, overrides: &[String]) -> Result<Config> {
+        let mut config = read::read(text, name, overrides)?;
+        config.prompts.resolve();
+        config.validate().with_context(|| format!("in {name}"))?;
+        Ok(config)
+    }
+
+    /// The resolved config, as a run folder keeps it: reading it gives the same config.
+    /// Fails only for a path that is not Unicode, which no config file can hold.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).context("writing the config as TOML")
+    }
+}
+
+table! {
+    /// `[model]`: the Stable Diffusion pipeline to train, in the folder layout of diffusers.
+    pub struct ModelConfig {
+        /// A local folder, or a model id on the hub.
+        path: String = "stable-diffusion-v1-5/stable-diffusion-v1-5".into(),
+        /// The weight files' variant, as in diffusers: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
+        variant: Option<String> = None,
+    }
+}
+
+table! {
+    /// `[lora]`: the factors to train.
+    pub struct LoraConfig {
+        /// Rank of each pair of factors; 1 or more. Higher fits more and costs memory in proportion.
+        rank: usize = 4,
+        /// The product of the factors is scaled by alpha / rank; more than 0. Absent: alpha = rank, a scale of 1.
+        alpha: Option<f64> = None,
+        /// The UNet's linear layers that get factors, by the last parts of their names.
+        target_modules: Vec<String> = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from).to_vec(),
+    }
+}
+
+impl LoraConfig {
+    /// `alpha`, or its default, the rank.
+    pub fn alpha_or_rank(&self) -> f64 {
+        self.alpha.unwrap_or(self.rank as f64)
+    }
+}
+
+table! {
+    /// `[sampling]`: how images are made, in training and in evaluation.
+    pub struct SamplingConfig {
+        /// Denoising steps of one image; 1 or more. Time grows in proportion.
+        num_inference_steps: usize = 50,
+        /// Classifier-free guidance; 0 or more. 1 or less turns it off and halves the work.
+        guidance_scale: f64 = 7.5,
+        /// Noise of the DDIM step: from 0 (deterministic) to 1 (ancestral, as DDPM).
+        eta: f64 = 0.0,
+        /// Image height in pixels. Absent: the size that the model was trained on.
+        height: Option<usize> = None,
+        /// Image width in pixels. Absent: the size that the model was trained on.
+        width: Option<usize> = None,
+        /// What guidance moves away from.
+        negative_prompt: String = String::new(),
+    }
+}
+
+/// `[truncation]`: which denoising steps keep their gradient. `rule` names the variant, the other keys are its fields.
+///
+/// T is `sampling.num_inference_steps`. Steps are counted in sampling order: step 0 is the noisiest, step T-1 the last.
+/// "K steps" are always the last K.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(tag = "rule", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Truncation {
+    /// K steps, K drawn from 1..=T: the paper's rule, and the default.
+    Uniform {
+        #[serde(default)]
+        per: Per,
+    },
+    /// The last `k` steps, always; 1..=T. k = 1 is the cheapest and changes style more than content.
+    Fixed { k: usize },
+    /// The official code of 2024: a draw from N(mean, std), cut to a whole number and drawn again until it is in
+    /// 1..T, is the first step that keeps its gradient.
+    Gaussian {
+        /// Index of a step, 1 or more and less than T.
+        mean: f64,
+        /// In steps; 0 or more.
+        std: f64,
+        #[serde(default)]
+        per: Per,
+    },
+    /// The official code of 2023: each step i draws its own r from lo..=hi and is detached where i < r, so the kept
+    /// steps need not be contiguous. lo <= hi <= T, lo < T.
+    PerStep { lo: usize, hi: usize },
+    /// Every step.
+    #[serde(deserialize_with = "no_more_keys")]
+    Full,
+    /// Just these steps, 0..T, each once.
+    Steps { steps: Vec<usize> },
+    /// DRaFT-LV: `n` noised repetitions of the last step, their gradients averaged; 1 or more.
+    DraftLv { n: usize },
+    /// ReFL: stop at one step drawn from lo..=hi and reward its prediction of x_0. lo <= hi < T.
+    Refl { lo: usize, hi: usize },
+    /// DRTune: the UNet's input is detached, the gradient flows along the DDIM path only.
+    Drtune {
+        /// How many steps keep their gradient; 1..=T. Absent: all.
+        #[serde(default)]
+        k: Option<usize>,
+    },
+}
+
+impl Default for Truncation {
+    fn default() -> Self {
+        Truncation::Uniform { per: Per::default() }
+    }
+}
+
+/// Keeps `deny_unknown_fields` for a rule without fields; serde skips the check for a unit variant.
+fn no_more_keys<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct NoKeys {}
+    NoKeys::deserialize(deserializer).map(|NoKeys {}| ())
+}
+
+/// How often a random truncation is drawn.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Per {
+    /// For each image: the gradients of one batch mix all depths.
+    #[default]
+    Sample,
+    /// Once for all images of an optimizer step.
+    Batch,
+}
+
+/// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
+pub const REWARD_KINDS: [&str; 5] = ["aesthetic", "clip-head", "hps", "clip-score", "pickscore"];
+
+/// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct RewardsConfig {
+    pub aesthetic: Option<AestheticConfig>,
+    pub clip_head: Option<ClipHeadConfig>,
+    pub hps: Option<HpsConfig>,
+    pub clip_score: Option<ClipScoreConfig>,
+    pub pickscore: Option<PickscoreConfig>,
+}
+
+impl RewardsConfig {
+    /// The configured rewards: kind and weight, in the order of [`REWARD_KINDS`].
+    pub fn weights(&self) -> Vec<(&'static str, f64)> {
+        let weights = [
+            self.aesthetic.as_ref().map(|reward| reward.weight),
+            self.clip_head.as_ref().map(|reward| reward.weight),
+            self.hps.as_ref().map(|reward| reward.weight),
+            self.clip_score.as_ref().map(|reward| reward.weight),
+            self.pickscore.as_ref().map(|reward| reward.weight),
+        ];
+        let kinds = REWARD_KINDS.into_iter().zip(weights);
+        kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
+    }
+}
+
+table! {
+    /// `[reward.aesthetic]`: the LAION aesthetic predictor on CLIP's image embedding. Needs no prompt.
+    pub struct AestheticConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// How the image becomes CLIP's input.
+        preprocess: Preprocess = Preprocess::Alignprop,
+        /// CLIP with the 768-wide embedding that the head was trained on: a folder or a hub id.
+        clip: String = "openai/clip-vit-large-patch14".into(),
+        /// The head: a .pth or .safetensors file, a hub id (its `aesthetic-model.pth`), or `owner/name:file`.
+        head: String = "trl-lib/ddpo-aesthetic-predictor".into(),
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation.
+        target: Option<f64> = None,
+    }
+}
+
+table! {
+    /// `[reward.clip-head]`: any small network on CLIP's image embedding.
+    pub struct ClipHeadConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// How the image becomes CLIP's input.
+        preprocess: Preprocess = Preprocess::Alignprop,
+        /// The CLIP that the head was trained on: a folder or a hub id.
+        clip: String = "openai/clip-vit-large-patch14".into(),
+        /// The head's weights: a .pth or .safetensors file, or `owner/name:file`. Must be given.
+        head: String = String::new(),
+        /// The head's layers in order: `{ linear = "layers.0" }` (its name in the file), `{ activation = "relu" }`.
+        /// At least one is linear.
+        layers: Vec<HeadLayer> = Vec::new(),
+        /// Scale the embedding to unit norm before the head.
+        normalize: bool = true,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation.
+        target: Option<f64> = None,
+    }
+}
+
+/// One layer of a [`ClipHeadConfig`].
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadLayer {
+    /// A linear layer: its name in the file, without `.weight` and `.bias`.
+    Linear(String),
+    Activation(Activation),
+}
+
+/// What stands between two linear layers.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activation {
+    Relu,
+    Gelu,
+    Silu,
+    Tanh,
+    Sigmoid,
+    Identity,
+}
+
+table! {
+    /// `[reward.hps]`: Human Preference Score v2, how well an image suits its prompt. The loss is 1 - cosine.
+    pub struct HpsConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// How the image becomes the model's input.
+        preprocess: Preprocess = Preprocess::Alignprop,
+        /// A folder or a hub id.
+        model: String = "xswu/HPSv2".into(),
+        /// The weights inside `model`.
+        file: String = "HPS_v2_compressed.pt".into(),
+        /// Path of an `open_clip_config.json`. Absent: ViT-H-14.
+        config: Option<String> = None,
+        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: CLIP's own tokenizer.
+        tokenizer: Option<String> = None,
+    }
+}
+
+table! {
+    /// `[reward.clip-score]`: cosine of CLIP's image and text embeddings.
+    pub struct ClipScoreConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// How the image becomes CLIP's input.
+        preprocess: Preprocess = Preprocess::Alignprop,
+        /// A folder or a hub id.
+        model: String = "openai/clip-vit-large-patch14".into(),
+        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the model's.
+        tokenizer: Option<String> = None,
+    }
+}
+
+table! {
+    /// `[reward.pickscore]`: PickScore, a CLIP trained on people's choices between two images.
+    pub struct PickscoreConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// How the image becomes the model's input.
+        preprocess: Preprocess = Preprocess::Alignprop,
+        /// A folder or a hub id.
+        model: String = "yuvalkirstain/PickScore_v1".into(),
+        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the model's.
+        tokenizer: Option<String> = None,
+    }
+}
+
+/// How an image in [0, 1] becomes the 224 by 224 input of a reward model. Scores made differently do not compare.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Preprocess {
+    /// Short side to 224, antialiased bilinear, then the centre: what AlignProp trains with.
+    #[default]
+    Alignprop,
+    /// Longest side to 224, bicubic, zeros around: what HPSv2 reports its scores with.
+    Hpsv2Official,
+    /// Both sides to 224, whatever the aspect ratio.
+    Squash,
+}
+
+table! {
+    /// `[optimizer]`: AdamW on the LoRA factors.
+    pub struct OptimizerConfig {
+        /// Learning rate; more than 0.
+        lr: f64 = 1e-3,
+        /// Decay of the two moments; each 0 or more and less than 1.
+        betas: [f64; 2] = [0.9, 0.999],
+        /// Added to the root of the second moment; more than 0.
+        eps: f64 = 1e-8,
+        /// Decoupled weight decay; 0 or more. It pulls the factors towards the base model.
+        weight_decay: f64 = 0.1,
+        /// The gradient is scaled down to this norm; more than 0, `inf` never clips.
+        max_grad_norm: f64 = 5.0,
+        /// How the learning rate moves after the warm-up.
+        lr_schedule: LrSchedule = LrSchedule::Constant,
+        /// Optimizer steps over which the learning rate rises from 0; at most `train.steps`.
+        warmup_steps: usize = 0,
+        /// Factor of the whole loss; more than 0. AdamW cancels it; `max_grad_norm` and `eps` see it.
+        loss_coeff: f64 = 0.01,
+    }
+}
+
+/// The learning rate over the optimizer steps.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum LrSchedule {
+    #[default]
+    Constant,
+    /// Straight down to 0 at `train.steps`.
+    Linear,
+    /// Half a cosine down to 0 at `train.steps`.
+    Cosine,
+}
+
+table! {
+    /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
+    pub struct TrainConfig {
+        /// Optimizer steps; 1 or more.
+        steps: usize = 100,
+        /// Images of one micro-batch; 1 or more. More is faster where memory allows.
+        batch_size: usize = 1,
+        /// Micro-batches of one optimizer step; 1 or more. Costs time, not memory.
+        gradient_accumulation_steps: usize = 1,
+        /// What the backward pass recomputes.
+        checkpointing: Checkpointing = Checkpointing::Step,
+    }
+}
+
+/// Memory against time.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Checkpointing {
+    /// One UNet evaluation is kept in memory: each kept step is evaluated once more.
+    #[default]
+    Step,
+    /// One UNet block is kept in memory: each kept step is evaluated once more, and each of its blocks again.
+    Block,
+}
+
+table! {
+    /// `[run]`: where the run goes and what it runs on.
+    pub struct RunConfig {
+        /// The run's folder: config, metrics, samples, checkpoints.
+        dir: PathBuf = "runs/alignprop".into(),
+        /// Every random number of the run follows from it; up to 2^63 - 1, the largest TOML integer.
+        seed: u64 = 0,
+        /// `cpu`, `cuda` or `cuda:N`.
+        device: String = "cpu".into(),
+        /// Weights and activations; LoRA factors, optimizer and rewards stay in f32.
+        precision: Precision = Precision::F32,
+        /// Optimizer steps between checkpoints; 0: only at the end.
+        save_every: usize = 25,
+        /// Optimizer steps between sample grids; 0: never.
+        sample_every: usize = 25,
+        /// Pictures in a sample grid; 1 or more.
+        num_samples: usize = 4,
+        /// The last checkpoints to keep; 0: all.
+        keep_checkpoints: usize = 3,
+    }
+}
+
+/// The number format of weights and activations.
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+pub enum Precision {
+    #[default]
+    F32,
+    Bf16,
+    F16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn preset(name: &str) -> Config {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name);
+        Config::load(&path, &[]).unwrap()
+    }
+
+    #[test]
+    fn presets_are_the_official_runs() {
+        for name in ["aesthetic", "aesthetic-k1", "hps", "hps-k1"] {
+            let config = preset(&format!("{name}.toml"));
+            config.require_trained().unwrap();
+            assert_eq!(config.train.batch_size * config.train.gradient_accumulation_steps, 128);
+            assert_eq!(config.optimizer, OptimizerConfig::default());
+            assert_eq!(config.sampling, SamplingConfig::default());
+            assert_eq!(config.lora, LoraConfig::default());
+            assert_eq!(config.run.dir, Path::new("runs").join(name));
+            let truncation = if name.ends_with("-k1") { Truncation::Fixed { k: 1 } } else { Truncation::default() };
+            assert_eq!(config.truncation, truncation);
+            let reward = name.trim_end_matches("-k1");
+            assert_eq!(config.reward.weights(), [(reward, 1.0)]);
+        }
+        let aesthetic = preset("aesthetic.toml").reward.aesthetic.unwrap();
+        assert_eq!(aesthetic, AestheticConfig { target: Some(10.0), ..Default::default() });
+    }
+
+    #[test]
+    fn an_empty_file_is_the_defaults() {
+        let mut defaults = Config::default();
+        defaults.prompts.resolve();
+        assert_eq!(Config::parse("", "empty.toml", &[]).unwrap(), defaults);
+        assert_eq!(defaults.lora.alpha_or_rank(), 4.0);
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Config::load(Path::new("no/such.toml"), &[]).unwrap_err();
+        assert_eq!(error.to_string(), "reading the config no/such.toml");
+    }
+
+    #[test]
+    fn to_toml_round_trips() {
+        let everything = r#"
+            [model]
+            path = 'a "quoted" folder'
+            variant = "fp16"
+            [lora]
+            alpha = 8
+            [sampling]
+            height = 64
+            width = 96
+            negative_prompt = "line\nbreak"
+            [truncation]
+            rule = "steps"
+            steps = [0, 49]
+            [reward.clip-head]
+            head = "head.pth"
+            preprocess = "hpsv2-official"
+            layers = [{ linear = "layers.0" }, { activation = "relu" }, { linear = "layers.2" }]
+            target = 3
+            [reward.hps]
+            weight = -0.5
+            tokenizer = "tok.json"
+            [prompts]
+            list = ["a cat", ""]
+            [optimizer]
+            max_grad_norm = inf
+            lr_schedule = "cosine"
+            [run]
+            seed = 9223372036854775807
+            precision = "bf16"
+        "#;
+        for text in ["", everything] {
+            let config = Config::parse(text, "x.toml", &[]).unwrap();
+            let written = config.to_toml().unwrap();
+            assert_eq!(Config::parse(&written, "written", &[]).unwrap(), config, "{written}");
+        }
+    }
+
+    #[test]
+    fn to_toml_has_its_tables_in_order() {
+        let text = Config::parse("reward.hps = {}", "x.toml", &[]).unwrap().to_toml().unwrap();
+        let tables: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
+        let order = "[model] [lora] [sampling] [truncation] [reward.hps] [prompts] [optimizer] [train] [run]";
+        assert_eq!(tables.join(" "), order, "{text}");
+        assert!(text.contains("betas = [0.9, 0.999]\n"), "{text}");
+    }
+
+    #[test]
+    fn every_truncation_rule_reads_and_writes() {
+        let per = Per::Batch;
+        for (text, rule) in [
+            (r#"rule = "uniform""#, Truncation::default()),
+            (r#"per = "batch""#, Truncation::Uniform { per }),
+            (r#"rule = "fixed", k = 2"#, Truncation::Fixed { k: 2 }),
+            (
+                r#"rule = "gaussian", mean = 42, std = 5, per = "batch""#,
+                Truncation::Gaussian { mean: 42.0, std: 5.0, per },
+            ),
+            (r#"rule = "per-step", lo = 0, hi = 50"#, Truncation::PerStep { lo: 0, hi: 50 }),
+            (r#"rule = "full""#, Truncation::Full),
+            (r#"rule = "steps", steps = [1, 3]"#, Truncation::Steps { steps: vec![1, 3] }),
+            (r#"rule = "draft-lv", n = 2"#, Truncation::DraftLv { n: 2 }),
+            (r#"rule = "refl", lo = 30, hi = 39"#, Truncation::Refl { lo: 30, hi: 39 }),
+            (r#"rule = "drtune""#, Truncation::Drtune { k: None }),
+            (r#"rule = "drtune", k = 5"#, Truncation::Drtune { k: Some(5) }),
+        ] {
+            let config = Config::parse(&format!("truncation = {{ {text} }}"), "x.toml", &[]).unwrap();
+            assert_eq!(config.truncation, rule);
+            let written = config.to_toml().unwrap();
+            assert_eq!(Config::parse(&written, "written", &[]).unwrap().truncation, rule);
+        }
+    }
+
+    #[test]
+    fn reward_kinds_are_the_keys_of_the_table() {
+        for kind in REWARD_KINDS {
+            let rewards: RewardsConfig = toml::from_str(&format!("{kind} = {{}}")).unwrap();
+            assert_eq!(rewards.weights(), [(kind, 1.0)]);
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The ranges of the config: what a type cannot say. One line per rule, the key's full name in every text.
+
+use anyhow::{Result, bail, ensure};
+
+use super::{Config, HeadLayer, REWARD_KINDS, RewardsConfig, Truncation};
+
+impl Config {
+    /// Checks the ranges and what one table demands of another. What only the model knows (its image size, its
+    /// layers) is checked where the model is loaded.
+    pub fn validate(&self) -> Result<()> {
+        let Config { model, lora, sampling, truncation, reward, prompts, optimizer, train, run } = self;
+
+        ensure!(!model.path.is_empty(), "model.path is empty: give a folder or a hub id");
+        ensure!(model.variant.as_deref() != Some(""), "model.variant is empty: leave it out for the plain files");
+
+        at_least_one("lora.rank", lora.rank)?;
+        if let Some(alpha) = lora.alpha {
+            more_than_zero("lora.alpha", alpha)?;
+        }
+        let targets = &lora.target_modules;
+        ensure!(
+            !targets.is_empty() && targets.iter().all(|name| !name.is_empty()),
+            "lora.target_modules = {targets:?}: name at least one layer, for example \"to_q\""
+        );
+
+        at_least_one("sampling.num_inference_steps", sampling.num_inference_steps)?;
+        zero_or_more("sampling.guidance_scale", sampling.guidance_scale)?;
+        let eta = sampling.eta;
+        ensure!((0.0..=1.0).contains(&eta), "sampling.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
+        for (key, size) in [("sampling.height", sampling.height), ("sampling.width", sampling.width)] {
+            ensure!(size != Some(0), "{key} = 0: give pixels, or leave it out for the model's own size");
+        }
+        truncation.validate(sampling.num_inference_steps)?;
+        reward.validate()?;
+        prompts.validate()?;
+
+        more_than_zero("optimizer.lr", optimizer.lr)?;
+        let [beta1, beta2] = optimizer.betas;
+        ensure!(
+            (0.0..1.0).contains(&beta1) && (0.0..1.0).contains(&beta2),
+            "optimizer.betas = [{beta1}, {beta2}]: each must be 0 or more and less than 1"
+        );
+        more_than_zero("optimizer.eps", optimizer.eps)?;
+        zero_or_more("optimizer.weight_decay", optimizer.weight_decay)?;
+        let max_grad_norm = optimizer.max_grad_norm;
+        ensure!(
+            max_grad_norm > 0.0,
+            "optimizer.max_grad_norm = {max_grad_norm}: must be more than 0; inf turns clipping off"
+        );
+        more_than_zero("optimizer.loss_coeff", optimizer.loss_coeff)?;
+
+        at_least_one("train.steps", train.steps)?;
+        at_least_one("train.batch_size", train.batch_size)?;
+        at_least_one("train.gradient_accumulation_steps", train.gradient_accumulation_steps)?;
+        ensure!(
+            optimizer.warmup_steps <= train.steps,
+            "optimizer.warmup_steps = {} but train.steps = {}: the warm-up would not end",
+            optimizer.warmup_steps,
+            train.steps
+        );
+
+        ensure!(!run.dir.as_os_str().is_empty(), "run.dir is empty: give the run a folder, for example runs/mine");
+        ensure!(i64::try_from(run.seed).is_ok(), "run.seed = {}: must be less than 2^63, TOML's limit", run.seed);
+        if let Err(error) = parse_device(&run.device) {
+            bail!("run.device = \"{}\": {error}", run.device);
+        }
+        at_least_one("run.num_samples", run.num_samples)
+    }
+
+    /// Training needs a reward to follow.
+    pub fn require_trained(&self) -> Result<()> {
+        let weights = self.reward.weights();
+        if weights.iter().any(|(_, weight)| *weight != 0.0) {
+            return Ok(());
+        }
+        if weights.is_empty() {
+            bail!(
+                "the config has no reward to train: add a table [reward.KIND], or --set reward.KIND.weight=1; KIND is one of \
+                 {}",
+                REWARD_KINDS.join(", ")
+            );
+        }
+        let kinds: Vec<&str> = weights.iter().map(|(kind, _)| *kind).collect();
+        bail!(
+            "the weight of every reward ({}) is 0, so nothing would be trained: set reward.{}.weight to 1",
+            kinds.join(", "),
+            kinds[0]
+        )
+    }
+}
+
+impl Truncation {
+    fn validate(&self, num_inference_steps: usize) -> Result<()> {
+        let total = num_inference_steps;
+        let against =
+            |key: &str, value: String| format!("truncation.{key} = {value} but sampling.num_inference_steps = {total}");
+        let ordered = |lo: usize, hi: usize| {
+            ensure!(lo <= hi, "truncation.lo = {lo} is more than truncation.hi = {hi}: swap them");
+            Ok(())
+        };
+        match self {
+            Truncation::Uniform { .. } | Truncation::Full | Truncation::Drtune { k: None } => {}
+            Truncation::Fixed { k } | Truncation::Drtune { k: Some(k) } => {
+                at_least_one("truncation.k", *k)?;
+                ensure!(
+                    *k <= total,
+                    "{}: only as many steps as there are can keep their gradient",
+                    against("k", k.to_string())
+                );
+            }
+            Truncation::Gaussian { mean, std, .. } => {
+                ensure!(
+                    (1.0..total as f64).contains(mean),
+                    "{}: it is the first step that keeps its gradient, and must be 1 or more and less than that",
+                    against("mean", mean.to_string())
+                );
+                zero_or_more("truncation.std", *std)?;
+            }
+            Truncation::PerStep { lo, hi } => {
+                ordered(*lo, *hi)?;
+                ensure!(*hi <= total, "{}: give at most {total}", against("hi", hi.to_string()));
+                ensure!(*lo < total, "{}: no step would keep its gradient", against("lo", lo.to_string()));
+            }
+            Truncation::Steps { steps } => {
+                ensure!(!steps.is_empty(), "truncation.steps is empty: no step would keep its gradient");
+                for (position, step) in steps.iter().enumerate() {
+                    ensure!(
+                        *step < total,
+                        "{}: steps are counted from 0 (the noisiest) to {}",
+                        against("steps", format!("{steps:?}")),
+                        total - 1
+                    );
+                    ensure!(!steps[..position].contains(step), "truncation.steps names {step} twice: once is enough");
+                }
+            }
+            Truncation::DraftLv { n } => at_least_one("truncation.n", *n)?,
+            Truncation::Refl { lo, hi } => {
+                ordered(*lo, *hi)?;
+                ensure!(
+                    *hi < total,
+                    "{}: steps are counted from 0 (the noisiest) to {}",
+                    against("hi", hi.to_string()),
+                    total - 1
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RewardsConfig {
+    fn validate(&self) -> Result<()> {
+        for (kind, weight) in self.weights() {
+            ensure!(weight.is_finite(), "reward.{kind}.weight = {weight}: must be a finite number");
+        }
+        let mut named = Vec::new();
+        let mut targets = Vec::new();
+        if let Some(aesthetic) = &self.aesthetic {
+            named.extend([("aesthetic.clip", &aesthetic.clip), ("aesthetic.head", &aesthetic.head)]);
+            targets.push(("aesthetic", aesthetic.target));
+        }
+        if let Some(clip_head) = &self.clip_head {
+            named.extend([("clip-head.clip", &clip_head.clip), ("clip-head.head", &clip_head.head)]);
+            targets.push(("clip-head", clip_head.target));
+            ensure!(
+                clip_head.layers.iter().any(|layer| matches!(layer, HeadLayer::Linear(_))),
+                "reward.clip-head.layers has no linear layer: list the head's layers in order, for example \
+                 [{{ linear = \"layers.0\" }}, {{ activation = \"relu\" }}, {{ linear = \"layers.2\" }}]"
+            );
+        }
+        if let Some(hps) = &self.hps {
+            named.extend([("hps.model", &hps.model), ("hps.file", &hps.file)]);
+        }
+        named.extend(self.clip_score.iter().map(|reward| ("clip-score.model", &reward.model)));
+        named.extend(self.pickscore.iter().map(|reward| ("pickscore.model", &reward.model)));
+        for (key, name) in named {
+            ensure!(!name.is_empty(), "reward.{key} is empty: say where it is");
+        }
+        for (kind, target) in targets {
+            ensure!(
+                target.is_none_or(f64::is_finite),
+                "reward.{kind}.target must be a finite number; leave it out for plain maximisation"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Accepts `cpu`, `cuda` and `cuda:N`, for the config and for `--device`.
+pub fn parse_device(device: &str) -> Result<String, String> {
+    let ordinal = device.strip_prefix("cuda:");
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if matches!(device, "cpu" | "cuda") || ordinal.is_some_and(is_number) {
+        Ok(device.to_string())
+    } else {
+        Err("must be cpu, cuda or cuda:N".to_string())
+    }
+}
+
+fn at_least_one(key: &str, value: usize) -> Result<()> {
+    ensure!(value >= 1, "{key} = {value}: must be 1 or more");
+    Ok(())
+}
+
+fn more_than_zero(key: &str, value: f64) -> Result<()> {
+    ensure!(value > 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, more than 0");
+    Ok(())
+}
+
+fn zero_or_more(key: &str, value: f64) -> Result<()> {
+    ensure!(value >= 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, 0 or more");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        format!("{:#}", Config::parse(text, "x.toml", &[]).unwrap_err())
+    }
+
+    #[test]
+    fn bad_values_are_named() {
+        for (text, start) in [
+            ("model.path = ''", "model.path is empty"),
+            ("model.variant = ''", "model.variant is empty"),
+            ("lora.rank = 0", "lora.rank = 0: must be 1 or more"),
+            ("lora.alpha = 0.0", "lora.alpha = 0: must be a finite number, more than 0"),
+            ("lora.target_modules = []", "lora.target_modules = []: name at least one layer"),
+            ("sampling.num_inference_steps = 0", "sampling.num_inference_steps = 0: must be 1"),
+            ("sampling.guidance_scale = nan", "sampling.guidance_scale = NaN: must be"),
+            ("sampling.eta = -0.1", "sampling.eta = -0.1: must be from 0"),
+            ("sampling.eta = 1.1", "sampling.eta = 1.1: must be from 0"),
+            ("sampling.height = 0", "sampling.height = 0: give pixels"),
+            ("reward.hps.weight = inf", "reward.hps.weight = inf: must be a finite number"),
+            ("reward.hps.file = ''", "reward.hps.file is empty"),
+            ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
+            ("reward.clip-head.head = 'h.pth'", "reward.clip-head.layers has no linear layer"),
+            ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
+            ("prompts = { builtin = 'animals', file = 'p' }", "prompts.file and prompts.builtin are both given"),
+            ("optimizer.lr = 0", "optimizer.lr = 0: must be a finite number, more than 0"),
+            ("optimizer.betas = [0.9, 1.0]", "optimizer.betas = [0.9, 1]: each must be"),
+            ("optimizer.eps = 0", "optimizer.eps = 0: must be"),
+            ("optimizer.weight_decay = -1", "optimizer.weight_decay = -1: must be"),
+            ("optimizer.max_grad_norm = 0", "optimizer.max_grad_norm = 0: must be more than 0; inf turns"),
+            ("optimizer.loss_coeff = inf", "optimizer.loss_coeff = inf: must be"),
+            ("optimizer.warmup_steps = 101", "optimizer.warmup_steps = 101 but train.steps = 100"),
+            ("train.steps = 0", "train.steps = 0: must be 1 or more"),
+            ("train.batch_size = 0", "train.batch_size = 0: must be 1 or more"),
+            ("train.gradient_accumulation_steps = 0", "train.gradient_accumulation_steps = 0"),
+            ("run.dir = ''", "run.dir is empty"),
+            ("run.device = 'cuda:'", "run.device = \"cuda:\": must be cpu, cuda or cuda:N"),
+            ("run.num_samples = 0", "run.num_samples = 0: must be 1 or more"),
+        ] {
+            let error = error(text);
+            assert!(error.starts_with(&format!("in x.toml: {start}")), "{text}\n{error}");
+        }
+    }
+
+    #[test]
+    fn truncation_fits_the_steps() {
+        for (text, start) in [
+            ("rule = 'fixed', k = 0", "truncation.k = 0: must be 1 or more"),
+            ("rule = 'fixed', k = 60", "truncation.k = 60 but sampling.num_inference_steps = 50: only as"),
+            ("rule = 'drtune', k = 51", "truncation.k = 51 but sampling.num_inference_steps = 50: only as"),
+            ("rule = 'gaussian', mean = 50, std = 5", "truncation.mean = 50 but sampling.num_inference"),
+            ("rule = 'gaussian', mean = 42, std = -5", "truncation.std = -5: must be"),
+            ("rule = 'per-step', lo = 3, hi = 2", "truncation.lo = 3 is more than truncation.hi = 2: swap"),
+            ("rule = 'per-step', lo = 3, hi = 51", "truncation.hi = 51 but sampling.num_inference_steps = 50"),
+            ("rule = 'per-step', lo = 50, hi = 50", "truncation.lo = 50 but sampling.num_inference_steps = 50"),
+            ("rule = 'steps', steps = []", "truncation.steps is empty"),
+            ("rule = 'steps', steps = [50]", "truncation.steps = [50] but sampling.num_inference_steps = 50"),
+            ("rule = 'steps', steps = [1, 1]", "truncation.steps names 1 twice"),
+            ("rule = 'draft-lv', n = 0", "truncation.n = 0: must be 1 or more"),
+            ("rule = 'refl', lo = 30, hi = 50", "truncation.hi = 50 but sampling.num_inference_steps = 50"),
+            ("rule = 'refl', lo = 3, hi = 2", "truncation.lo = 3 is more than truncation.hi = 2: swap"),
+        ] {
+            let error = error(&format!("truncation = {{ {text} }}"));
+            assert!(error.starts_with(&format!("in x.toml: {start}")), "{text}\n{error}");
+        }
+    }
+
+    #[test]
+    fn training_needs_a_reward() {
+        let error = |text| Config::parse(text, "x.toml", &[]).unwrap().require_trained().unwrap_err().to_string();
+        assert!(error("").starts_with("the config has no reward to train: add a table [reward.KIND]"));
+        assert_eq!(
+            error("reward = { hps.weight = 0, pickscore.weight = 0.0 }"),
+            "the weight of every reward (hps, pickscore) is 0, so nothing would be trained: set reward.hps.weight to 1"
+        );
+    }
+
+    #[test]
+    fn devices() {
+        for device in ["cpu", "cuda", "cuda:0", "cuda:12"] {
+            assert_eq!(parse_device(device).as_deref(), Ok(device));
+        }
+        for device in ["", "gpu", "cuda:", "cuda:a", "cuda:-1", "cpu:0"] {
+            assert!(parse_device(device).is_err(), "{device}");
+        }
+    }
+}

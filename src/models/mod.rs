@@ -1,0 +1,17 @@
+//! The models, loaded from the files that people have: Stable Diffusion pipelines and CLIP towers.
+
+pub mod clip;
+pub mod hub;
+mod parameters;
+pub mod pipeline;
+mod staged;
+pub mod text_encoder;
+pub mod tokenizer;
+pub mod unet;
+pub mod vae;
+pub mod weights;
+
+pub use hub::Source;
+pub use pipeline::Pipeline;
+pub use staged::Checkpointing;
+pub use weights::Weights;

@@ -1,0 +1,164 @@
+//! The stages of the UNet and of the VAE's decoder.
+
+use anyhow::Result;
+use candle_core::Tensor;
+
+use crate::models::Weights;
+use crate::models::parameters::{conv2d, group_norm, layer_norm, linear};
+use crate::models::staged::Stage;
+use crate::nn::layers::upsample_nearest;
+use crate::nn::{Attention, Conv2d, FeedForward, GroupNorm, LayerNorm, Linear, LoraValues, Value};
+use crate::ops::attention::Heads;
+
+/// What one evaluation's stages share.
+pub(super) struct Evaluation {
+    /// SiLU of the time embedding, (1, time_dim).
+    pub time: Tensor,
+    /// Prompt embeddings, (B, tokens, D).
+    pub context: Tensor,
+}
+
+pub(super) enum UnetStage {
+    Conv(Conv2d),
+    Resnet(Resnet),
+    Transformer(Transformer),
+    /// To the size of the next skip connection, then a convolution.
+    Upsample(Conv2d),
+    Out(GroupNorm, Conv2d),
+}
+
+impl Stage for UnetStage {
+    type Inputs = Evaluation;
+
+    fn forward(&self, hidden: &Value, skip: Option<&Value>, next_skip: Option<(usize, usize)>, inputs: &Evaluation, lora: &LoraValues) -> Result<Value> {
+        let joined;
+        let hidden = match skip {
+            Some(skip) => {
+                joined = hidden.concat_last(skip)?;
+                &joined
+            }
+            None => hidden,
+        };
+        Ok(match self {
+            Self::Conv(conv) => conv.forward(hidden)?,
+            Self::Resnet(resnet) => resnet.forward(hidden, Some(&inputs.time))?,
+            Self::Transformer(transformer) => transformer.forward(hidden, &inputs.context, lora)?,
+            Self::Upsample(conv) => {
+                let (_, h, w, _) = hidden.tensor().dims4()?;
+                let (height, width) = next_skip.unwrap_or((2 * h, 2 * w));
+                conv.forward(&upsample_nearest(hidden, height, width)?)?
+            }
+            Self::Out(norm, conv) => conv.forward(&norm.forward(hidden)?)?,
+        })
+    }
+}
+
+/// `ResnetBlock2D`: norm, SiLU, conv, time, norm, SiLU, conv, and the input around them.
+pub(crate) struct Resnet {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Linear>,
+}
+
+impl Resnet {
+    pub(crate) fn load(w: &Weights, inputs: usize, outputs: usize, time_dim: Option<usize>, groups: usize, eps: f64) -> Result<Self> {
+        Ok(Self {
+            norm1: group_norm(&w.pp("norm1"), inputs, groups, eps, true)?,
+            conv1: conv2d(&w.pp("conv1"), inputs, outputs, 3, 1, 1)?,
+            time_emb_proj: time_dim.map(|dim| linear(&w.pp("time_emb_proj"), dim, outputs, true)).transpose()?,
+            norm2: group_norm(&w.pp("norm2"), outputs, groups, eps, true)?,
+            conv2: conv2d(&w.pp("conv2"), outputs, outputs, 3, 1, 1)?,
+            conv_shortcut: (inputs != outputs).then(|| linear(&w.pp("conv_shortcut"), inputs, outputs, true)).transpose()?,
+        })
+    }
+
+    /// x (B, H, W, C); `time` is SiLU of the time embedding, (1, time_dim).
+    pub(crate) fn forward(&self, x: &Value, time: Option<&Tensor>) -> Result<Value> {
+        let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
+        if let (Some(proj), Some(time)) = (&self.time_emb_proj, time) {
+            let shift = proj.forward(&Value::constant(time))?.into_tensor().unsqueeze(1)?.unsqueeze(1)?;
+            hidden = hidden.add_constant(&shift)?;
+        }
+        let hidden = self.conv2.forward(&self.norm2.forward(&hidden)?)?;
+        Ok(match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(x)?.add(&hidden)?,
+            None => x.add(&hidden)?,
+        })
+    }
+}
+
+/// `Transformer2DModel`: pixels as tokens.
+pub(super) struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<TransformerBlock>,
+    proj_out: Linear,
+}
+
+/// `BasicTransformerBlock`: attention to itself, attention to the text, feed-forward.
+struct TransformerBlock {
+    norm1: LayerNorm,
+    attn1: Attention,
+    norm2: LayerNorm,
+    attn2: Attention,
+    norm3: LayerNorm,
+    ff: FeedForward,
+}
+
+impl Transformer {
+    pub(super) fn load(w: &Weights, module: &str, channels: usize, context: usize, heads: usize, depth: usize, groups: usize) -> Result<Self> {
+        let inner = heads * (channels / heads);
+        if inner == 0 {
+            anyhow::bail!("unet/config.json: {heads} attention heads for {channels} channels in `{module}`");
+        }
+        let blocks = (0..depth).map(|i| {
+            let name = format!("transformer_blocks.{i}");
+            let (w, module) = (w.pp(&name), format!("{module}.{name}"));
+            let attention = |name: &str, context: usize| -> Result<Attention> {
+                let w = w.pp(name);
+                Ok(Attention {
+                    module: format!("{module}.{name}"),
+                    to_q: linear(&w.pp("to_q"), inner, inner, false)?,
+                    to_k: linear(&w.pp("to_k"), context, inner, false)?,
+                    to_v: linear(&w.pp("to_v"), context, inner, false)?,
+                    to_out: linear(&w.pp("to_out.0"), inner, inner, true)?,
+                    heads: Heads { count: heads, causal: false },
+                })
+            };
+            Ok(TransformerBlock {
+                norm1: layer_norm(&w.pp("norm1"), inner, 1e-5)?,
+                attn1: attention("attn1", inner)?,
+                norm2: layer_norm(&w.pp("norm2"), inner, 1e-5)?,
+                attn2: attention("attn2", context)?,
+                norm3: layer_norm(&w.pp("norm3"), inner, 1e-5)?,
+                ff: FeedForward { proj: linear(&w.pp("ff.net.0.proj"), inner, 8 * inner, true)?, out: linear(&w.pp("ff.net.2"), 4 * inner, inner, true)? },
+            })
+        });
+        Ok(Self {
+            norm: group_norm(&w.pp("norm"), channels, groups, 1e-6, false)?,
+            proj_in: linear(&w.pp("proj_in"), channels, inner, true)?,
+            blocks: blocks.collect::<Result<_>>()?,
+            proj_out: linear(&w.pp("proj_out"), inner, channels, true)?,
+        })
+    }
+
+    pub(super) fn attentions(&self) -> impl Iterator<Item = &Attention> {
+        self.blocks.iter().flat_map(|block| [&block.attn1, &block.attn2])
+    }
+
+    fn forward(&self, x: &Value, context: &Tensor, lora: &LoraValues) -> Result<Value> {
+        let (b, h, w, c) = x.tensor().dims4()?;
+        let tokens = self.norm.forward(x)?.reshape((b, h * w, c))?;
+        let mut hidden = self.proj_in.forward(&tokens)?;
+        let context = Value::constant(context);
+        for block in &self.blocks {
+            hidden = block.attn1.forward(&block.norm1.forward(&hidden)?, None, lora)?.add(&hidden)?;
+            hidden = block.attn2.forward(&block.norm2.forward(&hidden)?, Some(&context), lora)?.add(&hidden)?;
+            hidden = block.ff.forward(&block.norm3.forward(&hidden)?)?.add(&hidden)?;
+        }
+        Ok(self.proj_out.forward(&hidden)?.reshape((b, h, w, c))?.add(x)?)
+    }
+}

@@ -1,0 +1,152 @@
+//! `unet/config.json` of a diffusers pipeline.
+
+use anyhow::{Result, bail};
+use serde::Deserialize;
+use serde_json::Value as Json;
+
+/// A number for all blocks, or one for each.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(untagged)]
+pub enum PerBlock {
+    One(usize),
+    Each(Vec<usize>),
+}
+
+impl PerBlock {
+    pub fn at(&self, block: usize) -> Option<usize> {
+        match self {
+            Self::One(n) => Some(*n),
+            Self::Each(list) => list.get(block).copied(),
+        }
+    }
+    fn check(&self, blocks: usize, key: &str) -> Result<()> {
+        match self {
+            Self::Each(list) if list.len() != blocks => bail!("unet/config.json: `{key}` has {} entries for {blocks} blocks", list.len()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The keys that shape a `UNet2DConditionModel`, with diffusers' defaults.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct UnetConfig {
+    pub sample_size: Option<PerBlock>,
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub down_block_types: Vec<String>,
+    pub up_block_types: Vec<String>,
+    pub block_out_channels: Vec<usize>,
+    pub layers_per_block: PerBlock,
+    pub transformer_layers_per_block: PerBlock,
+    pub cross_attention_dim: PerBlock,
+    /// In Stable Diffusion's configs this is the number of heads, whatever its name says.
+    pub attention_head_dim: PerBlock,
+    pub num_attention_heads: Option<PerBlock>,
+    pub use_linear_projection: bool,
+    pub norm_num_groups: usize,
+    pub norm_eps: f64,
+    pub downsample_padding: usize,
+    pub flip_sin_to_cos: bool,
+    pub freq_shift: f64,
+    pub time_embedding_dim: Option<usize>,
+    /// Everything else, to refuse what would change the computation.
+    #[serde(flatten)]
+    pub rest: serde_json::Map<String, Json>,
+}
+
+impl Default for UnetConfig {
+    fn default() -> Self {
+        let names = |list: &[&str]| list.iter().map(ToString::to_string).collect();
+        Self {
+            sample_size: None,
+            in_channels: 4,
+            out_channels: 4,
+            down_block_types: names(&["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]),
+            up_block_types: names(&["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]),
+            block_out_channels: vec![320, 640, 1280, 1280],
+            layers_per_block: PerBlock::One(2),
+            transformer_layers_per_block: PerBlock::One(1),
+            cross_attention_dim: PerBlock::One(1280),
+            attention_head_dim: PerBlock::One(8),
+            num_attention_heads: None,
+            use_linear_projection: false,
+            norm_num_groups: 32,
+            norm_eps: 1e-5,
+            downsample_padding: 1,
+            flip_sin_to_cos: true,
+            freq_shift: 0.0,
+            time_embedding_dim: None,
+            rest: serde_json::Map::new(),
+        }
+    }
+}
+
+impl UnetConfig {
+    /// Heads of the attention in block `block`, counted from the top of the way down.
+    pub fn heads(&self, block: usize) -> usize {
+        self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim).at(block).unwrap_or(1)
+    }
+
+    /// # Errors
+    /// A key whose value asks for a computation that is not implemented, or lists that do not fit together.
+    pub fn check(&self) -> Result<()> {
+        let blocks = self.block_out_channels.len();
+        if blocks == 0 || self.down_block_types.len() != blocks || self.up_block_types.len() != blocks {
+            bail!(
+                "unet/config.json: {} block_out_channels, {} down_block_types, {} up_block_types: they must be equally many",
+                blocks, self.down_block_types.len(), self.up_block_types.len()
+            );
+        }
+        self.layers_per_block.check(blocks, "layers_per_block")?;
+        self.transformer_layers_per_block.check(blocks, "transformer_layers_per_block")?;
+        self.cross_attention_dim.check(blocks, "cross_attention_dim")?;
+        self.attention_head_dim.check(blocks, "attention_head_dim")?;
+        if let Some(heads) = &self.num_attention_heads {
+            heads.check(blocks, "num_attention_heads")?;
+        }
+        if (0..blocks).any(|block| self.heads(block) == 0) {
+            bail!("unet/config.json: `attention_head_dim` (the number of heads) contains 0");
+        }
+        let plain = [
+            ("act_fn", Json::from("silu")),
+            ("addition_embed_type", Json::Null),
+            ("attention_type", Json::from("default")),
+            ("center_input_sample", Json::from(false)),
+            ("class_embed_type", Json::Null),
+            ("num_class_embeds", Json::Null),
+            ("conv_in_kernel", Json::from(3)),
+            ("conv_out_kernel", Json::from(3)),
+            ("cross_attention_norm", Json::Null),
+            ("dual_cross_attention", Json::from(false)),
+            ("encoder_hid_dim", Json::Null),
+            ("encoder_hid_dim_type", Json::Null),
+            ("mid_block_only_cross_attention", Json::Null),
+            ("mid_block_type", Json::from("UNetMidBlock2DCrossAttn")),
+            ("only_cross_attention", Json::from(false)),
+            ("resnet_skip_time_act", Json::from(false)),
+            ("resnet_time_scale_shift", Json::from("default")),
+            ("reverse_transformer_layers_per_block", Json::Null),
+            ("time_cond_proj_dim", Json::Null),
+            ("time_embedding_act_fn", Json::Null),
+            ("time_embedding_type", Json::from("positional")),
+            ("timestep_post_act", Json::Null),
+        ];
+        for (key, supported) in plain {
+            if let Some(found) = self.rest.get(key)
+                && !found.is_null()
+                && *found != supported
+            {
+                bail!("unet/config.json: `{key}` = {found} is not supported (only {supported}): this is not a Stable Diffusion 1.x or 2.x UNet");
+            }
+        }
+        for key in ["mid_block_scale_factor", "resnet_out_scale_factor"] {
+            if let Some(factor) = self.rest.get(key).and_then(Json::as_f64)
+                && factor != 1.0
+            {
+                bail!("unet/config.json: `{key}` = {factor} is not supported (only 1)");
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,208 @@
+//! `UNet2DConditionModel`: the noise prediction of Stable Diffusion 1.x and 2.x.
+//!
+//! Rombach et al. 2022; the structure and every key are diffusers'. The weights are frozen; the adapters of the
+//! attention layers are an argument.
+
+mod blocks;
+mod config;
+
+use anyhow::{Context, Result, bail};
+use candle_core::Tensor;
+
+pub(super) use blocks::Resnet;
+pub use config::{PerBlock, UnetConfig};
+
+use super::parameters::{channels_first, channels_last, conv2d, group_norm, linear};
+use super::staged::{Checkpointing, Staged, Step};
+use super::{Source, Weights};
+use crate::lora::{Adapters, Target};
+use crate::nn::lora::LoraGradients;
+use crate::nn::{Linear, Value};
+use crate::ops::activation::{Activation, activation_fwd};
+use blocks::{Evaluation, Transformer, UnetStage};
+
+/// A frozen UNet.
+pub struct Unet {
+    config: UnetConfig,
+    time_embedding: [Linear; 2],
+    stages: Staged<UnetStage>,
+}
+
+impl Unet {
+    /// Loads `config.json` and `diffusion_pytorch_model*.safetensors` of a `unet` folder.
+    ///
+    /// # Errors
+    /// A missing or unreadable file, a configuration that is not a Stable Diffusion UNet's, a tensor of another shape.
+    pub fn load(source: &Source, variant: Option<&str>) -> Result<Self> {
+        let config: UnetConfig = source.read_json("config.json")?;
+        let weights = Weights::open(source, "diffusion_pytorch_model", variant)?;
+        Self::new(config, &weights)
+    }
+
+    pub fn new(config: UnetConfig, w: &Weights) -> Result<Self> {
+        config.check()?;
+        let channels = &config.block_out_channels;
+        let time_dim = config.time_embedding_dim.unwrap_or(4 * channels[0]);
+        let time_embedding = [
+            linear(&w.pp("time_embedding.linear_1"), channels[0], time_dim, true)?,
+            linear(&w.pp("time_embedding.linear_2"), time_dim, time_dim, true)?,
+        ];
+        let steps = build(&config, w, time_dim)?;
+        Ok(Self { config, time_embedding, stages: Staged { steps } })
+    }
+
+    pub fn config(&self) -> &UnetConfig {
+        &self.config
+    }
+
+    /// The layers that can be adapted: the four projections of every attention.
+    pub fn targets(&self) -> Vec<Target> {
+        let mut targets = Vec::new();
+        for step in &self.stages.steps {
+            let UnetStage::Transformer(transformer) = &step.stage else { continue };
+            for attention in transformer.attentions() {
+                for (name, layer) in [("to_q", &attention.to_q), ("to_k", &attention.to_k), ("to_v", &attention.to_v), ("to_out.0", &attention.to_out)] {
+                    targets.push(Target {
+                        module: format!("{}.{name}", attention.module),
+                        in_features: layer.in_features(),
+                        out_features: layer.out_features(),
+                    });
+                }
+            }
+        }
+        targets
+    }
+
+    /// The prediction: x (B, C, h, w) latents, one timestep for all, context (B, tokens, D) -> (B, C, h, w).
+    pub fn forward(&self, x: &Tensor, timestep: usize, context: &Tensor, adapters: &Adapters) -> Result<Tensor> {
+        let evaluation = self.evaluation(x, timestep, context)?;
+        let y = self.stages.forward(channels_last(x)?, &evaluation, adapters).context("in the UNet")?;
+        Ok(channels_first(&y)?)
+    }
+
+    /// Pulls the cotangent of [`Self::forward`]'s result back: returns the gradient with respect to x and adds those of
+    /// the adapters to `sum`. The forward is computed here again.
+    #[allow(clippy::too_many_arguments)]
+    pub fn vjp(&self, x: &Tensor, timestep: usize, context: &Tensor, adapters: &Adapters, cotangent: &Tensor, checkpointing: Checkpointing, sum: &mut LoraGradients) -> Result<Tensor> {
+        let evaluation = self.evaluation(x, timestep, context)?;
+        let dx = self.stages.vjp(channels_last(x)?, &evaluation, adapters, channels_last(cotangent)?, checkpointing, sum).context("in the UNet")?;
+        Ok(channels_first(&dx)?)
+    }
+
+    fn evaluation(&self, x: &Tensor, timestep: usize, context: &Tensor) -> Result<Evaluation> {
+        let (batch, channels, _, _) = x.dims4()?;
+        let (context_batch, _, context_dim) = context.dims3()?;
+        if channels != self.config.in_channels {
+            bail!("the UNet takes latents of {} channels, got {channels}", self.config.in_channels);
+        }
+        if context_batch != batch {
+            bail!("{batch} latents with {context_batch} prompt embeddings");
+        }
+        if let PerBlock::One(expected) = self.config.cross_attention_dim
+            && expected != context_dim
+        {
+            bail!("the UNet attends to text of {expected} features, the text encoder gives {context_dim}");
+        }
+        let embedding = timestep_embedding(timestep, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)?;
+        let [first, second] = &self.time_embedding;
+        let hidden = first.forward(&Value::from(embedding))?.into_tensor();
+        let embedding = second.forward(&Value::from(activation_fwd(&hidden, Activation::Silu)?))?.into_tensor();
+        // every resnet applies SiLU to it before its own projection
+        Ok(Evaluation { time: activation_fwd(&embedding, Activation::Silu)?, context: context.clone() })
+    }
+}
+
+/// Sinusoidal embedding of a timestep, (1, dim), in f32 as diffusers computes it (Vaswani et al. 2017).
+fn timestep_embedding(timestep: usize, dim: usize, flip_sin_to_cos: bool, freq_shift: f64) -> Result<Tensor> {
+    let half = dim / 2;
+    let angle = |i: usize| {
+        let exponent = -(10_000f64.ln() as f32) * i as f32 / (half as f64 - freq_shift) as f32;
+        timestep as f32 * (f64::from(exponent).exp() as f32)
+    };
+    let sin = (0..half).map(|i| f64::from(angle(i)).sin() as f32);
+    let cos = (0..half).map(|i| f64::from(angle(i)).cos() as f32);
+    let mut embedding: Vec<f32> = if flip_sin_to_cos { cos.chain(sin).collect() } else { sin.chain(cos).collect() };
+    embedding.resize(dim, 0.0); // an odd dimension ends in a zero
+    Ok(Tensor::from_vec(embedding, (1, dim), &candle_core::Device::Cpu)?)
+}
+
+/// The stages in the order in which diffusers runs them.
+fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<UnetStage>>> {
+    let channels = &config.block_out_channels;
+    let blocks = channels.len();
+    let mut steps = Vec::new();
+    let mut push = |name: String, stage, pops, pushes| steps.push(Step { name, stage, pops, pushes });
+    let resnet = |name: &str, inputs, outputs| -> Result<UnetStage> {
+        let resnet = Resnet::load(&w.pp(name), inputs, outputs, Some(time_dim), config.norm_num_groups, config.norm_eps);
+        Ok(UnetStage::Resnet(resnet?))
+    };
+    let transformer = |name: &str, channels, block| -> Result<UnetStage> {
+        let depth = config.transformer_layers_per_block.at(block).unwrap_or(1);
+        let context = config.cross_attention_dim.at(block).unwrap_or(1280);
+        Ok(UnetStage::Transformer(Transformer::load(&w.pp(name), name, channels, context, config.heads(block), depth, config.norm_num_groups)?))
+    };
+
+    push("conv_in".into(), UnetStage::Conv(conv2d(&w.pp("conv_in"), config.in_channels, channels[0], 3, 1, 1)?), false, true);
+    // channels of the skip connections, in the order in which they are pushed
+    let mut skips = vec![channels[0]];
+    let mut current = channels[0];
+    for (block, kind) in config.down_block_types.iter().enumerate() {
+        let cross = has_attention(kind, "CrossAttnDownBlock2D", "DownBlock2D")?;
+        for layer in 0..config.layers_per_block.at(block).unwrap_or(2) {
+            let name = format!("down_blocks.{block}.resnets.{layer}");
+            push(name.clone(), resnet(&name, current, channels[block])?, false, !cross);
+            current = channels[block];
+            if cross {
+                let name = format!("down_blocks.{block}.attentions.{layer}");
+                push(name.clone(), transformer(&name, current, block)?, false, true);
+            }
+            skips.push(current);
+        }
+        if block + 1 < blocks {
+            let name = format!("down_blocks.{block}.downsamplers.0.conv");
+            let conv = conv2d(&w.pp(&name), current, current, 3, 2, config.downsample_padding)?;
+            push(name, UnetStage::Conv(conv), false, true);
+            skips.push(current);
+        }
+    }
+
+    let last = blocks - 1;
+    let depth = config.transformer_layers_per_block.at(last).unwrap_or(1);
+    push("mid_block.resnets.0".into(), resnet("mid_block.resnets.0", current, current)?, false, false);
+    if depth > 0 {
+        push("mid_block.attentions.0".into(), transformer("mid_block.attentions.0", current, last)?, false, false);
+    }
+    push("mid_block.resnets.1".into(), resnet("mid_block.resnets.1", current, current)?, false, false);
+
+    for (up, kind) in config.up_block_types.iter().enumerate() {
+        let block = last - up;
+        let cross = has_attention(kind, "CrossAttnUpBlock2D", "UpBlock2D")?;
+        for layer in 0..=config.layers_per_block.at(block).unwrap_or(2) {
+            let skip = skips.pop().context("unet/config.json: more layers on the way up than on the way down")?;
+            let name = format!("up_blocks.{up}.resnets.{layer}");
+            push(name.clone(), resnet(&name, current + skip, channels[block])?, true, false);
+            current = channels[block];
+            if cross {
+                let name = format!("up_blocks.{up}.attentions.{layer}");
+                push(name.clone(), transformer(&name, current, block)?, false, false);
+            }
+        }
+        if up + 1 < blocks {
+            let name = format!("up_blocks.{up}.upsamplers.0.conv");
+            let conv = conv2d(&w.pp(&name), current, current, 3, 1, 1)?;
+            push(name, UnetStage::Upsample(conv), false, false);
+        }
+    }
+    let norm = group_norm(&w.pp("conv_norm_out"), current, config.norm_num_groups, config.norm_eps, true)?;
+    let conv = conv2d(&w.pp("conv_out"), current, config.out_channels, 3, 1, 1)?;
+    push("conv_out".into(), UnetStage::Out(norm, conv), false, false);
+    Ok(steps)
+}
+
+fn has_attention(kind: &str, with: &str, without: &str) -> Result<bool> {
+    match kind {
+        kind if kind == with => Ok(true),
+        kind if kind == without => Ok(false),
+        other => bail!("unet/config.json: block type `{other}` is not supported (only {with} and {without})"),
+    }
+}

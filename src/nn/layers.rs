@@ -1,0 +1,180 @@
+//! The layers: frozen parameters, and `forward` on values.
+
+use candle_core::{Result, Tensor};
+
+use super::{LoraValues, Value};
+use crate::ops;
+use crate::ops::activation::{Activation, activation_bwd, activation_fwd};
+use crate::ops::attention::{Heads, attention_bwd, attention_fwd};
+
+/// A frozen linear layer; a 1x1 convolution is one too, channels-last.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// (out, in)
+    pub weight: Tensor,
+    /// (out)
+    pub bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// x (..., in) -> (..., out).
+    pub fn forward(&self, x: &Value) -> Result<Value> {
+        let y = ops::linear::linear_fwd(x.tensor(), &self.weight, self.bias.as_ref())?;
+        let weight = self.weight.clone();
+        Ok(Value::step([x], y, move |d| Ok([Some(ops::linear::linear_bwd(d, &weight)?)])))
+    }
+    pub fn in_features(&self) -> usize {
+        self.weight.dims()[1]
+    }
+    pub fn out_features(&self) -> usize {
+        self.weight.dims()[0]
+    }
+}
+
+/// A frozen convolution on (B, H, W, C).
+#[derive(Clone, Debug)]
+pub struct Conv2d(pub ops::conv2d::Kernel);
+
+impl Conv2d {
+    pub fn forward(&self, x: &Value) -> Result<Value> {
+        let (_, height, width, _) = x.tensor().dims4()?;
+        let y = ops::conv2d::conv2d_fwd(x.tensor(), &self.0)?;
+        let kernel = self.0.clone();
+        Ok(Value::step([x], y, move |d| Ok([Some(ops::conv2d::conv2d_bwd(d, &kernel, height, width)?)])))
+    }
+}
+
+/// Group normalisation, with SiLU behind it or not, as its parameters say.
+#[derive(Clone, Debug)]
+pub struct GroupNorm(pub ops::group_norm::GroupNorm);
+
+impl GroupNorm {
+    pub fn forward(&self, x: &Value) -> Result<Value> {
+        let y = ops::group_norm::group_norm_fwd(x.tensor(), &self.0)?;
+        let (norm, input) = (self.0.clone(), x.tensor().clone());
+        Ok(Value::step([x], y, move |d| Ok([Some(ops::group_norm::group_norm_bwd(d, &input, &norm)?)])))
+    }
+}
+
+/// Layer normalisation over the last axis.
+#[derive(Clone, Debug)]
+pub struct LayerNorm(pub ops::layer_norm::LayerNorm);
+
+impl LayerNorm {
+    pub fn forward(&self, x: &Value) -> Result<Value> {
+        let y = ops::layer_norm::layer_norm_fwd(x.tensor(), &self.0)?;
+        let (norm, input) = (self.0.clone(), x.tensor().clone());
+        Ok(Value::step([x], y, move |d| Ok([Some(ops::layer_norm::layer_norm_bwd(d, &input, &norm)?)])))
+    }
+}
+
+/// f(x), elementwise.
+pub fn activation(x: &Value, function: Activation) -> Result<Value> {
+    if function == Activation::Identity {
+        return Ok(x.clone());
+    }
+    let y = activation_fwd(x.tensor(), function)?;
+    let input = x.tensor().clone();
+    Ok(Value::step([x], y, move |d| Ok([Some(activation_bwd(d, &input, function)?)])))
+}
+
+/// Nearest-neighbour upsampling of (B, h, w, C) to (B, height, width, C).
+pub fn upsample_nearest(x: &Value, height: usize, width: usize) -> Result<Value> {
+    let (_, h, w, _) = x.tensor().dims4()?;
+    let y = ops::upsample::upsample_nearest_fwd(x.tensor(), height, width)?;
+    Ok(Value::step([x], y, move |d| Ok([Some(ops::upsample::upsample_nearest_bwd(d, h, w)?)])))
+}
+
+/// Scaled dot-product attention; q (B, N, C), k and v (B, M, C).
+pub fn dot_product_attention(q: &Value, k: &Value, v: &Value, heads: Heads) -> Result<Value> {
+    let y = attention_fwd(q.tensor(), k.tensor(), v.tensor(), heads)?;
+    let (q_data, k_data, v_data) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
+    Ok(Value::step([q, k, v], y, move |d| {
+        let (dq, dk, dv) = attention_bwd(d, &q_data, &k_data, &v_data, heads)?;
+        Ok([Some(dq), Some(dk), Some(dv)])
+    }))
+}
+
+/// GEGLU: (..., 2 F) -> (..., F).
+pub fn geglu(x: &Value) -> Result<Value> {
+    let y = ops::geglu::geglu_fwd(x.tensor())?;
+    let input = x.tensor().clone();
+    Ok(Value::step([x], y, move |d| Ok([Some(ops::geglu::geglu_bwd(d, &input)?)])))
+}
+
+/// x / ||x|| along the last axis, x (B, D).
+///
+/// ```text
+/// y = x / n      d_x = (d_y - y <y, d_y>) / n
+/// ```
+pub fn unit_norm(x: &Value) -> Result<Value> {
+    let norm = x.tensor().sqr()?.sum_keepdim(candle_core::D::Minus1)?.sqrt()?;
+    let y = x.tensor().broadcast_div(&norm)?;
+    let unit = y.clone();
+    Ok(Value::step([x], y, move |d| {
+        let along = (&unit * d)?.sum_keepdim(candle_core::D::Minus1)?;
+        Ok([Some((d - unit.broadcast_mul(&along)?)?.broadcast_div(&norm)?)])
+    }))
+}
+
+/// Attention with its projections: `to_q`, `to_k`, `to_v`, `to_out.0` of diffusers, each of which may be adapted.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    /// The name that adapters know it by: `...transformer_blocks.0.attn1`.
+    pub module: String,
+    pub to_q: Linear,
+    pub to_k: Linear,
+    pub to_v: Linear,
+    pub to_out: Linear,
+    pub heads: Heads,
+}
+
+impl Attention {
+    /// x (B, N, C) attends to `context` (B, M, C'), or to itself.
+    pub fn forward(&self, x: &Value, context: Option<&Value>, lora: &LoraValues) -> Result<Value> {
+        let context = context.unwrap_or(x);
+        let project = |name: &str, layer: &Linear, input: &Value| {
+            lora.apply(&format!("{}.{name}", self.module), input, layer.forward(input)?)
+        };
+        let q = project("to_q", &self.to_q, x)?;
+        let k = project("to_k", &self.to_k, context)?;
+        let v = project("to_v", &self.to_v, context)?;
+        let attended = dot_product_attention(&q, &k, &v, self.heads)?;
+        project("to_out.0", &self.to_out, &attended)
+    }
+}
+
+/// The transformer block's feed-forward: a GEGLU and a linear layer.
+#[derive(Clone, Debug)]
+pub struct FeedForward {
+    pub proj: Linear,
+    pub out: Linear,
+}
+
+impl FeedForward {
+    pub fn forward(&self, x: &Value) -> Result<Value> {
+        self.out.forward(&geglu(&self.proj.forward(x)?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::Tape;
+    use crate::ops::testing::{Case, check};
+
+    #[test]
+    fn unit_norm_agrees_with_autograd_and_finite_differences() {
+        check(
+            &[Case::normal(&[3, 7], 1)],
+            |x| Ok(unit_norm(&x[0].clone().into())?.into_tensor()),
+            |x, d| {
+                let tape = Tape::new();
+                let leaf = tape.leaf(&x[0]);
+                let y = unit_norm(&leaf)?;
+                Ok(vec![tape.backward(&[(&y, d)])?.take(&leaf, "x")?])
+            },
+            |x| x[0].broadcast_div(&x[0].sqr()?.sum_keepdim(1)?.sqrt()?),
+        );
+    }
+}

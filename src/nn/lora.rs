@@ -1,0 +1,97 @@
+//! Adapters as values: constants in the rollout, leaves of a tape where a gradient is wanted.
+
+use anyhow::{Context, Result};
+use candle_core::Tensor;
+
+use super::{Gradients, Tape, Value};
+use crate::lora::Adapters;
+use crate::ops::linear::{lora_bwd, lora_fwd};
+
+/// The factors of all adapters as values, in the order of [`Adapters::factors`].
+#[derive(Clone)]
+pub struct LoraValues<'a> {
+    adapters: &'a Adapters,
+    /// Leaves (A, B); empty when the adapters are constants.
+    leaves: Vec<(Value, Value)>,
+}
+
+impl<'a> LoraValues<'a> {
+    /// No gradient wanted.
+    pub fn constant(adapters: &'a Adapters) -> Self {
+        Self { adapters, leaves: Vec::new() }
+    }
+
+    /// A gradient is wanted for every factor.
+    pub fn on_tape(adapters: &'a Adapters, tape: &Tape) -> Self {
+        let leaves = adapters.factors().iter().map(|f| (tape.leaf(&f.a), tape.leaf(&f.b))).collect();
+        Self { adapters, leaves }
+    }
+
+    /// Adds the adapter of `module`, if there is one, to that layer's output: y + scale (x Aᵀ) Bᵀ.
+    pub fn apply(&self, module: &str, x: &Value, y: Value) -> candle_core::Result<Value> {
+        let Some(index) = self.adapters.position(module) else { return Ok(y) };
+        let factor = &self.adapters.factors()[index];
+        let scale = factor.scale();
+        let output = lora_fwd(x.tensor(), &factor.a, &factor.b, scale, y.tensor())?;
+        let (a, b) = match self.leaves.get(index) {
+            Some((a, b)) => (a.clone(), b.clone()),
+            None => (Value::constant(&factor.a), Value::constant(&factor.b)),
+        };
+        let (x_data, a_data, b_data) = (x.tensor().clone(), factor.a.clone(), factor.b.clone());
+        Ok(Value::step([x, &a, &b, &y], output, move |d| {
+            let (dx, da, db) = lora_bwd(d, &x_data, &a_data, &b_data, scale)?;
+            Ok([Some(dx), Some(da), Some(db), Some(d.clone())])
+        }))
+    }
+
+    /// Adds the gradients that a backward pass found to `sum`.
+    pub(crate) fn collect(&self, gradients: &mut Gradients, sum: &mut LoraGradients) -> Result<()> {
+        for (index, (a, b)) in self.leaves.iter().enumerate() {
+            for (slot, leaf) in [(2 * index, a), (2 * index + 1, b)] {
+                if let Some(gradient) = gradients.take_if_any(leaf) {
+                    sum.add(slot, &gradient)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sums of gradients, one for each tensor of [`Adapters::named_tensors`], in that order.
+#[derive(Clone, Default)]
+pub struct LoraGradients {
+    sums: Vec<Option<Tensor>>,
+}
+
+impl LoraGradients {
+    pub fn new(adapters: &Adapters) -> Self {
+        Self { sums: vec![None; 2 * adapters.factors().len()] }
+    }
+
+    fn add(&mut self, slot: usize, gradient: &Tensor) -> Result<()> {
+        let sum = &mut self.sums[slot];
+        *sum = Some(match sum.take() {
+            Some(sum) => (sum + gradient)?,
+            None => gradient.clone(),
+        });
+        Ok(())
+    }
+
+    /// Whether no gradient has arrived at all: every step was detached.
+    pub fn is_empty(&self) -> bool {
+        self.sums.iter().all(Option::is_none)
+    }
+
+    /// The gradients, complete.
+    ///
+    /// # Errors
+    /// Names the first tensor that none reached.
+    pub fn finish(self, adapters: &Adapters) -> Result<Vec<Tensor>> {
+        let names = adapters.named_tensors();
+        self.sums
+            .into_iter()
+            .zip(names)
+            .map(|(sum, (name, _))| sum.with_context(|| format!("no gradient reached the LoRA tensor `{name}`: a path through the UNet is cut")))
+            .collect()
+    }
+}

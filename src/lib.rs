@@ -1,1 +1,5 @@
+pub mod diffusion;
+pub mod lora;
+pub mod models;
+pub mod nn;
 pub mod ops;

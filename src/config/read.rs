@@ -597,6 +597,7 @@ mod tests {
                 "optimizer..lr=1",
                 "--set optimizer..lr=1: `optimizer..lr` is not a key; expected section.key=value, for example --set optimizer.lr=1e-4",
             ),
+            ("lr.x=1", "unknown key `lr` (--set lr.x=1); did you mean `optimizer.lr`?"),
             ("model=x", "bad value for `model` (--set model=x): string \"x\", expected a table"),
         ] {
             assert_error("[optimizer]\nlr = 1e-3", &[text], expected);

@@ -30,7 +30,9 @@ impl Factor {
         let module = module.into();
         match (a.dims(), b.dims()) {
             ([rank, _], [_, rank_b]) if rank == rank_b && *rank > 0 => Ok(Self { module, a, b, alpha }),
-            (a, b) => bail!("the LoRA factors of `{module}` do not fit together: A is {a:?}, B is {b:?}; expected A (rank, in) and B (out, rank)"),
+            (a, b) => bail!(
+                "the LoRA factors of `{module}` do not fit together: A is {a:?}, B is {b:?}; expected A (rank, in) and B (out, rank)"
+            ),
         }
     }
     pub fn rank(&self) -> usize {
@@ -91,13 +93,21 @@ impl Adapters {
     ///
     /// # Errors
     /// No layer matches, or an entry of `target_modules` matches none.
-    pub fn init(targets: &[Target], target_modules: &[String], rank: usize, alpha: f64, mut normal: impl FnMut(usize, usize) -> Vec<f32>) -> Result<Self> {
+    pub fn init(
+        targets: &[Target],
+        target_modules: &[String],
+        rank: usize,
+        alpha: f64,
+        mut normal: impl FnMut(usize, usize) -> Vec<f32>,
+    ) -> Result<Self> {
         if rank == 0 {
             bail!("lora.rank must be at least 1");
         }
         for wanted in target_modules {
             if !targets.iter().any(|target| target.matches(std::slice::from_ref(wanted))) {
-                bail!("lora.target_modules: no layer of this UNet ends in `{wanted}`; its attention layers end in to_q, to_k, to_v, to_out.0");
+                bail!(
+                    "lora.target_modules: no layer of this UNet ends in `{wanted}`; its attention layers end in to_q, to_k, to_v, to_out.0"
+                );
             }
         }
         let mut chosen: Vec<&Target> = targets.iter().filter(|target| target.matches(target_modules)).collect();
@@ -145,7 +155,12 @@ impl Adapters {
     pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
         self.factors
             .iter()
-            .flat_map(|f| [(format!("{}.lora_A.weight", f.module), f.a.clone()), (format!("{}.lora_B.weight", f.module), f.b.clone())])
+            .flat_map(|f| {
+                [
+                    (format!("{}.lora_A.weight", f.module), f.a.clone()),
+                    (format!("{}.lora_B.weight", f.module), f.b.clone()),
+                ]
+            })
             .collect()
     }
 
@@ -184,7 +199,11 @@ impl Adapters {
             if (factor.in_features(), factor.out_features()) != (target.in_features, target.out_features) {
                 bail!(
                     "this LoRA is for another model: `{}` is a {} -> {} layer there and {} -> {} in this UNet",
-                    factor.module, factor.in_features(), factor.out_features(), target.in_features, target.out_features
+                    factor.module,
+                    factor.in_features(),
+                    factor.out_features(),
+                    target.in_features,
+                    target.out_features
                 );
             }
         }

@@ -19,7 +19,14 @@ pub(super) fn linear(w: &Weights, inputs: usize, outputs: usize, bias: bool) -> 
 }
 
 /// `weight` (out, in, k, k) and `bias` (out), if there is one.
-pub(super) fn conv2d(w: &Weights, inputs: usize, outputs: usize, k: usize, stride: usize, padding: usize) -> Result<Conv2d> {
+pub(super) fn conv2d(
+    w: &Weights,
+    inputs: usize,
+    outputs: usize,
+    k: usize,
+    stride: usize,
+    padding: usize,
+) -> Result<Conv2d> {
     let weight = w.get("weight", &[outputs, inputs, k, k])?;
     let bias = w.contains("bias").then(|| w.get("bias", &[outputs])).transpose()?;
     Ok(Conv2d(ops::conv2d::Kernel::new(&weight, bias, stride, padding)?))
@@ -27,14 +34,22 @@ pub(super) fn conv2d(w: &Weights, inputs: usize, outputs: usize, k: usize, strid
 
 pub(super) fn group_norm(w: &Weights, channels: usize, groups: usize, eps: f64, silu: bool) -> Result<GroupNorm> {
     if groups == 0 || channels % groups != 0 {
-        anyhow::bail!("`{}` in {}: {channels} channels do not divide into {groups} groups (norm_num_groups)", w.prefix(), w.file());
+        anyhow::bail!(
+            "`{}` in {}: {channels} channels do not divide into {groups} groups (norm_num_groups)",
+            w.prefix(),
+            w.file()
+        );
     }
     let (weight, bias) = (w.get("weight", &[channels])?, w.get("bias", &[channels])?);
     Ok(GroupNorm(ops::group_norm::GroupNorm { weight, bias, groups, eps, silu }))
 }
 
 pub(super) fn layer_norm(w: &Weights, channels: usize, eps: f64) -> Result<LayerNorm> {
-    Ok(LayerNorm(ops::layer_norm::LayerNorm { weight: w.get("weight", &[channels])?, bias: w.get("bias", &[channels])?, eps }))
+    Ok(LayerNorm(ops::layer_norm::LayerNorm {
+        weight: w.get("weight", &[channels])?,
+        bias: w.get("bias", &[channels])?,
+        eps,
+    }))
 }
 
 /// (B, C, H, W) -> (B, H, W, C), contiguous.

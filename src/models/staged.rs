@@ -29,7 +29,14 @@ pub(super) trait Stage {
 
     /// `skip` is the skip connection that the stage consumes, `next_skip` the height and width of the one that the
     /// following stages will.
-    fn forward(&self, hidden: &Value, skip: Option<&Value>, next_skip: Option<(usize, usize)>, inputs: &Self::Inputs, lora: &LoraValues) -> Result<Value>;
+    fn forward(
+        &self,
+        hidden: &Value,
+        skip: Option<&Value>,
+        next_skip: Option<(usize, usize)>,
+        inputs: &Self::Inputs,
+        lora: &LoraValues,
+    ) -> Result<Value>;
 }
 
 pub(super) struct Step<S> {
@@ -73,7 +80,15 @@ impl<S: Stage> Staged<S> {
     }
 
     /// The gradient with respect to x of <cotangent, forward(x)>; those of the adapters are added to `sum`.
-    pub fn vjp(&self, x: Tensor, inputs: &S::Inputs, adapters: &Adapters, cotangent: Tensor, checkpointing: Checkpointing, sum: &mut LoraGradients) -> Result<Tensor> {
+    pub fn vjp(
+        &self,
+        x: Tensor,
+        inputs: &S::Inputs,
+        adapters: &Adapters,
+        cotangent: Tensor,
+        checkpointing: Checkpointing,
+        sum: &mut LoraGradients,
+    ) -> Result<Tensor> {
         match checkpointing {
             Checkpointing::Step => {
                 let mut recorded = Vec::with_capacity(self.steps.len());
@@ -101,7 +116,9 @@ impl<S: Stage> Staged<S> {
                     }
                     Ok(step.stage.forward(&hidden, skip.as_ref(), next_skip, inputs, &constant)?.into_tensor())
                 })?;
-                self.pull(cotangent, sum, |step| self.record(step, saved.pop().expect("one input a stage"), inputs, adapters))
+                self.pull(cotangent, sum, |step| {
+                    self.record(step, saved.pop().expect("one input a stage"), inputs, adapters)
+                })
             }
         }
     }
@@ -111,9 +128,14 @@ impl<S: Stage> Staged<S> {
         let mut hidden = x;
         let mut skips: Vec<Tensor> = Vec::new();
         for step in &self.steps {
-            let skip = if step.pops { Some(skips.pop().context("a skip connection for every stage that consumes one")?) } else { None };
+            let skip = if step.pops {
+                Some(skips.pop().context("a skip connection for every stage that consumes one")?)
+            } else {
+                None
+            };
             let next_skip = skips.last().map(|skip| (skip.dims()[1], skip.dims()[2]));
-            hidden = run(step, StageInput { hidden, skip, next_skip }).with_context(|| format!("in `{}`", step.name))?;
+            hidden =
+                run(step, StageInput { hidden, skip, next_skip }).with_context(|| format!("in `{}`", step.name))?;
             if step.pushes {
                 skips.push(hidden.clone());
             }
@@ -121,7 +143,13 @@ impl<S: Stage> Staged<S> {
         Ok(hidden)
     }
 
-    fn record<'a>(&self, step: &Step<S>, input: StageInput, inputs: &S::Inputs, adapters: &'a Adapters) -> Result<Recorded<'a>> {
+    fn record<'a>(
+        &self,
+        step: &Step<S>,
+        input: StageInput,
+        inputs: &S::Inputs,
+        adapters: &'a Adapters,
+    ) -> Result<Recorded<'a>> {
         let tape = Tape::new();
         let (hidden, skip) = (tape.leaf(&input.hidden), input.skip.as_ref().map(|skip| tape.leaf(skip)));
         let lora = LoraValues::on_tape(adapters, &tape);
@@ -130,7 +158,12 @@ impl<S: Stage> Staged<S> {
     }
 
     /// Walks back. `recorded` gives the stages' recordings, last one first.
-    fn pull<'a>(&self, cotangent: Tensor, sum: &mut LoraGradients, mut recorded: impl FnMut(&Step<S>) -> Result<Recorded<'a>>) -> Result<Tensor> {
+    fn pull<'a>(
+        &self,
+        cotangent: Tensor,
+        sum: &mut LoraGradients,
+        mut recorded: impl FnMut(&Step<S>) -> Result<Recorded<'a>>,
+    ) -> Result<Tensor> {
         let mut d_hidden = cotangent;
         let mut d_skips: Vec<Tensor> = Vec::new();
         for step in self.steps.iter().rev() {
@@ -138,7 +171,9 @@ impl<S: Stage> Staged<S> {
                 d_hidden = (d_hidden + d_skips.pop().context("a gradient for every skip connection")?)?;
             }
             let Recorded { tape, hidden, skip, lora, output } = recorded(step)?;
-            let mut gradients = tape.backward(&[(&output, &d_hidden)]).with_context(|| format!("in the backward of `{}`", step.name))?;
+            let mut gradients = tape
+                .backward(&[(&output, &d_hidden)])
+                .with_context(|| format!("in the backward of `{}`", step.name))?;
             lora.collect(&mut gradients, sum)?;
             if let Some(skip) = skip {
                 d_skips.push(gradients.take(&skip, &format!("the skip connection into `{}`", step.name))?);

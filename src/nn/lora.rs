@@ -91,7 +91,11 @@ impl LoraGradients {
         self.sums
             .into_iter()
             .zip(names)
-            .map(|(sum, (name, _))| sum.with_context(|| format!("no gradient reached the LoRA tensor `{name}`: a path through the UNet is cut")))
+            .map(|(sum, (name, _))| {
+                sum.with_context(|| {
+                    format!("no gradient reached the LoRA tensor `{name}`: a path through the UNet is cut")
+                })
+            })
             .collect()
     }
 }

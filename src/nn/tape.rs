@@ -56,7 +56,11 @@ impl Tape {
                 bail!("backward: the output does not depend on anything on this tape");
             };
             if value.tensor.dims() != cotangent.dims() {
-                bail!("backward: a cotangent of shape {:?} for an output of shape {:?}", cotangent.dims(), value.tensor.dims());
+                bail!(
+                    "backward: a cotangent of shape {:?} for an output of shape {:?}",
+                    cotangent.dims(),
+                    value.tensor.dims()
+                );
             }
             add_to(&mut gradients[node.id], cotangent.contiguous()?)?;
         }
@@ -185,7 +189,9 @@ impl Value {
     pub fn narrow(&self, axis: usize, start: usize, length: usize) -> Result<Value> {
         let whole = self.tensor.dims()[axis];
         let y = self.tensor.narrow(axis, start, length)?.contiguous()?;
-        Ok(Self::step([self], y, move |d| Ok([Some(d.pad_with_zeros(axis, start, whole - start - length)?.contiguous()?)])))
+        Ok(Self::step([self], y, move |d| {
+            Ok([Some(d.pad_with_zeros(axis, start, whole - start - length)?.contiguous()?)])
+        }))
     }
 
     /// Two values side by side along the last axis.

@@ -68,15 +68,17 @@ def concepts():
 CONCEPTS = concepts()
 
 
+def article(word):
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def background_phrase(background):
-    return SCENES.get(background) or f"on a {background} background"
+    return SCENES.get(background) or f"on {article(background)} {background} background"
 
 
 def caption(style, name, background):
     """The caption, or one of its shorter forms where style or background is None."""
-    first = style or name
-    article = "an" if first[0] in "aeiou" else "a"
-    return " ".join(filter(None, [article, style, name, background and background_phrase(background)]))
+    return " ".join(filter(None, [article(style or name), style, name, background and background_phrase(background)]))
 
 
 # ---------------------------------------------------------------- artwork

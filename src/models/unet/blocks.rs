@@ -30,7 +30,14 @@ pub(super) enum UnetStage {
 impl Stage for UnetStage {
     type Inputs = Evaluation;
 
-    fn forward(&self, hidden: &Value, skip: Option<&Value>, next_skip: Option<(usize, usize)>, inputs: &Evaluation, lora: &LoraValues) -> Result<Value> {
+    fn forward(
+        &self,
+        hidden: &Value,
+        skip: Option<&Value>,
+        next_skip: Option<(usize, usize)>,
+        inputs: &Evaluation,
+        lora: &LoraValues,
+    ) -> Result<Value> {
         let joined;
         let hidden = match skip {
             Some(skip) => {
@@ -64,14 +71,23 @@ pub(crate) struct Resnet {
 }
 
 impl Resnet {
-    pub(crate) fn load(w: &Weights, inputs: usize, outputs: usize, time_dim: Option<usize>, groups: usize, eps: f64) -> Result<Self> {
+    pub(crate) fn load(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        time_dim: Option<usize>,
+        groups: usize,
+        eps: f64,
+    ) -> Result<Self> {
         Ok(Self {
             norm1: group_norm(&w.pp("norm1"), inputs, groups, eps, true)?,
             conv1: conv2d(&w.pp("conv1"), inputs, outputs, 3, 1, 1)?,
             time_emb_proj: time_dim.map(|dim| linear(&w.pp("time_emb_proj"), dim, outputs, true)).transpose()?,
             norm2: group_norm(&w.pp("norm2"), outputs, groups, eps, true)?,
             conv2: conv2d(&w.pp("conv2"), outputs, outputs, 3, 1, 1)?,
-            conv_shortcut: (inputs != outputs).then(|| linear(&w.pp("conv_shortcut"), inputs, outputs, true)).transpose()?,
+            conv_shortcut: (inputs != outputs)
+                .then(|| linear(&w.pp("conv_shortcut"), inputs, outputs, true))
+                .transpose()?,
         })
     }
 
@@ -109,7 +125,15 @@ struct TransformerBlock {
 }
 
 impl Transformer {
-    pub(super) fn load(w: &Weights, module: &str, channels: usize, context: usize, heads: usize, depth: usize, groups: usize) -> Result<Self> {
+    pub(super) fn load(
+        w: &Weights,
+        module: &str,
+        channels: usize,
+        context: usize,
+        heads: usize,
+        depth: usize,
+        groups: usize,
+    ) -> Result<Self> {
         let inner = heads * (channels / heads);
         if inner == 0 {
             anyhow::bail!("unet/config.json: {heads} attention heads for {channels} channels in `{module}`");
@@ -134,7 +158,10 @@ impl Transformer {
                 norm2: layer_norm(&w.pp("norm2"), inner, 1e-5)?,
                 attn2: attention("attn2", context)?,
                 norm3: layer_norm(&w.pp("norm3"), inner, 1e-5)?,
-                ff: FeedForward { proj: linear(&w.pp("ff.net.0.proj"), inner, 8 * inner, true)?, out: linear(&w.pp("ff.net.2"), 4 * inner, inner, true)? },
+                ff: FeedForward {
+                    proj: linear(&w.pp("ff.net.0.proj"), inner, 8 * inner, true)?,
+                    out: linear(&w.pp("ff.net.2"), 4 * inner, inner, true)?,
+                },
             })
         });
         Ok(Self {

@@ -21,7 +21,9 @@ impl PerBlock {
     }
     fn check(&self, blocks: usize, key: &str) -> Result<()> {
         match self {
-            Self::Each(list) if list.len() != blocks => bail!("unet/config.json: `{key}` has {} entries for {blocks} blocks", list.len()),
+            Self::Each(list) if list.len() != blocks => {
+                bail!("unet/config.json: `{key}` has {} entries for {blocks} blocks", list.len())
+            }
             _ => Ok(()),
         }
     }
@@ -62,7 +64,12 @@ impl Default for UnetConfig {
             sample_size: None,
             in_channels: 4,
             out_channels: 4,
-            down_block_types: names(&["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]),
+            down_block_types: names(&[
+                "CrossAttnDownBlock2D",
+                "CrossAttnDownBlock2D",
+                "CrossAttnDownBlock2D",
+                "DownBlock2D",
+            ]),
             up_block_types: names(&["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]),
             block_out_channels: vec![320, 640, 1280, 1280],
             layers_per_block: PerBlock::One(2),
@@ -95,7 +102,9 @@ impl UnetConfig {
         if blocks == 0 || self.down_block_types.len() != blocks || self.up_block_types.len() != blocks {
             bail!(
                 "unet/config.json: {} block_out_channels, {} down_block_types, {} up_block_types: they must be equally many",
-                blocks, self.down_block_types.len(), self.up_block_types.len()
+                blocks,
+                self.down_block_types.len(),
+                self.up_block_types.len()
             );
         }
         self.layers_per_block.check(blocks, "layers_per_block")?;
@@ -137,7 +146,9 @@ impl UnetConfig {
                 && !found.is_null()
                 && *found != supported
             {
-                bail!("unet/config.json: `{key}` = {found} is not supported (only {supported}): this is not a Stable Diffusion 1.x or 2.x UNet");
+                bail!(
+                    "unet/config.json: `{key}` = {found} is not supported (only {supported}): this is not a Stable Diffusion 1.x or 2.x UNet"
+                );
             }
         }
         for key in ["mid_block_scale_factor", "resnet_out_scale_factor"] {

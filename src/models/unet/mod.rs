@@ -61,7 +61,12 @@ impl Unet {
         for step in &self.stages.steps {
             let UnetStage::Transformer(transformer) = &step.stage else { continue };
             for attention in transformer.attentions() {
-                for (name, layer) in [("to_q", &attention.to_q), ("to_k", &attention.to_k), ("to_v", &attention.to_v), ("to_out.0", &attention.to_out)] {
+                for (name, layer) in [
+                    ("to_q", &attention.to_q),
+                    ("to_k", &attention.to_k),
+                    ("to_v", &attention.to_v),
+                    ("to_out.0", &attention.to_out),
+                ] {
                     targets.push(Target {
                         module: format!("{}.{name}", attention.module),
                         in_features: layer.in_features(),
@@ -83,9 +88,21 @@ impl Unet {
     /// Pulls the cotangent of [`Self::forward`]'s result back: returns the gradient with respect to x and adds those of
     /// the adapters to `sum`. The forward is computed here again.
     #[allow(clippy::too_many_arguments)]
-    pub fn vjp(&self, x: &Tensor, timestep: usize, context: &Tensor, adapters: &Adapters, cotangent: &Tensor, checkpointing: Checkpointing, sum: &mut LoraGradients) -> Result<Tensor> {
+    pub fn vjp(
+        &self,
+        x: &Tensor,
+        timestep: usize,
+        context: &Tensor,
+        adapters: &Adapters,
+        cotangent: &Tensor,
+        checkpointing: Checkpointing,
+        sum: &mut LoraGradients,
+    ) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, context)?;
-        let dx = self.stages.vjp(channels_last(x)?, &evaluation, adapters, channels_last(cotangent)?, checkpointing, sum).context("in the UNet")?;
+        let dx = self
+            .stages
+            .vjp(channels_last(x)?, &evaluation, adapters, channels_last(cotangent)?, checkpointing, sum)
+            .context("in the UNet")?;
         Ok(channels_first(&dx)?)
     }
 
@@ -103,7 +120,12 @@ impl Unet {
         {
             bail!("the UNet attends to text of {expected} features, the text encoder gives {context_dim}");
         }
-        let embedding = timestep_embedding(timestep, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)?;
+        let embedding = timestep_embedding(
+            timestep,
+            self.config.block_out_channels[0],
+            self.config.flip_sin_to_cos,
+            self.config.freq_shift,
+        )?;
         let [first, second] = &self.time_embedding;
         let hidden = first.forward(&Value::from(embedding))?.into_tensor();
         let embedding = second.forward(&Value::from(activation_fwd(&hidden, Activation::Silu)?))?.into_tensor();
@@ -133,16 +155,30 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
     let mut steps = Vec::new();
     let mut push = |name: String, stage, pops, pushes| steps.push(Step { name, stage, pops, pushes });
     let resnet = |name: &str, inputs, outputs| -> Result<UnetStage> {
-        let resnet = Resnet::load(&w.pp(name), inputs, outputs, Some(time_dim), config.norm_num_groups, config.norm_eps);
+        let resnet =
+            Resnet::load(&w.pp(name), inputs, outputs, Some(time_dim), config.norm_num_groups, config.norm_eps);
         Ok(UnetStage::Resnet(resnet?))
     };
     let transformer = |name: &str, channels, block| -> Result<UnetStage> {
         let depth = config.transformer_layers_per_block.at(block).unwrap_or(1);
         let context = config.cross_attention_dim.at(block).unwrap_or(1280);
-        Ok(UnetStage::Transformer(Transformer::load(&w.pp(name), name, channels, context, config.heads(block), depth, config.norm_num_groups)?))
+        Ok(UnetStage::Transformer(Transformer::load(
+            &w.pp(name),
+            name,
+            channels,
+            context,
+            config.heads(block),
+            depth,
+            config.norm_num_groups,
+        )?))
     };
 
-    push("conv_in".into(), UnetStage::Conv(conv2d(&w.pp("conv_in"), config.in_channels, channels[0], 3, 1, 1)?), false, true);
+    push(
+        "conv_in".into(),
+        UnetStage::Conv(conv2d(&w.pp("conv_in"), config.in_channels, channels[0], 3, 1, 1)?),
+        false,
+        true,
+    );
     // channels of the skip connections, in the order in which they are pushed
     let mut skips = vec![channels[0]];
     let mut current = channels[0];

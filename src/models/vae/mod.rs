@@ -85,7 +85,14 @@ struct MidAttention {
 impl Stage for DecoderStage {
     type Inputs = ();
 
-    fn forward(&self, hidden: &Value, _: Option<&Value>, _: Option<(usize, usize)>, (): &(), _: &LoraValues) -> Result<Value> {
+    fn forward(
+        &self,
+        hidden: &Value,
+        _: Option<&Value>,
+        _: Option<(usize, usize)>,
+        (): &(),
+        _: &LoraValues,
+    ) -> Result<Value> {
         Ok(match self {
             Self::PostQuant(layer) => layer.forward(hidden)?,
             Self::Conv(conv) => conv.forward(hidden)?,
@@ -104,7 +111,8 @@ impl MidAttention {
     fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
         // the names of diffusers before 0.17, which the published Stable Diffusion 1.x autoencoders still have
         let old = w.contains("query.weight");
-        let layer = |name: &str, old_name: &str| linear(&w.pp(if old { old_name } else { name }), channels, channels, true);
+        let layer =
+            |name: &str, old_name: &str| linear(&w.pp(if old { old_name } else { name }), channels, channels, true);
         Ok(Self {
             norm: group_norm(&w.pp("group_norm"), channels, groups, EPS, false)?,
             to_q: layer("to_q", "query")?,
@@ -132,30 +140,45 @@ impl Vae {
     }
 
     pub fn new(config: VaeConfig, w: &Weights) -> Result<Self> {
-        if config.act_fn != "silu" || config.latents_mean.is_some() || config.shift_factor.is_some_and(|shift| shift != 0.0) {
-            bail!("vae/config.json: only the autoencoder of Stable Diffusion 1.x and 2.x is supported (act_fn silu, no latents_mean, no shift_factor)");
+        if config.act_fn != "silu"
+            || config.latents_mean.is_some()
+            || config.shift_factor.is_some_and(|shift| shift != 0.0)
+        {
+            bail!(
+                "vae/config.json: only the autoencoder of Stable Diffusion 1.x and 2.x is supported (act_fn silu, no latents_mean, no shift_factor)"
+            );
         }
         if let Some(other) = config.up_block_types.iter().find(|kind| *kind != "UpDecoderBlock2D") {
             bail!("vae/config.json: block type `{other}` is not supported (only UpDecoderBlock2D)");
         }
         if config.block_out_channels.is_empty() || config.block_out_channels.len() != config.up_block_types.len() {
-            bail!("vae/config.json: {} block_out_channels for {} up_block_types", config.block_out_channels.len(), config.up_block_types.len());
+            bail!(
+                "vae/config.json: {} block_out_channels for {} up_block_types",
+                config.block_out_channels.len(),
+                config.up_block_types.len()
+            );
         }
         let groups = config.norm_num_groups;
         let mut steps = Vec::new();
-        let mut push = |name: &str, stage| steps.push(Step { name: name.to_owned(), stage, pops: false, pushes: false });
+        let mut push =
+            |name: &str, stage| steps.push(Step { name: name.to_owned(), stage, pops: false, pushes: false });
         let latent = config.latent_channels;
         if config.use_post_quant_conv {
             push("post_quant_conv", DecoderStage::PostQuant(linear(&w.pp("post_quant_conv"), latent, latent, true)?));
         }
         let d = w.pp("decoder");
-        let resnet = |name: &str, inputs, outputs| Resnet::load(&d.pp(name), inputs, outputs, None, groups, EPS).map(DecoderStage::Resnet);
+        let resnet = |name: &str, inputs, outputs| {
+            Resnet::load(&d.pp(name), inputs, outputs, None, groups, EPS).map(DecoderStage::Resnet)
+        };
         let channels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
         let mut current = channels[0];
         push("conv_in", DecoderStage::Conv(conv2d(&d.pp("conv_in"), latent, current, 3, 1, 1)?));
         push("mid_block.resnets.0", resnet("mid_block.resnets.0", current, current)?);
         if config.mid_block_add_attention {
-            push("mid_block.attentions.0", DecoderStage::Attention(MidAttention::load(&d.pp("mid_block.attentions.0"), current, groups)?));
+            push(
+                "mid_block.attentions.0",
+                DecoderStage::Attention(MidAttention::load(&d.pp("mid_block.attentions.0"), current, groups)?),
+            );
         }
         push("mid_block.resnets.1", resnet("mid_block.resnets.1", current, current)?);
         for (block, outputs) in channels.iter().enumerate() {
@@ -169,7 +192,10 @@ impl Vae {
                 push(&name, DecoderStage::Upsample(conv2d(&d.pp(&name), current, current, 3, 1, 1)?));
             }
         }
-        let out = DecoderStage::Out(group_norm(&d.pp("conv_norm_out"), current, groups, EPS, true)?, conv2d(&d.pp("conv_out"), current, config.out_channels, 3, 1, 1)?);
+        let out = DecoderStage::Out(
+            group_norm(&d.pp("conv_norm_out"), current, groups, EPS, true)?,
+            conv2d(&d.pp("conv_out"), current, config.out_channels, 3, 1, 1)?,
+        );
         push("conv_out", out);
         Ok(Self { config, stages: Staged { steps } })
     }
@@ -195,7 +221,10 @@ impl Vae {
         let z = (latents / self.config.scaling_factor)?;
         let none = Adapters::default();
         let mut unused = LoraGradients::new(&none);
-        let dz = self.stages.vjp(channels_last(&z)?, &(), &none, channels_last(cotangent)?, checkpointing, &mut unused).context("in the VAE")?;
+        let dz = self
+            .stages
+            .vjp(channels_last(&z)?, &(), &none, channels_last(cotangent)?, checkpointing, &mut unused)
+            .context("in the VAE")?;
         Ok((channels_first(&dz)? / self.config.scaling_factor)?)
     }
 }

@@ -1,0 +1,362 @@
+//! DDIM (Song et al. 2021) as diffusers' `DDIMScheduler` computes it, as coefficients of a linear step.
+//!
+//! ```text
+//! x_0   = (x_t - sqrt(1 - a) ε) / sqrt(a)                      epsilon prediction, a = ᾱ_t, p = ᾱ_{t-1}
+//! x_0   = sqrt(a) x_t - sqrt(1 - a) v,  ε = sqrt(a) v + sqrt(1 - a) x_t       v prediction
+//! σ     = eta sqrt((1 - p) / (1 - a) (1 - a / p))
+//! x_t-1 = sqrt(p) x_0 + sqrt(1 - p - σ²) ε + σ z
+//!       = c_x x_t + c_out out + σ z                            out: what the UNet gives
+//! ```
+
+use anyhow::{Context, Result, bail};
+use candle_core::Tensor;
+use serde::Deserialize;
+
+use crate::models::Source;
+
+/// `scheduler/scheduler_config.json`, with the defaults of diffusers' DDIMScheduler. The config of another scheduler
+/// (PNDM in the Stable Diffusion 1.x repositories) is read for what they share.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct SchedulerConfig {
+    #[serde(rename = "_class_name")]
+    pub class_name: Option<String>,
+    pub num_train_timesteps: usize,
+    pub beta_start: f64,
+    pub beta_end: f64,
+    pub beta_schedule: String,
+    pub trained_betas: Option<Vec<f64>>,
+    pub clip_sample: Option<bool>,
+    pub thresholding: bool,
+    pub set_alpha_to_one: bool,
+    pub steps_offset: usize,
+    pub prediction_type: String,
+    pub timestep_spacing: String,
+    pub rescale_betas_zero_snr: bool,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        Self {
+            class_name: None,
+            num_train_timesteps: 1000,
+            beta_start: 1e-4,
+            beta_end: 0.02,
+            beta_schedule: "linear".into(),
+            trained_betas: None,
+            clip_sample: None,
+            thresholding: false,
+            set_alpha_to_one: true,
+            steps_offset: 0,
+            prediction_type: "epsilon".into(),
+            timestep_spacing: "leading".into(),
+            rescale_betas_zero_snr: false,
+        }
+    }
+}
+
+/// What the UNet's output means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Prediction {
+    Epsilon,
+    V,
+    Sample,
+}
+
+/// One step of the chain: x_{t-1} = `sample` x_t + `model_output` out + `noise` z.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DdimStep {
+    pub timestep: usize,
+    pub sample: f64,
+    pub model_output: f64,
+    /// σ, zero where eta is.
+    pub noise: f64,
+}
+
+impl DdimStep {
+    /// x_{t-1}; `noise` may be left out where σ is zero.
+    pub fn apply(&self, x_t: &Tensor, model_output: &Tensor, noise: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        let x = ((x_t * self.sample)? + (model_output * self.model_output)?)?;
+        match noise {
+            Some(noise) if self.noise != 0.0 => x + (noise * self.noise)?,
+            None if self.noise != 0.0 => candle_core::bail!("a DDIM step with eta > 0 needs its noise"),
+            _ => Ok(x),
+        }
+    }
+}
+
+/// A schedule of inference steps, from the noisiest on.
+#[derive(Clone, Debug)]
+pub struct DdimSchedule {
+    prediction: Prediction,
+    /// ᾱ of the training timesteps, rounded to f32 as PyTorch has them: 1 - ᾱ cancels near the end, and the rounding is
+    /// part of what the model is sampled with.
+    alphas_cumprod: Vec<f64>,
+    steps: Vec<DdimStep>,
+}
+
+impl DdimSchedule {
+    /// The schedule of a pipeline.
+    pub fn load(pipeline: &Source, num_inference_steps: usize, eta: f64) -> Result<Self> {
+        let config: SchedulerConfig = pipeline.sub("scheduler").read_json("scheduler_config.json")?;
+        Self::new(&config, num_inference_steps, eta).with_context(|| format!("the scheduler of {}", pipeline.label()))
+    }
+
+    /// # Errors
+    /// More inference than training steps, or a scheduler that samples differently (clipping, thresholding).
+    pub fn new(config: &SchedulerConfig, num_inference_steps: usize, eta: f64) -> Result<Self> {
+        let train = config.num_train_timesteps;
+        if num_inference_steps == 0 || num_inference_steps > train {
+            bail!("sampling.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
+        }
+        // diffusers' DDIMScheduler clips where its config does not say; other schedulers have no such key
+        let is_ddim = config.class_name.as_deref().is_none_or(|name| name == "DDIMScheduler");
+        if config.clip_sample.unwrap_or(is_ddim) || config.thresholding {
+            bail!(
+                "scheduler_config.json asks for clip_sample or thresholding, which latent diffusion does not use; set both to false in it"
+            );
+        }
+        let prediction = match config.prediction_type.as_str() {
+            "epsilon" => Prediction::Epsilon,
+            "v_prediction" => Prediction::V,
+            "sample" => Prediction::Sample,
+            other => {
+                bail!("scheduler_config.json: prediction_type `{other}` is not known (epsilon, v_prediction, sample)")
+            }
+        };
+        let alphas_cumprod = alphas_cumprod(config)?;
+        let timesteps = timesteps(config, num_inference_steps)?;
+        let last = if config.set_alpha_to_one { 1.0 } else { alphas_cumprod[0] };
+        let stride = train / num_inference_steps;
+        let steps = timesteps
+            .into_iter()
+            .map(|timestep| {
+                let next = timestep.checked_sub(stride).map_or(last, |previous| alphas_cumprod[previous]);
+                step(prediction, timestep, alphas_cumprod[timestep], next, eta)
+            })
+            .collect();
+        Ok(Self { prediction, alphas_cumprod, steps })
+    }
+
+    pub fn steps(&self) -> &[DdimStep] {
+        &self.steps
+    }
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Step `i` replaced by its prediction of x_0, where a chain may stop early.
+    pub fn predicted_original(&self, i: usize) -> DdimStep {
+        let timestep = self.steps[i].timestep;
+        step(self.prediction, timestep, self.alphas_cumprod[timestep], 1.0, 0.0)
+    }
+
+    /// (factor of x_0, factor of the noise) that make x_t at step `i`: sqrt(ᾱ), sqrt(1 - ᾱ).
+    pub fn add_noise(&self, i: usize) -> (f64, f64) {
+        let alpha = self.alphas_cumprod[self.steps[i].timestep];
+        (alpha.sqrt(), (1.0 - alpha).sqrt())
+    }
+}
+
+/// The coefficients of one step from ᾱ = `a` to ᾱ = `p`.
+fn step(prediction: Prediction, timestep: usize, a: f64, p: f64, eta: f64) -> DdimStep {
+    let sigma = if eta == 0.0 { 0.0 } else { eta * ((1.0 - p) / (1.0 - a) * (1.0 - a / p)).max(0.0).sqrt() };
+    let direction = (1.0 - p - sigma * sigma).max(0.0).sqrt();
+    let (signal, spread) = (a.sqrt(), (1.0 - a).sqrt());
+    // x_0 = x0.0 x_t + x0.1 out, ε = eps.0 x_t + eps.1 out
+    let (x0, eps) = match prediction {
+        Prediction::Epsilon => ((1.0 / signal, -spread / signal), (0.0, 1.0)),
+        Prediction::V => ((signal, -spread), (spread, signal)),
+        Prediction::Sample => ((0.0, 1.0), (1.0 / spread, -signal / spread)),
+    };
+    DdimStep {
+        timestep,
+        sample: p.sqrt() * x0.0 + direction * eps.0,
+        model_output: p.sqrt() * x0.1 + direction * eps.1,
+        noise: sigma,
+    }
+}
+
+/// ᾱ of every training timestep, with PyTorch's roundings: f32 betas, a product accumulated in f64, f32 results.
+fn alphas_cumprod(config: &SchedulerConfig) -> Result<Vec<f64>> {
+    let n = config.num_train_timesteps;
+    let betas: Vec<f32> = match (&config.trained_betas, config.beta_schedule.as_str()) {
+        (Some(betas), _) if betas.len() == n => betas.iter().map(|b| *b as f32).collect(),
+        (Some(betas), _) => bail!("scheduler_config.json: {} trained_betas for {n} training timesteps", betas.len()),
+        (None, "linear") => linspace(config.beta_start as f32, config.beta_end as f32, n),
+        (None, "scaled_linear") => linspace(config.beta_start.sqrt() as f32, config.beta_end.sqrt() as f32, n)
+            .into_iter()
+            .map(|root| root * root)
+            .collect(),
+        (None, "squaredcos_cap_v2") => {
+            let bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+            (0..n)
+                .map(|i| (1.0 - bar((i + 1) as f64 / n as f64) / bar(i as f64 / n as f64)).min(0.999) as f32)
+                .collect()
+        }
+        (None, other) => bail!(
+            "scheduler_config.json: beta_schedule `{other}` is not known (linear, scaled_linear, squaredcos_cap_v2)"
+        ),
+    };
+    let betas = if config.rescale_betas_zero_snr { zero_terminal_snr(&betas) } else { betas };
+    let mut product = 1f64;
+    let mut alphas: Vec<f64> = betas
+        .iter()
+        .map(|beta| {
+            product *= f64::from(1.0 - beta);
+            f64::from(product as f32)
+        })
+        .collect();
+    if config.rescale_betas_zero_snr
+        && let Some(last) = alphas.last_mut()
+    {
+        *last = f64::from(2f32.powi(-24)); // as diffusers: close to zero, but finite
+    }
+    Ok(alphas)
+}
+
+/// torch.linspace in f32: from both ends to the middle, multiplied and added with one rounding.
+fn linspace(start: f32, end: f32, n: usize) -> Vec<f32> {
+    let step = if n > 1 { (end - start) / (n - 1) as f32 } else { 0.0 };
+    (0..n)
+        .map(|i| if i < n / 2 { step.mul_add(i as f32, start) } else { (-step).mul_add((n - 1 - i) as f32, end) })
+        .collect()
+}
+
+/// Lin et al. 2023, algorithm 1: shifts and scales sqrt(ᾱ) so that the last one is zero.
+fn zero_terminal_snr(betas: &[f32]) -> Vec<f32> {
+    let mut product = 1f64;
+    let roots: Vec<f64> = betas
+        .iter()
+        .map(|beta| {
+            product *= 1.0 - f64::from(*beta);
+            product.sqrt()
+        })
+        .collect();
+    let (Some(first), Some(last)) = (roots.first().copied(), roots.last().copied()) else { return Vec::new() };
+    let bars: Vec<f64> = roots.iter().map(|root| ((root - last) * first / (first - last)).powi(2)).collect();
+    (0..bars.len())
+        .map(|i| 1.0 - if i == 0 { bars[0] } else { bars[i] / bars[i - 1] })
+        .map(|beta| beta as f32)
+        .collect()
+}
+
+fn timesteps(config: &SchedulerConfig, n: usize) -> Result<Vec<usize>> {
+    let train = config.num_train_timesteps;
+    let steps: Vec<usize> = match config.timestep_spacing.as_str() {
+        "leading" => (0..n).rev().map(|i| i * (train / n) + config.steps_offset).collect(),
+        "linspace" => {
+            let last = (train - 1) as f64;
+            // numpy's linspace and its rounding of halves to even
+            (0..n)
+                .rev()
+                .map(|i| if n == 1 { 0 } else { (i as f64 * (last / (n - 1) as f64)).round_ties_even() as usize })
+                .collect()
+        }
+        "trailing" => (0..n)
+            .map(|i| (train as f64 - i as f64 * (train as f64 / n as f64)).round_ties_even() as usize - 1)
+            .collect(),
+        other => bail!("scheduler_config.json: timestep_spacing `{other}` is not known (leading, trailing, linspace)"),
+    };
+    match steps.iter().find(|t| **t >= train) {
+        Some(t) => bail!("timestep {t} of {train}: steps_offset {} does not fit {n} steps", config.steps_offset),
+        None => Ok(steps),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stable_diffusion() -> SchedulerConfig {
+        SchedulerConfig {
+            beta_start: 0.00085,
+            beta_end: 0.012,
+            beta_schedule: "scaled_linear".into(),
+            clip_sample: Some(false),
+            set_alpha_to_one: false,
+            steps_offset: 1,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn timesteps_are_diffusers() {
+        let at = |spacing: &str, n| {
+            timesteps(&SchedulerConfig { timestep_spacing: spacing.into(), ..stable_diffusion() }, n).unwrap()
+        };
+        assert_eq!(at("leading", 5), [801, 601, 401, 201, 1]);
+        assert_eq!(at("leading", 7), [853, 711, 569, 427, 285, 143, 1]);
+        assert_eq!(at("linspace", 10), [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]);
+        assert_eq!(at("trailing", 6), [999, 832, 666, 499, 332, 166]);
+    }
+
+    #[test]
+    fn a_step_inverts_the_noising_of_a_known_image() {
+        // with the true noise, x_{t-1} is the same image with the same noise at the next level
+        for prediction in ["epsilon", "v_prediction", "sample"] {
+            let config = SchedulerConfig { prediction_type: prediction.into(), ..stable_diffusion() };
+            let schedule = DdimSchedule::new(&config, 10, 0.0).unwrap();
+            let (x0, z) = (0.7, -1.3);
+            for i in 0..9 {
+                let (s, n) = schedule.add_noise(i);
+                let x_t = s * x0 + n * z;
+                let out = match prediction {
+                    "epsilon" => z,
+                    "v_prediction" => s * z - n * x0,
+                    _ => x0,
+                };
+                let step = schedule.steps()[i];
+                let (s, n) = schedule.add_noise(i + 1);
+                assert!(
+                    (step.sample * x_t + step.model_output * out - (s * x0 + n * z)).abs() < 1e-9,
+                    "{prediction} step {i}"
+                );
+                let stop = schedule.predicted_original(i);
+                assert!((stop.sample * x_t + stop.model_output * out - x0).abs() < 1e-9);
+            }
+        }
+    }
+
+    #[test]
+    fn eta_one_keeps_the_variance() {
+        let schedule = DdimSchedule::new(&stable_diffusion(), 10, 1.0).unwrap();
+        for i in 0..9 {
+            // a point mass at zero with noise of variance 1 - ᾱ keeps variance 1 - ᾱ of the next level
+            let step = schedule.steps()[i];
+            let ((_, now), (_, next)) = (schedule.add_noise(i), schedule.add_noise(i + 1));
+            let coefficient = step.sample * now + step.model_output;
+            assert!((coefficient * coefficient + step.noise * step.noise - next * next).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn what_would_change_the_chain_is_refused() {
+        let refuse = |config: SchedulerConfig, n, part: &str| {
+            let message = DdimSchedule::new(&config, n, 0.0).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        };
+        refuse(SchedulerConfig { clip_sample: Some(true), ..stable_diffusion() }, 5, "clip_sample");
+        refuse(SchedulerConfig { prediction_type: "flow".into(), ..stable_diffusion() }, 5, "`flow`");
+        refuse(SchedulerConfig { timestep_spacing: "karras".into(), ..stable_diffusion() }, 5, "`karras`");
+        refuse(stable_diffusion(), 1001, "1 to 1000");
+    }
+
+    #[test]
+    fn zero_terminal_snr_ends_near_zero() {
+        let schedule = DdimSchedule::new(
+            &SchedulerConfig {
+                rescale_betas_zero_snr: true,
+                timestep_spacing: "trailing".into(),
+                ..stable_diffusion()
+            },
+            4,
+            0.0,
+        )
+        .unwrap();
+        assert!(schedule.add_noise(0).0 < 1e-3);
+    }
+}

@@ -1,0 +1,8 @@
+//! The sampler as pure functions: schedule, guidance, noise.
+
+pub mod ddim;
+pub mod guidance;
+pub mod noise;
+
+pub use ddim::{DdimSchedule, DdimStep, SchedulerConfig};
+pub use noise::{Noise, Stream};

@@ -1,0 +1,340 @@
+//! The transformer that all of CLIP's towers are, and what each puts around it.
+
+use anyhow::{Result, bail};
+use candle_core::{D, Tensor};
+
+use crate::models::Weights;
+use crate::models::parameters::{layer_norm, linear};
+use crate::nn::layers::{activation, dot_product_attention};
+use crate::nn::{LayerNorm, Linear, Value};
+use crate::ops::activation::Activation;
+use crate::ops::attention::Heads;
+
+/// Whose key names the weights have.
+#[derive(Clone, Copy, PartialEq)]
+pub(in crate::models) enum Layout {
+    Transformers,
+    OpenClip,
+}
+
+pub(in crate::models) struct TowerConfig {
+    pub width: usize,
+    pub mlp: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub act: Activation,
+    pub eps: f64,
+}
+
+/// Pre-norm transformer layers.
+struct Transformer {
+    layers: Vec<Layer>,
+    heads: Heads,
+    act: Activation,
+}
+
+struct Layer {
+    norm1: LayerNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl Transformer {
+    /// `w` is at `encoder` (transformers) or `transformer` (open_clip).
+    fn load(w: &Weights, config: &TowerConfig, layout: Layout, causal: bool) -> Result<Self> {
+        let layers = (0..config.layers).map(|i| Layer::load(w, i, config, layout)).collect::<Result<_>>()?;
+        Ok(Self { layers, heads: Heads { count: config.heads, causal }, act: config.act })
+    }
+
+    /// (B, N, C) -> (B, N, C).
+    fn forward(&self, x: Value) -> Result<Value> {
+        let mut hidden = x;
+        for layer in &self.layers {
+            let normed = layer.norm1.forward(&hidden)?;
+            let (q, k, v) = (layer.q.forward(&normed)?, layer.k.forward(&normed)?, layer.v.forward(&normed)?);
+            hidden = layer.out.forward(&dot_product_attention(&q, &k, &v, self.heads)?)?.add(&hidden)?;
+            let normed = layer.norm2.forward(&hidden)?;
+            hidden = layer.fc2.forward(&activation(&layer.fc1.forward(&normed)?, self.act)?)?.add(&hidden)?;
+        }
+        Ok(hidden)
+    }
+}
+
+impl Layer {
+    fn load(w: &Weights, index: usize, config: &TowerConfig, layout: Layout) -> Result<Self> {
+        let (c, mlp, eps) = (config.width, config.mlp, config.eps);
+        match layout {
+            Layout::Transformers => {
+                let w = w.pp(format!("layers.{index}"));
+                let attention = w.pp("self_attn");
+                Ok(Self {
+                    norm1: layer_norm(&w.pp("layer_norm1"), c, eps)?,
+                    q: linear(&attention.pp("q_proj"), c, c, true)?,
+                    k: linear(&attention.pp("k_proj"), c, c, true)?,
+                    v: linear(&attention.pp("v_proj"), c, c, true)?,
+                    out: linear(&attention.pp("out_proj"), c, c, true)?,
+                    norm2: layer_norm(&w.pp("layer_norm2"), c, eps)?,
+                    fc1: linear(&w.pp("mlp.fc1"), c, mlp, true)?,
+                    fc2: linear(&w.pp("mlp.fc2"), mlp, c, true)?,
+                })
+            }
+            Layout::OpenClip => {
+                let w = w.pp(format!("resblocks.{index}"));
+                let attention = w.pp("attn");
+                // q, k and v in one matrix
+                let (weight, bias) =
+                    (attention.get("in_proj_weight", &[3 * c, c])?, attention.get("in_proj_bias", &[3 * c])?);
+                let part = |i: usize| -> Result<Linear> {
+                    Ok(Linear {
+                        weight: weight.narrow(0, i * c, c)?.contiguous()?,
+                        bias: Some(bias.narrow(0, i * c, c)?.contiguous()?),
+                    })
+                };
+                Ok(Self {
+                    norm1: layer_norm(&w.pp("ln_1"), c, eps)?,
+                    q: part(0)?,
+                    k: part(1)?,
+                    v: part(2)?,
+                    out: linear(&attention.pp("out_proj"), c, c, true)?,
+                    norm2: layer_norm(&w.pp("ln_2"), c, eps)?,
+                    fc1: linear(&w.pp("mlp.c_fc"), c, mlp, true)?,
+                    fc2: linear(&w.pp("mlp.c_proj"), mlp, c, true)?,
+                })
+            }
+        }
+    }
+}
+
+/// A projection stored as a linear layer `<name>.weight` (D, C) by transformers, as a matrix `<name>` (C, D) by open_clip.
+fn projection(
+    w: &Weights,
+    transformers_name: &str,
+    open_clip_name: &str,
+    layout: Layout,
+    width: usize,
+    dim: usize,
+) -> Result<Linear> {
+    let weight = match layout {
+        Layout::Transformers => w.get(&format!("{transformers_name}.weight"), &[dim, width])?,
+        Layout::OpenClip => w.get(open_clip_name, &[width, dim])?.t()?.contiguous()?,
+    };
+    Ok(Linear { weight, bias: None })
+}
+
+/// Token ids to hidden states, and to one embedding of the whole text.
+pub struct TextTower {
+    tokens: Tensor,
+    positions: Tensor,
+    transformer: Transformer,
+    final_norm: LayerNorm,
+    projection: Option<Linear>,
+    /// The id whose first place stands for the text; `None`: the place of the largest id.
+    eos: Option<u32>,
+}
+
+impl TextTower {
+    #[allow(clippy::too_many_arguments)]
+    pub(in crate::models) fn load(
+        w: &Weights,
+        config: &TowerConfig,
+        layout: Layout,
+        vocabulary: usize,
+        length: usize,
+        projection_dim: Option<usize>,
+        eos: Option<u32>,
+    ) -> Result<Self> {
+        let c = config.width;
+        let (tokens, positions, encoder, norm) = match layout {
+            Layout::Transformers => {
+                // transformers 5 saves a text encoder without the prefix, older versions with it
+                let m = if w.contains("text_model.embeddings.token_embedding.weight") {
+                    w.pp("text_model")
+                } else {
+                    w.clone()
+                };
+                (
+                    m.get("embeddings.token_embedding.weight", &[vocabulary, c])?,
+                    m.get("embeddings.position_embedding.weight", &[length, c])?,
+                    m.pp("encoder"),
+                    m.pp("final_layer_norm"),
+                )
+            }
+            Layout::OpenClip => (
+                w.get("token_embedding.weight", &[vocabulary, c])?,
+                w.get("positional_embedding", &[length, c])?,
+                w.pp("transformer"),
+                w.pp("ln_final"),
+            ),
+        };
+        Ok(Self {
+            tokens,
+            positions,
+            transformer: Transformer::load(&encoder, config, layout, true)?,
+            final_norm: layer_norm(&norm, c, config.eps)?,
+            projection: projection_dim
+                .map(|dim| projection(w, "text_projection", "text_projection", layout, c, dim))
+                .transpose()?,
+            eos,
+        })
+    }
+
+    pub fn vocab_size(&self) -> usize {
+        self.tokens.dims()[0]
+    }
+
+    /// Normalised hidden states (B, N, C) of token ids, B lists of N.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, more ids than positions, lists of different length.
+    pub fn hidden(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        let length = ids.first().map_or(0, Vec::len);
+        let (vocabulary, positions) = (self.tokens.dims()[0], self.positions.dims()[0]);
+        if length == 0 || length > positions || ids.iter().any(|list| list.len() != length) {
+            bail!("the text encoder takes lists of 1 to {positions} ids, all of one length; got {length}");
+        }
+        if let Some(id) = ids.iter().flatten().find(|id| **id as usize >= vocabulary) {
+            bail!(
+                "token id {id} is outside the text encoder's vocabulary of {vocabulary}: this tokenizer belongs to another model"
+            );
+        }
+        let flat: Vec<u32> = ids.iter().flatten().copied().collect();
+        let flat = Tensor::from_vec(flat, ids.len() * length, self.tokens.device())?;
+        let tokens = self.tokens.index_select(&flat, 0)?.reshape((ids.len(), length, ()))?;
+        let hidden = tokens.broadcast_add(&self.positions.narrow(0, 0, length)?)?;
+        Ok(self.final_norm.forward(&self.transformer.forward(hidden.into())?)?.into_tensor())
+    }
+
+    /// The (projected) embedding of each text, (B, D).
+    pub fn pooled(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        let hidden = self.hidden(ids)?;
+        let rows = ids
+            .iter()
+            .enumerate()
+            .map(|(row, list)| {
+                let place = match self.eos {
+                    Some(eos) => list.iter().position(|id| *id == eos).unwrap_or(0),
+                    // the first of the largest, as argmax has it
+                    None => (0..list.len()).rev().max_by_key(|i| list[*i]).unwrap_or(0),
+                };
+                hidden.get(row)?.get(place)
+            })
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let pooled = Tensor::stack(&rows, 0)?.contiguous()?;
+        Ok(match &self.projection {
+            Some(projection) => projection.forward(&Value::from(pooled))?.into_tensor(),
+            None => pooled,
+        })
+    }
+}
+
+/// Pixels to one embedding.
+pub struct VisionTower {
+    image_size: usize,
+    patch_size: usize,
+    /// (C, 3 · patch · patch)
+    patch_embedding: Linear,
+    class_embedding: Tensor,
+    positions: Tensor,
+    pre_norm: LayerNorm,
+    transformer: Transformer,
+    post_norm: LayerNorm,
+    projection: Linear,
+}
+
+impl VisionTower {
+    pub(in crate::models) fn load(
+        w: &Weights,
+        config: &TowerConfig,
+        layout: Layout,
+        image_size: usize,
+        patch_size: usize,
+        dim: usize,
+    ) -> Result<Self> {
+        let c = config.width;
+        if patch_size == 0 || image_size % patch_size != 0 {
+            bail!("an image of {image_size} pixels does not divide into patches of {patch_size}");
+        }
+        let patches = (image_size / patch_size).pow(2);
+        let kernel = [c, 3, patch_size, patch_size];
+        let flat = (c, 3 * patch_size * patch_size);
+        match layout {
+            Layout::Transformers => {
+                let prefixed = w.contains("vision_model.embeddings.class_embedding");
+                let m = if prefixed { w.pp("vision_model") } else { w.clone() };
+                Ok(Self {
+                    image_size,
+                    patch_size,
+                    patch_embedding: Linear {
+                        weight: m.get("embeddings.patch_embedding.weight", &kernel)?.reshape(flat)?,
+                        bias: None,
+                    },
+                    class_embedding: m.get("embeddings.class_embedding", &[c])?,
+                    positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?,
+                    pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
+                    transformer: Transformer::load(&m.pp("encoder"), config, layout, false)?,
+                    post_norm: layer_norm(&m.pp("post_layernorm"), c, config.eps)?,
+                    projection: projection(w, "visual_projection", "", layout, c, dim)?,
+                })
+            }
+            Layout::OpenClip => {
+                let m = w.pp("visual");
+                Ok(Self {
+                    image_size,
+                    patch_size,
+                    patch_embedding: Linear { weight: m.get("conv1.weight", &kernel)?.reshape(flat)?, bias: None },
+                    class_embedding: m.get("class_embedding", &[c])?,
+                    positions: m.get("positional_embedding", &[patches + 1, c])?,
+                    pre_norm: layer_norm(&m.pp("ln_pre"), c, config.eps)?,
+                    transformer: Transformer::load(&m.pp("transformer"), config, layout, false)?,
+                    post_norm: layer_norm(&m.pp("ln_post"), c, config.eps)?,
+                    projection: projection(&m, "", "proj", layout, c, dim)?,
+                })
+            }
+        }
+    }
+
+    /// The side of the square image that the tower takes.
+    pub fn image_size(&self) -> usize {
+        self.image_size
+    }
+    /// Features of the embedding.
+    pub fn embed_dim(&self) -> usize {
+        self.projection.out_features()
+    }
+
+    /// Projected image features (B, D), not normalised, of pixels (B, 3, S, S).
+    pub fn forward(&self, pixels: &Value) -> Result<Value> {
+        let (b, channels, h, w) = pixels.tensor().dims4()?;
+        let (s, p) = (self.image_size, self.patch_size);
+        if channels != 3 || h != s || w != s {
+            bail!("the vision tower takes 3x{s}x{s} pixels, got {channels}x{h}x{w}");
+        }
+        let side = s / p;
+        let patches = pixels.reshape(vec![b, 3, side, p, side, p])?.permute(&[0, 2, 4, 1, 3, 5])?.reshape((
+            b,
+            side * side,
+            3 * p * p,
+        ))?;
+        let embedded = self.patch_embedding.forward(&patches)?;
+        // the class token in front: pad one row, then add class and position embeddings as constants
+        let padded = prepend_zero_row(&embedded)?;
+        let c = self.class_embedding.dims()[0];
+        let class = self.class_embedding.reshape((1, c))?.pad_with_zeros(0, 0, side * side)?;
+        let hidden = padded.add_constant(&(class + &self.positions)?)?;
+        let hidden = self.transformer.forward(self.pre_norm.forward(&hidden)?)?;
+        let pooled = hidden.narrow(1, 0, 1)?.reshape((b, c))?;
+        Ok(self.projection.forward(&self.post_norm.forward(&pooled)?)?)
+    }
+}
+
+/// (B, N, C) -> (B, 1 + N, C) with zeros in front.
+fn prepend_zero_row(x: &Value) -> Result<Value> {
+    let rows = x.dims()[1];
+    let y = x.tensor().pad_with_zeros(D::Minus2, 1, 0)?.contiguous()?;
+    Ok(Value::step([x], y, move |d| Ok([Some(d.narrow(1, 1, rows)?.contiguous()?)])))
+}

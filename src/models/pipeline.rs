@@ -1,0 +1,105 @@
+//! A Stable Diffusion pipeline in the diffusers layout.
+
+use anyhow::{Context, Result, bail};
+use candle_core::Tensor;
+use serde::Deserialize;
+
+use super::Source;
+use super::text_encoder::TextEncoder;
+use super::tokenizer::ClipTokenizer;
+use super::unet::{PerBlock, Unet};
+use super::vae::Vae;
+
+/// The frozen parts of a text-to-image model.
+pub struct Pipeline {
+    pub source: Source,
+    pub tokenizer: ClipTokenizer,
+    pub text_encoder: TextEncoder,
+    pub unet: Unet,
+    pub vae: Vae,
+}
+
+#[derive(Deserialize)]
+struct ModelIndex {
+    #[serde(rename = "_class_name")]
+    class_name: Option<String>,
+}
+
+impl Pipeline {
+    /// Loads a folder or a hub id.
+    ///
+    /// # Errors
+    /// Says which part could not be loaded, from where and why.
+    pub fn load(path: &str, variant: Option<&str>) -> Result<Self> {
+        let source = Source::open(path)?;
+        let index: ModelIndex = source
+            .read_json("model_index.json")
+            .context("a pipeline in the diffusers layout has a model_index.json")?;
+        if let Some(class) = index.class_name
+            && !class.starts_with("StableDiffusionPipeline")
+            && class != "AlignPropPipeline"
+        {
+            bail!(
+                "{} is a {class}; only StableDiffusionPipeline (Stable Diffusion 1.x and 2.x) is supported",
+                source.label()
+            );
+        }
+        let part = |name: &str| format!("loading the {name} of {}", source.label());
+        let tokenizer = ClipTokenizer::load(&source.sub("tokenizer")).with_context(|| part("tokenizer"))?;
+        let text_encoder =
+            TextEncoder::load(&source.sub("text_encoder"), variant).with_context(|| part("text encoder"))?;
+        if tokenizer.vocab_size() > text_encoder.vocab_size() {
+            bail!(
+                "{}: the tokenizer has {} ids and the text encoder {}: they belong to different models",
+                source.label(),
+                tokenizer.vocab_size(),
+                text_encoder.vocab_size()
+            );
+        }
+        let unet = Unet::load(&source.sub("unet"), variant).with_context(|| part("UNet"))?;
+        let vae = Vae::load(&source.sub("vae"), variant).with_context(|| part("VAE"))?;
+        if unet.config().in_channels != vae.config().latent_channels {
+            bail!(
+                "{}: the UNet takes {} channels and the VAE has {}: an inpainting or upscaling model cannot be trained here",
+                source.label(),
+                unet.config().in_channels,
+                vae.config().latent_channels
+            );
+        }
+        Ok(Self { source, tokenizer, text_encoder, unet, vae })
+    }
+
+    /// Prompt embeddings (B, 77, D).
+    pub fn encode_prompts(&self, prompts: &[String]) -> Result<Tensor> {
+        let ids = prompts.iter().map(|prompt| self.tokenizer.encode(prompt)).collect::<Result<Vec<_>>>()?;
+        self.text_encoder.forward(&ids)
+    }
+
+    /// Height and width of the images that the model was made for.
+    pub fn default_size(&self) -> (usize, usize) {
+        let factor = self.vae.factor();
+        let side = |axis| match &self.unet.config().sample_size {
+            Some(PerBlock::One(n)) => n * factor,
+            Some(PerBlock::Each(sides)) => sides.get(axis).map_or(64 * factor, |n| n * factor),
+            None => 64 * factor,
+        };
+        (side(0), side(1))
+    }
+
+    /// (channels, h, w) of the latents of a `height` x `width` image.
+    ///
+    /// # Errors
+    /// A side that is not a positive multiple of the VAE's factor.
+    pub fn latent_shape(&self, height: usize, width: usize) -> Result<(usize, usize, usize)> {
+        let factor = self.vae.factor();
+        for (name, side) in [("height", height), ("width", width)] {
+            if side == 0 || side % factor != 0 {
+                let nearest = (side + factor / 2).max(factor) / factor * factor;
+                bail!(
+                    "sampling.{name} = {side}: this model makes images whose sides are multiples of {factor}; the nearest is {nearest}"
+                );
+            }
+        }
+        Ok((self.unet.config().in_channels, height / factor, width / factor))
+    }
+}

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
+pub use crate::ops::activation::Activation;
 pub use prompts::PromptsConfig;
 pub use validate::parse_device;
 
@@ -271,18 +272,6 @@ pub enum HeadLayer {
     /// A linear layer: its name in the file, without `.weight` and `.bias`.
     Linear(String),
     Activation(Activation),
-}
-
-/// What stands between two linear layers.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-pub enum Activation {
-    Relu,
-    Gelu,
-    Silu,
-    Tanh,
-    Sigmoid,
-    Identity,
 }
 
 table! {

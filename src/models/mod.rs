@@ -13,5 +13,4 @@ pub mod weights;
 
 pub use hub::Source;
 pub use pipeline::Pipeline;
-pub use staged::Checkpointing;
 pub use weights::Weights;

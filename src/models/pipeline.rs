@@ -1,5 +1,7 @@
 //! A Stable Diffusion pipeline in the diffusers layout.
 
+use std::rc::Rc;
+
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 use serde::Deserialize;
@@ -13,7 +15,8 @@ use super::vae::Vae;
 /// The frozen parts of a text-to-image model.
 pub struct Pipeline {
     pub source: Source,
-    pub tokenizer: ClipTokenizer,
+    /// Shared with the rewards that have none of their own.
+    pub tokenizer: Rc<ClipTokenizer>,
     pub text_encoder: TextEncoder,
     pub unet: Unet,
     pub vae: Vae,
@@ -66,7 +69,7 @@ impl Pipeline {
                 vae.config().latent_channels
             );
         }
-        Ok(Self { source, tokenizer, text_encoder, unet, vae })
+        Ok(Self { source, tokenizer: Rc::new(tokenizer), text_encoder, unet, vae })
     }
 
     /// Prompt embeddings (B, 77, D).

@@ -7,20 +7,10 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
+use crate::config::Checkpointing;
 use crate::lora::Adapters;
 use crate::nn::lora::LoraGradients;
 use crate::nn::{LoraValues, Tape, Value};
-
-/// What a backward pass keeps of the forward pass inside one network evaluation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Checkpointing {
-    /// All that the backward needs of one evaluation: the faster one.
-    #[default]
-    Step,
-    /// The input of each block; the block is computed again: about a third more work, a fraction of the memory.
-    Block,
-}
 
 /// One stage: hidden activations (B, H, W, C) to hidden activations.
 pub(super) trait Stage {
@@ -79,48 +69,32 @@ impl<S: Stage> Staged<S> {
         })
     }
 
-    /// The gradient with respect to x of <cotangent, forward(x)>; those of the adapters are added to `sum`.
-    pub fn vjp(
-        &self,
+    /// Runs the network and keeps what a backward pass needs.
+    pub fn trace<'a>(
+        &'a self,
         x: Tensor,
-        inputs: &S::Inputs,
-        adapters: &Adapters,
-        cotangent: Tensor,
+        inputs: &'a S::Inputs,
+        adapters: &'a Adapters,
         checkpointing: Checkpointing,
-        sum: &mut LoraGradients,
-    ) -> Result<Tensor> {
-        match checkpointing {
+    ) -> Result<Trace<'a, S>> {
+        let mut kept = Vec::with_capacity(self.steps.len());
+        let constant = LoraValues::constant(adapters);
+        let output = self.walk(x, |step, input| match checkpointing {
             Checkpointing::Step => {
-                let mut recorded = Vec::with_capacity(self.steps.len());
-                self.walk(x, |step, input| {
-                    let record = self.record(step, input, inputs, adapters)?;
-                    let output = record.output.tensor().clone();
-                    recorded.push(record);
-                    Ok(output)
-                })?;
-                self.pull(cotangent, sum, |_| Ok(recorded.pop().expect("one recording a stage")))
+                let record = record(step, input, inputs, adapters)?;
+                let output = record.output.tensor().clone();
+                kept.push(Kept::Recorded(record));
+                Ok(output)
             }
             Checkpointing::Block => {
-                let mut saved = Vec::with_capacity(self.steps.len());
-                let constant = LoraValues::constant(adapters);
-                let last = self.steps.len() - 1;
-                let mut index = 0;
-                self.walk(x, |step, input| {
-                    let (hidden, skip) = (Value::constant(&input.hidden), input.skip.as_ref().map(Value::constant));
-                    let next_skip = input.next_skip;
-                    saved.push(input);
-                    index += 1;
-                    // the last stage's output is not needed: its backward recomputes it
-                    if index > last {
-                        return Ok(hidden.into_tensor());
-                    }
-                    Ok(step.stage.forward(&hidden, skip.as_ref(), next_skip, inputs, &constant)?.into_tensor())
-                })?;
-                self.pull(cotangent, sum, |step| {
-                    self.record(step, saved.pop().expect("one input a stage"), inputs, adapters)
-                })
+                let (hidden, skip) = (Value::constant(&input.hidden), input.skip.as_ref().map(Value::constant));
+                let output =
+                    step.stage.forward(&hidden, skip.as_ref(), input.next_skip, inputs, &constant)?.into_tensor();
+                kept.push(Kept::Input(input));
+                Ok(output)
             }
-        }
+        })?;
+        Ok(Trace { network: self, inputs, adapters, kept, output })
     }
 
     /// Runs the stages in order, the skip connections on a stack.
@@ -142,35 +116,52 @@ impl<S: Stage> Staged<S> {
         }
         Ok(hidden)
     }
+}
 
-    fn record<'a>(
-        &self,
-        step: &Step<S>,
-        input: StageInput,
-        inputs: &S::Inputs,
-        adapters: &'a Adapters,
-    ) -> Result<Recorded<'a>> {
-        let tape = Tape::new();
-        let (hidden, skip) = (tape.leaf(&input.hidden), input.skip.as_ref().map(|skip| tape.leaf(skip)));
-        let lora = LoraValues::on_tape(adapters, &tape);
-        let output = step.stage.forward(&hidden, skip.as_ref(), input.next_skip, inputs, &lora)?;
-        Ok(Recorded { tape, hidden, skip, lora, output })
+fn record<'a, S: Stage>(
+    step: &Step<S>,
+    input: StageInput,
+    inputs: &S::Inputs,
+    adapters: &'a Adapters,
+) -> Result<Recorded<'a>> {
+    let tape = Tape::new();
+    let (hidden, skip) = (tape.leaf(&input.hidden), input.skip.as_ref().map(|skip| tape.leaf(skip)));
+    let lora = LoraValues::on_tape(adapters, &tape);
+    let output = step.stage.forward(&hidden, skip.as_ref(), input.next_skip, inputs, &lora)?;
+    Ok(Recorded { tape, hidden, skip, lora, output })
+}
+
+enum Kept<'a> {
+    Input(StageInput),
+    Recorded(Recorded<'a>),
+}
+
+/// A forward pass that can be pulled back once.
+pub(super) struct Trace<'a, S: Stage> {
+    network: &'a Staged<S>,
+    inputs: &'a S::Inputs,
+    adapters: &'a Adapters,
+    kept: Vec<Kept<'a>>,
+    output: Tensor,
+}
+
+impl<S: Stage> Trace<'_, S> {
+    pub fn output(&self) -> &Tensor {
+        &self.output
     }
 
-    /// Walks back. `recorded` gives the stages' recordings, last one first.
-    fn pull<'a>(
-        &self,
-        cotangent: Tensor,
-        sum: &mut LoraGradients,
-        mut recorded: impl FnMut(&Step<S>) -> Result<Recorded<'a>>,
-    ) -> Result<Tensor> {
+    /// The gradient with respect to the network's input of <cotangent, output>; those of the adapters are added to `sum`.
+    pub fn pull(self, cotangent: Tensor, sum: &mut LoraGradients) -> Result<Tensor> {
         let mut d_hidden = cotangent;
         let mut d_skips: Vec<Tensor> = Vec::new();
-        for step in self.steps.iter().rev() {
+        for (step, kept) in self.network.steps.iter().zip(self.kept).rev() {
             if step.pushes {
                 d_hidden = (d_hidden + d_skips.pop().context("a gradient for every skip connection")?)?;
             }
-            let Recorded { tape, hidden, skip, lora, output } = recorded(step)?;
+            let Recorded { tape, hidden, skip, lora, output } = match kept {
+                Kept::Recorded(recorded) => recorded,
+                Kept::Input(input) => record(step, input, self.inputs, self.adapters)?,
+            };
             let mut gradients = tape
                 .backward(&[(&output, &d_hidden)])
                 .with_context(|| format!("in the backward of `{}`", step.name))?;

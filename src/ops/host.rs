@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor, WithDType};
+use candle_core::{CpuStorage, Device, Result, Shape, Storage, StorageRef, Tensor, WithDType};
 use num_traits::Float;
 
 /// The element types that the CPU kernels are written for.

@@ -13,8 +13,9 @@ pub(super) use blocks::Resnet;
 pub use config::{PerBlock, UnetConfig};
 
 use super::parameters::{channels_first, channels_last, conv2d, group_norm, linear};
-use super::staged::{Checkpointing, Staged, Step};
+use super::staged::{Staged, Step};
 use super::{Source, Weights};
+use crate::config::Checkpointing;
 use crate::lora::{Adapters, Target};
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Linear, Value};
@@ -99,10 +100,9 @@ impl Unet {
         sum: &mut LoraGradients,
     ) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, context)?;
-        let dx = self
-            .stages
-            .vjp(channels_last(x)?, &evaluation, adapters, channels_last(cotangent)?, checkpointing, sum)
-            .context("in the UNet")?;
+        let trace =
+            self.stages.trace(channels_last(x)?, &evaluation, adapters, checkpointing).context("in the UNet")?;
+        let dx = trace.pull(channels_last(cotangent)?, sum).context("in the UNet")?;
         Ok(channels_first(&dx)?)
     }
 

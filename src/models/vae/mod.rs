@@ -2,14 +2,17 @@
 //!
 //! Only the decoder: training by reward never encodes an image.
 
+use std::sync::LazyLock;
+
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 use serde::Deserialize;
 
 use super::parameters::{channels_first, channels_last, conv2d, group_norm, linear};
-use super::staged::{Checkpointing, Stage, Staged, Step};
+use super::staged::{Stage, Staged, Step, Trace};
 use super::unet::Resnet;
 use super::{Source, Weights};
+use crate::config::Checkpointing;
 use crate::lora::Adapters;
 use crate::nn::layers::{dot_product_attention, upsample_nearest};
 use crate::nn::lora::LoraGradients;
@@ -216,15 +219,33 @@ impl Vae {
         Ok(channels_first(&image)?)
     }
 
-    /// The gradient with respect to the latents of <cotangent, decode(latents)>.
-    pub fn vjp(&self, latents: &Tensor, cotangent: &Tensor, checkpointing: Checkpointing) -> Result<Tensor> {
+    /// Decodes and keeps what the pullback needs.
+    pub fn trace(&self, latents: &Tensor, checkpointing: Checkpointing) -> Result<DecodeTrace<'_>> {
+        static NO_ADAPTERS: LazyLock<Adapters> = LazyLock::new(Adapters::default);
         let z = (latents / self.config.scaling_factor)?;
-        let none = Adapters::default();
-        let mut unused = LoraGradients::new(&none);
-        let dz = self
-            .stages
-            .vjp(channels_last(&z)?, &(), &none, channels_last(cotangent)?, checkpointing, &mut unused)
-            .context("in the VAE")?;
-        Ok((channels_first(&dz)? / self.config.scaling_factor)?)
+        let trace = self.stages.trace(channels_last(&z)?, &(), &NO_ADAPTERS, checkpointing).context("in the VAE")?;
+        let image = channels_first(trace.output())?;
+        Ok(DecodeTrace { trace, image, scaling_factor: self.config.scaling_factor })
+    }
+}
+
+/// A decoded image that can be pulled back once.
+pub struct DecodeTrace<'a> {
+    trace: Trace<'a, DecoderStage>,
+    image: Tensor,
+    scaling_factor: f64,
+}
+
+impl DecodeTrace<'_> {
+    /// (B, 3, H, W), about [-1, 1].
+    pub fn image(&self) -> &Tensor {
+        &self.image
+    }
+
+    /// The gradient with respect to the latents of <cotangent, image>.
+    pub fn pull(self, cotangent: &Tensor) -> Result<Tensor> {
+        let mut no_adapters = LoraGradients::default();
+        let dz = self.trace.pull(channels_last(cotangent)?, &mut no_adapters).context("in the VAE")?;
+        Ok((channels_first(&dz)? / self.scaling_factor)?)
     }
 }

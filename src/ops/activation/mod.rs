@@ -25,6 +25,7 @@ pub enum Activation {
     Tanh,
     Sigmoid,
     /// An image in [-1, 1] to [0, 1], clamped.
+    #[serde(skip)]
     UnitRange,
 }
 

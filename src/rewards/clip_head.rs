@@ -1,0 +1,120 @@
+//! Small networks on CLIP's image embedding: the LAION aesthetic predictor, and any other.
+
+use std::rc::Rc;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Objective, Reward, Towers, preprocess};
+use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess};
+use crate::models::Weights;
+use crate::models::clip::Clip;
+use crate::models::hub::resolve_file;
+use crate::nn::layers::{activation, unit_norm};
+use crate::nn::{Linear, Value};
+use crate::ops::activation::Activation;
+
+/// A multilayer perceptron on the embedding of an image.
+struct ClipHead {
+    clip: Rc<Clip>,
+    head: Vec<Layer>,
+    preprocess: Preprocess,
+    /// Whether the head reads unit-norm embeddings.
+    normalize: bool,
+    objective: Objective,
+}
+
+enum Layer {
+    Linear(Linear),
+    Activation(Activation),
+}
+
+impl Reward for ClipHead {
+    fn score(&self, images: &Value, _prompts: &[String]) -> Result<Value> {
+        let pixels = preprocess(images, self.preprocess, self.clip.vision.image_size())?;
+        let mut x = self.clip.vision.forward(&pixels)?;
+        if self.normalize {
+            x = unit_norm(&x)?;
+        }
+        for layer in &self.head {
+            x = match layer {
+                Layer::Linear(linear) => linear.forward(&x)?,
+                Layer::Activation(function) => activation(&x, *function)?,
+            };
+        }
+        let batch = x.dims()[0];
+        Ok(x.reshape(batch)?)
+    }
+
+    fn objective(&self) -> Objective {
+        self.objective
+    }
+}
+
+/// The LAION aesthetic predictor: linear layers without activations between them (dropout is off), as published in
+/// `sac+logos+ava1-l14-linearMSE.pth`.
+pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
+    let file = resolve_file(&config.head, "aesthetic-model.pth")?;
+    let weights = Weights::open_file(&file)?;
+    let mut layers: Vec<(usize, String)> = weights
+        .names()
+        .iter()
+        .filter_map(|name| name.strip_suffix(".weight"))
+        .filter_map(|layer| Some((layer.rsplit('.').next()?.parse().ok()?, layer.to_owned())))
+        .collect();
+    layers.sort();
+    ensure!(
+        !layers.is_empty(),
+        "{} holds no aesthetic head: its keys should be `layers.0.weight`, `layers.0.bias`, ...",
+        weights.file()
+    );
+    let layers: Vec<HeadLayer> = layers.into_iter().map(|(_, name)| HeadLayer::Linear(name)).collect();
+    let clip = towers.get(&config.clip)?;
+    let head = head(&weights, &layers, clip.vision.embed_dim())?;
+    Ok(Box::new(ClipHead {
+        clip,
+        head,
+        preprocess: config.preprocess,
+        normalize: true,
+        objective: Objective::of(config.target),
+    }))
+}
+
+/// Any head that the config describes.
+pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
+    ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");
+    let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?;
+    let clip = towers.get(&config.clip)?;
+    let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
+    Ok(Box::new(ClipHead {
+        clip,
+        head,
+        preprocess: config.preprocess,
+        normalize: config.normalize,
+        objective: Objective::of(config.target),
+    }))
+}
+
+/// The layers with their weights, from `features` inputs to one score.
+fn head(weights: &Weights, layers: &[HeadLayer], mut features: usize) -> Result<Vec<Layer>> {
+    let mut head = Vec::with_capacity(layers.len());
+    for layer in layers {
+        head.push(match layer {
+            HeadLayer::Activation(function) => Layer::Activation(*function),
+            HeadLayer::Linear(name) => {
+                let w = weights.pp(name);
+                let shape = w.shape("weight").with_context(|| format!("{} has no layer `{name}`; it has {}", weights.file(), weights.names().join(", ")))?;
+                let [outputs, inputs] = shape[..] else { bail!("`{name}.weight` in {} is no matrix: {shape:?}", weights.file()) };
+                ensure!(
+                    inputs == features,
+                    "the head in {} does not fit: `{name}` takes {inputs} features and gets {features} (the CLIP it was trained on is another?)",
+                    weights.file()
+                );
+                features = outputs;
+                let bias = w.contains("bias").then(|| w.get("bias", &[outputs])).transpose()?;
+                Layer::Linear(Linear { weight: w.get("weight", &[outputs, inputs])?, bias })
+            }
+        });
+    }
+    ensure!(features == 1, "the head in {} ends in {features} numbers, not in one score", weights.file());
+    Ok(head)
+}

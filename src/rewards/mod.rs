@@ -1,0 +1,239 @@
+//! Differentiable rewards on images.
+//!
+//! A reward gives a score; its [`Objective`] turns a score into a loss. Several rewards add their weighted losses, and
+//! each one's scores are reported. A new reward is one file here and one table in the config.
+
+mod clip_head;
+mod preprocess;
+mod text_image;
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use anyhow::{Context, Result, bail};
+use candle_core::Tensor;
+
+use crate::config::RewardsConfig;
+use crate::models::Source;
+use crate::models::clip::Clip;
+use crate::models::tokenizer::ClipTokenizer;
+use crate::nn::{Tape, Value};
+
+pub use preprocess::{Filter, preprocess, resize_matrix};
+
+/// A differentiable score of images.
+pub trait Reward {
+    /// Scores (B) of images (B, 3, H, W) in [-1, 1] for their prompts; higher is better.
+    fn score(&self, images: &Value, prompts: &[String]) -> Result<Value>;
+
+    fn objective(&self) -> Objective;
+}
+
+/// From a score to a loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Objective {
+    /// `|score - target|`
+    Target(f64),
+    /// `-score`
+    Maximize,
+    /// `1 - score`, for cosines.
+    OneMinus,
+}
+
+impl Objective {
+    pub fn loss(self, score: f64) -> f64 {
+        match self {
+            Self::Target(target) => (score - target).abs(),
+            Self::Maximize => -score,
+            Self::OneMinus => 1.0 - score,
+        }
+    }
+    /// d loss / d score.
+    pub fn slope(self, score: f64) -> f64 {
+        match self {
+            Self::Target(target) if score == target => 0.0,
+            Self::Target(target) => (score - target).signum(),
+            Self::Maximize | Self::OneMinus => -1.0,
+        }
+    }
+    fn of(target: Option<f64>) -> Self {
+        target.map_or(Self::Maximize, Self::Target)
+    }
+}
+
+/// One reward of an experiment.
+pub struct Weighted {
+    /// The kind: `aesthetic`, `hps`, ...
+    pub name: &'static str,
+    /// Factor of its loss; 0 is scored and not trained.
+    pub weight: f64,
+    pub reward: Box<dyn Reward>,
+}
+
+/// The rewards of an experiment.
+pub struct Rewards(Vec<Weighted>);
+
+/// What the rewards say of one image, and how the loss changes with it.
+pub struct ImageReward {
+    /// One score for each reward, in order.
+    pub scores: Vec<f64>,
+    /// The weighted sum of the losses.
+    pub loss: f64,
+    /// d (scale · loss) / d image, (1, 3, H, W).
+    pub d_image: Tensor,
+}
+
+impl Rewards {
+    /// Loads what the config names.
+    ///
+    /// `tokenizer` stands in for a reward model that has none beside it.
+    ///
+    /// # Errors
+    /// Names the reward and the file.
+    pub fn load(config: &RewardsConfig, tokenizer: &Rc<ClipTokenizer>) -> Result<Self> {
+        let mut towers = Towers::new(config);
+        let mut rewards: Vec<Weighted> = Vec::new();
+        let mut push = |name, weight, reward: Result<Box<dyn Reward>>| -> Result<()> {
+            rewards.push(Weighted {
+                name,
+                weight,
+                reward: reward.with_context(|| format!("loading the reward `{name}`"))?,
+            });
+            Ok(())
+        };
+        if let Some(c) = &config.aesthetic {
+            push("aesthetic", c.weight, clip_head::aesthetic(c, &mut towers))?;
+        }
+        if let Some(c) = &config.clip_head {
+            push("clip-head", c.weight, clip_head::clip_head(c, &mut towers))?;
+        }
+        if let Some(c) = &config.hps {
+            push("hps", c.weight, text_image::hps(c, tokenizer))?;
+        }
+        if let Some(c) = &config.clip_score {
+            push(
+                "clip-score",
+                c.weight,
+                text_image::clip_score(&c.model, c.tokenizer.as_deref(), c.preprocess, &mut towers, tokenizer),
+            )?;
+        }
+        if let Some(c) = &config.pickscore {
+            push(
+                "pickscore",
+                c.weight,
+                text_image::clip_score(&c.model, c.tokenizer.as_deref(), c.preprocess, &mut towers, tokenizer),
+            )?;
+        }
+        if rewards.is_empty() {
+            bail!(
+                "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
+            );
+        }
+        Ok(Self(rewards))
+    }
+
+    pub fn new(rewards: Vec<Weighted>) -> Self {
+        Self(rewards)
+    }
+
+    pub fn names(&self) -> Vec<&'static str> {
+        self.0.iter().map(|r| r.name).collect()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Weighted> {
+        self.0.iter()
+    }
+
+    /// Only the named ones.
+    ///
+    /// # Errors
+    /// A name that is not configured.
+    pub fn select(self, names: &[String]) -> Result<Self> {
+        if let Some(unknown) = names.iter().find(|name| !self.0.iter().any(|r| r.name == **name)) {
+            bail!(
+                "the config has no reward `{unknown}`, only {}; add its table [reward.{unknown}]",
+                self.names().join(", ")
+            );
+        }
+        Ok(Self(self.0.into_iter().filter(|r| names.is_empty() || names.iter().any(|name| name == r.name)).collect()))
+    }
+
+    /// The weighted loss of the given scores.
+    pub fn loss(&self, scores: &[f64]) -> f64 {
+        self.0
+            .iter()
+            .zip(scores)
+            .map(|(r, score)| if r.weight == 0.0 { 0.0 } else { r.weight * r.reward.objective().loss(*score) })
+            .sum()
+    }
+
+    /// Scores of one image, (1, 3, H, W), without a gradient.
+    pub fn scores(&self, image: &Tensor, prompt: &str) -> Result<Vec<f64>> {
+        let (image, prompts) = (Value::constant(image), [prompt.to_owned()]);
+        self.0.iter().map(|r| scalar(&r.reward.score(&image, &prompts)?, r.name)).collect()
+    }
+
+    /// Scores of one image, its loss, and the gradient of `scale · loss` with respect to it.
+    pub fn scores_and_gradient(&self, image: &Tensor, prompt: &str, scale: f64) -> Result<ImageReward> {
+        let prompts = [prompt.to_owned()];
+        let mut scores = Vec::with_capacity(self.0.len());
+        let mut d_image: Option<Tensor> = None;
+        for r in &self.0 {
+            if r.weight == 0.0 {
+                scores.push(scalar(&r.reward.score(&Value::constant(image), &prompts)?, r.name)?);
+                continue;
+            }
+            let tape = Tape::new();
+            let leaf = tape.leaf(image);
+            let score = r.reward.score(&leaf, &prompts)?;
+            let value = scalar(&score, r.name)?;
+            let slope = scale * r.weight * r.reward.objective().slope(value);
+            let cotangent = score.tensor().ones_like()?.affine(slope, 0.0)?;
+            let gradient = tape
+                .backward(&[(&score, &cotangent)])?
+                .take(&leaf, &format!("the image from the reward `{}`", r.name))?;
+            d_image = Some(match d_image {
+                Some(sum) => (sum + gradient)?,
+                None => gradient,
+            });
+            scores.push(value);
+        }
+        let d_image = match d_image {
+            Some(d_image) => d_image,
+            None => image.zeros_like()?,
+        };
+        Ok(ImageReward { loss: self.loss(&scores), scores, d_image })
+    }
+}
+
+fn scalar(score: &Value, name: &str) -> Result<f64> {
+    match score.tensor().flatten_all()?.to_vec1::<f32>()?.as_slice() {
+        [score] => Ok(f64::from(*score)),
+        other => bail!("the reward `{name}` gave {} scores for one image", other.len()),
+    }
+}
+
+/// CLIP models by their path, so that two rewards on one model share its weights.
+struct Towers {
+    /// Whether some reward on this model reads text.
+    with_text: Vec<String>,
+    loaded: HashMap<String, Rc<Clip>>,
+}
+
+impl Towers {
+    fn new(config: &RewardsConfig) -> Self {
+        let with_text =
+            [config.clip_score.as_ref().map(|c| c.model.clone()), config.pickscore.as_ref().map(|c| c.model.clone())];
+        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new() }
+    }
+
+    fn get(&mut self, model: &str) -> Result<Rc<Clip>> {
+        if let Some(clip) = self.loaded.get(model) {
+            return Ok(clip.clone());
+        }
+        let text = self.with_text.iter().any(|wanted| wanted == model);
+        let clip = Rc::new(Clip::load_transformers(&Source::open(model)?, text)?);
+        self.loaded.insert(model.to_owned(), clip.clone());
+        Ok(clip)
+    }
+}

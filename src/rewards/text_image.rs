@@ -1,0 +1,125 @@
+//! How well an image suits its prompt: the cosine of two CLIP embeddings (HPSv2, CLIP score, PickScore).
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::Path;
+use std::rc::Rc;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Tensor;
+
+use super::{Objective, Reward, Towers, preprocess};
+use crate::config::{HpsConfig, Preprocess};
+use crate::models::clip::{Clip, OpenClipConfig};
+use crate::models::tokenizer::ClipTokenizer;
+use crate::models::{Source, Weights};
+use crate::nn::Value;
+
+/// Cosine of image and prompt.
+struct TextImage {
+    clip: Rc<Clip>,
+    tokenizer: Rc<ClipTokenizer>,
+    /// open_clip pads with zeros.
+    open_clip: bool,
+    preprocess: Preprocess,
+    /// Embeddings of the prompts seen so far: a run has few prompts and asks for each many times.
+    embedded: RefCell<HashMap<String, Tensor>>,
+}
+
+impl TextImage {
+    fn new(clip: Rc<Clip>, tokenizer: Rc<ClipTokenizer>, open_clip: bool, preprocess: Preprocess) -> Result<Self> {
+        let vocabulary = clip.text.as_ref().context("the model has no text tower")?.vocab_size();
+        ensure!(
+            tokenizer.vocab_size() == vocabulary,
+            "the reward model reads {vocabulary} token ids and the tokenizer has {}: set its `tokenizer` to a tokenizer.json of the reward model",
+            tokenizer.vocab_size()
+        );
+        Ok(Self { clip, tokenizer, open_clip, preprocess, embedded: RefCell::default() })
+    }
+
+    fn text(&self, prompt: &str) -> Result<Tensor> {
+        if let Some(embedding) = self.embedded.borrow().get(prompt) {
+            return Ok(embedding.clone());
+        }
+        let ids =
+            if self.open_clip { self.tokenizer.encode_open_clip(prompt)? } else { self.tokenizer.encode(prompt)? };
+        let embedding = self.clip.text_embeds(&[ids])?;
+        self.embedded.borrow_mut().insert(prompt.to_owned(), embedding.clone());
+        Ok(embedding)
+    }
+}
+
+impl Reward for TextImage {
+    fn score(&self, images: &Value, prompts: &[String]) -> Result<Value> {
+        let pixels = preprocess(images, self.preprocess, self.clip.vision.image_size())?;
+        let image = self.clip.image_embeds(&pixels)?;
+        let text = prompts.iter().map(|prompt| self.text(prompt)).collect::<Result<Vec<_>>>()?;
+        let text = Tensor::cat(&text, 0)?;
+        Ok(row_dots(&image, &text)?)
+    }
+
+    fn objective(&self) -> Objective {
+        Objective::OneMinus
+    }
+}
+
+/// <x_i, t_i> for each row, t constant: (B, D), (B, D) -> (B).
+fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
+    let y = (x.tensor() * t)?.sum(1)?;
+    let t = t.clone();
+    Ok(Value::step([x], y, move |d| Ok([Some(t.broadcast_mul(&d.unsqueeze(1)?)?)])))
+}
+
+/// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
+pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Rc<ClipTokenizer>) -> Result<Box<dyn Reward>> {
+    let source = Source::open(&config.model)?;
+    let weights = Weights::open_file(&source.require(&config.file)?)?;
+    let architecture = match &config.config {
+        Some(path) => Some(Path::new(path).to_owned()),
+        None => source.find("open_clip_config.json")?,
+    };
+    let architecture = match architecture {
+        None => OpenClipConfig::vit_h_14(),
+        Some(path) => {
+            let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+            OpenClipConfig::parse(&text).with_context(|| format!("{} is no open_clip config", path.display()))?
+        }
+    };
+    let clip = Rc::new(Clip::load_open_clip(&weights, &architecture)?);
+    let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
+    Ok(Box::new(TextImage::new(clip, tokenizer, true, config.preprocess)?))
+}
+
+/// A transformers CLIPModel: CLIP score, PickScore.
+pub(super) fn clip_score(
+    model: &str,
+    own_tokenizer: Option<&str>,
+    preprocess: Preprocess,
+    towers: &mut Towers,
+    pipeline_tokenizer: &Rc<ClipTokenizer>,
+) -> Result<Box<dyn Reward>> {
+    let clip = towers.get(model)?;
+    let tokenizer = tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?;
+    Ok(Box::new(TextImage::new(clip, tokenizer, false, preprocess)?))
+}
+
+/// The tokenizer that the config names, else the one beside the model, else the pipeline's.
+fn tokenizer(named: Option<&str>, beside: Option<&Source>, pipeline: &Rc<ClipTokenizer>) -> Result<Rc<ClipTokenizer>> {
+    if let Some(named) = named {
+        // a tokenizer.json is loaded with the folder that it lies in
+        let path = Path::new(named);
+        let folder = if path.is_file() {
+            path.parent().unwrap_or(Path::new(".")).to_string_lossy().into_owned()
+        } else {
+            named.to_owned()
+        };
+        let folder = if folder.is_empty() { ".".to_owned() } else { folder };
+        return Ok(Rc::new(ClipTokenizer::load(&Source::open(&folder)?)?));
+    }
+    for source in beside.into_iter().flat_map(|s| [s.clone(), s.sub("tokenizer")]) {
+        if source.find("tokenizer.json")?.is_some() || source.find("vocab.json")?.is_some() {
+            return Ok(Rc::new(ClipTokenizer::load(&source)?));
+        }
+    }
+    Ok(pipeline.clone())
+}

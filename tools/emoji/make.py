@@ -1,0 +1,64 @@
+"""Make emoji-sd, emoji-clip and emoji-judge: data, training and export, on a CPU.
+
+    pip install torch diffusers transformers pillow numpy resvg-py      (and npm, to fetch the artwork)
+    python tools/emoji/make.py all --out ~/emoji-train --tokenizer CLIP_TOKENIZER
+
+CLIP_TOKENIZER is the folder of the CLIP tokenizer of Stable Diffusion 1.5 (vocab.json, merges.txt). A stage can be run
+alone (`make.py vae --minutes 10`), and continues from its checkpoint in --out where there is one; `export` writes the
+weights, in f16, to assets/. Stages have budgets in minutes, not in steps, so that the whole fits an afternoon of two
+cores: numbers differ from machine to machine. The log of the committed weights is log.jsonl.
+"""
+import argparse, os
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 4, "export": 0}  # and their minutes
+
+
+def run(stage, out, minutes, tokenizer):
+    from common import Log, make_tokenizer
+    import data
+    log = Log(os.path.join(out, "log.jsonl"))
+    if stage == "data":
+        words = {w for c in data.all_captions() for w in c.replace("3d", "3 d").split()}
+        make_tokenizer(tokenizer, os.path.join(out, "tokenizer"), sorted(words))
+        data.make(out, log)
+    elif stage == "vae":
+        import vae
+        vae.train(out, minutes, log)
+    elif stage in ("clip", "judge"):
+        import clip
+        clip.train(out, stage, minutes, log)
+    elif stage == "latents":
+        import clip, vae
+        vae.encode_all(out, log)
+        clip.encode_captions(out, log)
+    elif stage == "unet":
+        import unet
+        unet.train(out, minutes, log)
+    elif stage == "head":
+        import head
+        head.train(out, minutes, log)
+    elif stage == "export":
+        import export
+        export.write(out, ROOT, log)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["all", *STAGES])
+    parser.add_argument("--out", default="~/emoji-train", help="folder for packages, pictures, checkpoints and logs")
+    parser.add_argument("--tokenizer", default=os.path.join(ROOT, "tokenizer"), help="folder of the CLIP tokenizer (stage data)")
+    parser.add_argument("--minutes", type=float, help="training budget of one stage")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    out = os.path.expanduser(args.out)
+    os.makedirs(os.path.join(out, "sheets"), exist_ok=True)
+    for stage, minutes in STAGES.items():
+        if args.stage in ("all", stage):
+            run(stage, out, args.minutes or minutes, args.tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,11 @@
 pub mod cli;
+pub mod commands;
 pub mod config;
 pub mod diffusion;
 pub mod lora;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod optim;
 pub mod rewards;
+pub mod training;

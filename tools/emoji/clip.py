@@ -100,6 +100,7 @@ def train(folder, kind, minutes, log):
     pictures, labels = data.load(folder)
     test = data.load_held_out(folder)
     ids = encode(tokenizer, data.all_captions())
+    ids = ids[:, :(ids != ids[0, -1]).sum(1).max() + 1]  # attention is causal: nothing behind a caption's end matters here
     model = new(kind, len(tokenizer))
     width = MODELS[kind]["width"]
     heads = torch.nn.ModuleList([torch.nn.Linear(width, n) for n in (len(data.STYLES), len(data.CONCEPTS), len(data.BACKGROUNDS))])  # only speed training up

@@ -63,7 +63,7 @@ def load_checkpoint(path):
 
 def to_float(pictures):
     """uint8 NHWC to float NCHW in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(pictures):

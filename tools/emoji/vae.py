@@ -10,6 +10,7 @@ from common import Average, Clock, load_checkpoint, save_checkpoint, to_float, t
 CONFIG = dict(block_out_channels=(32, 64, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
               latent_channels=4, norm_num_groups=4, sample_size=64, in_channels=3, out_channels=3)
 KL, EDGES, PEAK = 1e-6, 1.0, 2e-3
+LATENTS = 32000  # so many of the pictures are encoded for the UNet
 
 
 def edges(x):
@@ -84,9 +85,9 @@ def load(folder):
 
 
 def encode_all(folder, log, batch=64):
-    """latents.npy: the scaled means and, as a second set of channels, standard deviations of all pictures; f16."""
+    """latents.npy: the scaled means and, as a second set of channels, standard deviations of the first pictures; f16."""
     model = load(folder)
-    pictures, _ = data.load(folder)
+    pictures = data.load(folder)[0][:LATENTS]
     out = np.lib.format.open_memmap(os.path.join(folder, "latents.npy"), "w+", np.float16, (len(pictures), 8, 16, 16))
     with torch.no_grad():
         for i in range(0, len(pictures), batch):

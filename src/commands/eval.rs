@@ -1,0 +1,3 @@
+pub fn run(_: &crate::cli::EvalArgs) -> anyhow::Result<()> {
+    anyhow::bail!("under construction")
+}

@@ -1,0 +1,3 @@
+pub fn run(_: &crate::cli::SampleArgs) -> anyhow::Result<()> {
+    anyhow::bail!("under construction")
+}

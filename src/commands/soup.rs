@@ -1,0 +1,3 @@
+pub fn run(_: &crate::cli::SoupArgs) -> anyhow::Result<()> {
+    anyhow::bail!("under construction")
+}

@@ -1,0 +1,487 @@
+//! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
+//!
+//! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
+//! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+use comfy_table::{Table, presets};
+use serde::{Deserialize, Serialize};
+
+use super::check_device;
+use crate::cli::VerifyArgs;
+use crate::config::{
+    AestheticConfig, Checkpointing, ClipScoreConfig, HpsConfig, OptimizerConfig, Preprocess, RewardsConfig,
+};
+use crate::diffusion::DdimSchedule;
+use crate::lora::{Adapters, formats};
+use crate::models::Pipeline;
+use crate::nn::lora::LoraGradients;
+use crate::nn::{Tape, Value};
+use crate::optim::{AdamW, clip_grad_norm};
+use crate::rewards::{Rewards, preprocess};
+use crate::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
+
+/// Relative errors (L2) that f32 must stay below. PyTorch's own f32 is at about 4e-6 for all gradients of a case
+/// together and at up to 1e-4 for a single tensor.
+const PARTS: f64 = 1e-4;
+const ALL_GRADIENTS: f64 = 1e-4;
+const ONE_GRADIENT: f64 = 1e-3;
+const ADAPTERS: f64 = 1e-5;
+
+/// `reference.json`.
+#[derive(Deserialize)]
+struct Reference {
+    size: [usize; 2],
+    steps: usize,
+    lora_alpha: f64,
+    prompts: Vec<String>,
+    cases: BTreeMap<String, Case>,
+    train3: Option<Train>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    eta: f64,
+    guidance_scale: f64,
+    keep: Vec<bool>,
+    reward: String,
+    loss: f64,
+}
+
+#[derive(Deserialize)]
+struct Train {
+    log: Vec<TrainLog>,
+    lr: f64,
+    weight_decay: f64,
+    max_grad_norm: f64,
+    loss_coeff: f64,
+    aesthetic_target: f64,
+    eta: f64,
+    guidance_scale: f64,
+    backprop_steps: usize,
+}
+
+#[derive(Deserialize)]
+struct TrainLog {
+    loss: f64,
+    reward_mean: f64,
+    grad_norm: f64,
+}
+
+/// One compared quantity.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub case: String,
+    pub what: String,
+    /// Relative L2 error; the number of unequal entries for ids.
+    pub error: f64,
+    pub bound: f64,
+    pub pass: bool,
+}
+
+/// The comparison.
+#[derive(Default, Serialize)]
+pub struct Report {
+    pub rows: Vec<Row>,
+    /// Cases that could not be computed, and why.
+    pub skipped: Vec<String>,
+}
+
+impl Report {
+    pub fn passed(&self) -> bool {
+        !self.rows.is_empty() && self.rows.iter().all(|row| row.pass)
+    }
+    fn push(&mut self, case: &str, what: impl Into<String>, error: f64, bound: f64) {
+        // a NaN compares as a failure
+        let pass = error <= bound;
+        self.rows.push(Row { case: case.into(), what: what.into(), error, bound, pass });
+    }
+    fn compare(&mut self, case: &str, what: &str, found: &Tensor, expected: &Tensor, bound: f64) -> Result<()> {
+        let error = Distance::between(found, expected).with_context(|| format!("comparing {case}: {what}"))?;
+        self.push(case, what, error.relative(), bound);
+        Ok(())
+    }
+    fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["case", "what", "error", "bound", ""]);
+        for row in &self.rows {
+            let number = |x: f64| if row.bound == 0.0 { format!("{x}") } else { format!("{x:.1e}") };
+            let verdict = if row.pass { "pass" } else { "FAIL" };
+            table.add_row([row.case.clone(), row.what.clone(), number(row.error), number(row.bound), verdict.into()]);
+        }
+        table
+    }
+}
+
+/// Squared L2 distance and norm.
+#[derive(Clone, Copy, Default)]
+struct Distance {
+    difference: f64,
+    norm: f64,
+}
+
+impl Distance {
+    fn between(found: &Tensor, expected: &Tensor) -> Result<Self> {
+        anyhow::ensure!(found.dims() == expected.dims(), "shape {:?} instead of {:?}", found.dims(), expected.dims());
+        let numbers = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        let (found, expected) = (numbers(found)?, numbers(expected)?);
+        Ok(Self {
+            difference: found.iter().zip(&expected).map(|(x, y)| (x - y) * (x - y)).sum(),
+            norm: expected.iter().map(|y| y * y).sum(),
+        })
+    }
+    fn plus(self, other: Self) -> Self {
+        Self { difference: self.difference + other.difference, norm: self.norm + other.norm }
+    }
+    fn relative(self) -> f64 {
+        if self.difference == 0.0 { 0.0 } else { (self.difference / self.norm).sqrt() }
+    }
+}
+
+pub fn run(args: &VerifyArgs) -> Result<bool> {
+    check_device(&args.device, args.precision)?;
+    let report = verify(&args.dir, args.head.as_deref())?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        println!("{}", report.table());
+        report.skipped.iter().for_each(|reason| println!("skipped: {reason}"));
+        let failed = report.rows.iter().filter(|row| !row.pass).count();
+        println!("{} compared, {failed} failed, {} skipped", report.rows.len(), report.skipped.len());
+    }
+    Ok(report.passed())
+}
+
+/// Compares everything in `dir`. `head` is the aesthetic head, which is otherwise looked for in `dir`
+/// (`aesthetic_head.safetensors`) and in the folders above it (`sac+logos+ava1-l14-linearMSE.pth`).
+pub fn verify(dir: &Path, head: Option<&Path>) -> Result<Report> {
+    let text = std::fs::read_to_string(dir.join("reference.json"))
+        .with_context(|| format!("{} holds no reference.json", dir.display()))?;
+    let reference: Reference =
+        serde_json::from_str(&text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
+    let head = match head {
+        Some(head) => Some(head.to_owned()),
+        None => find_head(dir),
+    };
+    let pipeline = Pipeline::load(&dir.join("model").to_string_lossy(), None)?;
+    let subject = Subject { dir, reference, pipeline, head };
+    let mut report = Report::default();
+    subject.parts(&mut report)?;
+    let start = formats::load(&dir.join("lora_start.safetensors"))?.adapters;
+    let start = subject.with_alpha(&start)?;
+    for (name, case) in &subject.reference.cases {
+        subject.chain(name, case, &start, &mut report)?;
+    }
+    if let Some(train) = &subject.reference.train3 {
+        subject.train(train, &start, &mut report)?;
+    }
+    Ok(report)
+}
+
+fn find_head(dir: &Path) -> Option<PathBuf> {
+    let own = dir.join("aesthetic_head.safetensors");
+    let absolute = dir.canonicalize().ok()?;
+    let above = absolute.ancestors().map(|folder| folder.join("sac+logos+ava1-l14-linearMSE.pth"));
+    std::iter::once(own).chain(above).find(|path| path.is_file())
+}
+
+struct Subject<'a> {
+    dir: &'a Path,
+    reference: Reference,
+    pipeline: Pipeline,
+    head: Option<PathBuf>,
+}
+
+impl Subject<'_> {
+    fn tensors(&self, name: &str) -> Result<std::collections::HashMap<String, Tensor>> {
+        let path = self.dir.join(name);
+        candle_core::safetensors::load(&path, &Device::Cpu).with_context(|| format!("reading {}", path.display()))
+    }
+
+    fn with_alpha(&self, adapters: &Adapters) -> Result<Adapters> {
+        let mut factors = adapters.factors().to_vec();
+        factors.iter_mut().for_each(|factor| factor.alpha = self.reference.lora_alpha);
+        Adapters::new(factors)
+    }
+
+    /// The rewards by their names in reference.json; `None` where the aesthetic head is missing.
+    fn rewards(&self, kind: &str, target: f64) -> Result<Option<Rewards>> {
+        let path = |name: &str| self.dir.join(name).to_string_lossy().into_owned();
+        let mut config = RewardsConfig::default();
+        match (kind, &self.head) {
+            ("aesthetic", None) => return Ok(None),
+            ("aesthetic", Some(head)) => {
+                config.aesthetic = Some(AestheticConfig {
+                    clip: path("clip"),
+                    head: head.to_string_lossy().into_owned(),
+                    target: Some(target),
+                    ..Default::default()
+                });
+            }
+            ("clip-score", _) => {
+                config.clip_score = Some(ClipScoreConfig { model: path("clip"), ..Default::default() });
+            }
+            _ => {
+                // the pickle where there is one, else safetensors: both forms that people have
+                let pickle = std::fs::read_dir(self.dir.join("hps"))?
+                    .flatten()
+                    .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                    .find(|name| name.ends_with(".pt"));
+                config.hps = Some(HpsConfig {
+                    model: path("hps"),
+                    file: pickle.unwrap_or("model.safetensors".into()),
+                    ..Default::default()
+                });
+            }
+        }
+        Rewards::load(&config, &self.pipeline.tokenizer).map(Some)
+    }
+
+    fn prompting(&self, guidance_scale: f64) -> Result<Prompting> {
+        let prompts = &self.reference.prompts;
+        Ok(Prompting {
+            prompt_embeds: self.pipeline.encode_prompts(prompts)?,
+            negative_prompt_embeds: self.pipeline.encode_prompts(&vec![String::new(); prompts.len()])?,
+            guidance_scale,
+        })
+    }
+
+    /// The pipeline's parts by themselves.
+    fn parts(&self, report: &mut Report) -> Result<()> {
+        let expected = self.tensors("parts.safetensors")?;
+        let part = |name: &str| expected.get(name).with_context(|| format!("parts.safetensors has no `{name}`"));
+        let Pipeline { tokenizer, unet, vae, source, .. } = &self.pipeline;
+        let prompts = &self.reference.prompts;
+        let empty = vec![String::new(); prompts.len()];
+
+        for (name, texts, open_clip) in
+            [("input_ids", prompts, false), ("uncond_ids", &empty, false), ("open_clip_ids", prompts, true)]
+        {
+            let ids = texts
+                .iter()
+                .map(|text| if open_clip { tokenizer.encode_open_clip(text) } else { tokenizer.encode(text) })
+                .collect::<Result<Vec<_>>>()?;
+            let ids: Vec<f64> = ids.into_iter().flatten().map(f64::from).collect();
+            report.push("tokenizer", name, unequal(&ids, part(name)?)?, 0.0);
+        }
+        let prompting = self.prompting(1.0)?;
+        report.compare("text encoder", "text_embeds", &prompting.prompt_embeds, part("text_embeds")?, PARTS)?;
+        report.compare(
+            "text encoder",
+            "uncond_embeds",
+            &prompting.negative_prompt_embeds,
+            part("uncond_embeds")?,
+            PARTS,
+        )?;
+
+        let schedule = DdimSchedule::load(source, self.reference.steps, 0.0)?;
+        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep as f64).collect();
+        report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
+
+        let t = part("unet_t")?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0] as usize;
+        let (x, dy) = (part("unet_x")?, part("unet_dy")?);
+        let none = Adapters::default();
+        let y = unet.forward(x, t, &prompting.prompt_embeds, &none)?;
+        report.compare("UNet", "output", &y, part("unet_y")?, PARTS)?;
+        for (checkpointing, what) in
+            [(Checkpointing::Step, "gradient of x"), (Checkpointing::Block, "gradient of x, per block")]
+        {
+            let dx =
+                unet.vjp(x, t, &prompting.prompt_embeds, &none, dy, checkpointing, &mut LoraGradients::new(&none))?;
+            report.compare("UNet", what, &dx, part("unet_dx")?, PARTS)?;
+        }
+        let decoded = vae.trace(part("vae_z")?, Checkpointing::Step)?;
+        report.compare("VAE", "image", decoded.image(), part("vae_image")?, PARTS)?;
+        report.compare("VAE", "gradient of z", &decoded.pull(part("vae_dimage")?)?, part("vae_dz")?, PARTS)?;
+
+        let images = part("reward_image")?;
+        let side = part("clip_input")?.dims4()?.2;
+        let pixels = preprocess(&Value::constant(images), Preprocess::Alignprop, side)?.into_tensor();
+        report.compare("preprocessing", "clip_input", &pixels, part("clip_input")?, PARTS)?;
+        for (kind, scores, gradient) in [
+            ("aesthetic", "aesthetic", Some("aesthetic_dimage")),
+            ("hps", "hps", Some("hps_dimage")),
+            ("clip-score", "clip_score_cosine", None),
+        ] {
+            let Some(expected_scores) = expected.get(scores) else { continue };
+            let Some(rewards) = self.rewards(kind, 10.0)? else {
+                report.skipped.push(format!(
+                    "the reward `{kind}`: no aesthetic head in {} or above it; give one with --head FILE",
+                    self.dir.display()
+                ));
+                continue;
+            };
+            let reward = rewards.iter().next().context("one reward")?;
+            let tape = Tape::new();
+            let leaf = tape.leaf(images);
+            let score = reward.reward.score(&leaf, prompts)?;
+            report.compare(kind, "score", score.tensor(), expected_scores, PARTS)?;
+            let mut gradients = tape.backward(&[(&score, &score.tensor().ones_like()?)])?;
+            if let Some(name) = gradient {
+                report.compare(
+                    kind,
+                    "gradient of the image",
+                    &gradients.take(&leaf, "the image")?,
+                    part(name)?,
+                    PARTS,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The gradients of a whole chain.
+    fn chain(&self, name: &str, case: &Case, start: &Adapters, report: &mut Report) -> Result<()> {
+        let Some(rewards) = self.rewards(&case.reward, 10.0)? else {
+            report.skipped.push(format!("{name}: no aesthetic head"));
+            return Ok(());
+        };
+        let (inputs, expected) =
+            (self.tensors("chain_inputs.safetensors")?, self.tensors(&format!("chain_{name}.safetensors"))?);
+        let x_t = inputs.get("x_T").context("chain_inputs.safetensors has no `x_T`")?;
+        let noises = inputs.get("noises").context("chain_inputs.safetensors has no `noises`")?;
+        let batch = x_t.dims()[0];
+        let prompts = &self.reference.prompts;
+        let schedule = DdimSchedule::load(&self.pipeline.source, self.reference.steps, case.eta)?;
+        let plan = Plan::with_mask(&schedule, &case.keep, batch);
+        let prompting = self.prompting(case.guidance_scale)?;
+        self.pipeline.latent_shape(self.reference.size[0], self.reference.size[1])?;
+
+        let unet = &self.pipeline.unet;
+        let trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, start, |i| Ok(noises.get(i)?))?;
+        report.compare(
+            name,
+            "latents",
+            &trajectory.latents,
+            expected.get("latents").context("no `latents`")?,
+            PARTS,
+        )?;
+        let image = self.pipeline.vae.decode(&trajectory.latents)?;
+        report.compare(name, "image", &image, expected.get("image").context("no `image`")?, PARTS)?;
+        let credit = reward_cotangent(
+            &self.pipeline.vae,
+            &rewards,
+            &trajectory.latents,
+            prompts,
+            1.0 / batch as f64,
+            Checkpointing::Step,
+        )?;
+        let scores: Vec<f32> = credit.scores.iter().map(|s| s[0] as f32).collect();
+        report.compare(
+            name,
+            "rewards",
+            &Tensor::new(scores, &Device::Cpu)?,
+            expected.get("rewards").context("no `rewards`")?,
+            PARTS,
+        )?;
+        let loss = credit.losses.iter().sum::<f64>() / batch as f64;
+        report.push(name, "loss", (loss / case.loss - 1.0).abs(), PARTS);
+
+        let mut sum = LoraGradients::new(start);
+        backprop(unet, start, &trajectory, &plan, &prompting, &credit.d_latents, Checkpointing::Step, &mut sum)?;
+        let gradients = sum.finish(start)?;
+        let mut together = Distance::default();
+        let mut worst = (0f64, String::new());
+        for ((tensor, _), gradient) in start.named_tensors().iter().zip(&gradients) {
+            let expected = expected
+                .get(&format!("grad.{tensor}"))
+                .with_context(|| format!("chain_{name}.safetensors has no `grad.{tensor}`"))?;
+            let distance = Distance::between(gradient, expected)?;
+            together = together.plus(distance);
+            if distance.relative() > worst.0 || distance.relative().is_nan() {
+                worst = (distance.relative(), tensor.clone());
+            }
+        }
+        report.push(name, "all LoRA gradients", together.relative(), ALL_GRADIENTS);
+        report.push(name, format!("worst: {}", worst.1), worst.0, ONE_GRADIENT);
+        Ok(())
+    }
+
+    /// Three optimizer steps.
+    fn train(&self, train: &Train, start: &Adapters, report: &mut Report) -> Result<()> {
+        let Some(rewards) = self.rewards("aesthetic", train.aesthetic_target)? else {
+            report.skipped.push("train3: no aesthetic head".into());
+            return Ok(());
+        };
+        let expected = self.tensors("train3.safetensors")?;
+        let x_t = expected.get("x_T").context("train3.safetensors has no `x_T`")?;
+        let batch = x_t.dims()[1];
+        let steps = self.reference.steps;
+        let schedule = DdimSchedule::load(&self.pipeline.source, steps, train.eta)?;
+        let keep: Vec<bool> = (0..steps).map(|i| i + train.backprop_steps >= steps).collect();
+        let plan = Plan::with_mask(&schedule, &keep, batch);
+        let prompting = self.prompting(train.guidance_scale)?;
+        let unet = &self.pipeline.unet;
+
+        let mut adapters = start.clone();
+        let parameters =
+            |adapters: &Adapters| adapters.named_tensors().into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>();
+        let config = OptimizerConfig { lr: train.lr, weight_decay: train.weight_decay, ..Default::default() };
+        let mut optimizer = AdamW::new(&config, &parameters(&adapters))?;
+        for (i, log) in train.log.iter().enumerate() {
+            let trajectory = rollout(unet, &plan.steps, x_t.get(i)?, &prompting, &adapters, |_| {
+                anyhow::bail!("no noise is recorded for these steps")
+            })?;
+            let scale = train.loss_coeff / batch as f64;
+            let credit = reward_cotangent(
+                &self.pipeline.vae,
+                &rewards,
+                &trajectory.latents,
+                &self.reference.prompts,
+                scale,
+                Checkpointing::Step,
+            )?;
+            let mut sum = LoraGradients::new(&adapters);
+            backprop(
+                unet,
+                &adapters,
+                &trajectory,
+                &plan,
+                &prompting,
+                &credit.d_latents,
+                Checkpointing::Step,
+                &mut sum,
+            )?;
+            let mut gradients = sum.finish(&adapters)?;
+            let norm = clip_grad_norm(&mut gradients, train.max_grad_norm)?;
+            let updated = optimizer.update(&parameters(&adapters), &gradients, train.lr)?;
+            adapters = adapters.with_tensors(updated)?;
+
+            let case = format!("train3, step {i}");
+            let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / batch as f64;
+            report.push(
+                &case,
+                "loss",
+                (mean(&mut credit.losses.iter().copied()) * train.loss_coeff / log.loss - 1.0).abs(),
+                PARTS,
+            );
+            report.push(
+                &case,
+                "mean reward",
+                (mean(&mut credit.scores.iter().map(|s| s[0])) / log.reward_mean - 1.0).abs(),
+                PARTS,
+            );
+            report.push(&case, "gradient norm", (norm / log.grad_norm - 1.0).abs(), PARTS);
+        }
+        let mut together = Distance::default();
+        for (name, tensor) in adapters.named_tensors() {
+            let expected = expected
+                .get(&format!("lora.{name}"))
+                .with_context(|| format!("train3.safetensors has no `lora.{name}`"))?;
+            together = together.plus(Distance::between(&tensor, expected)?);
+        }
+        report.push("train3", "all LoRA factors", together.relative(), ADAPTERS);
+        Ok(())
+    }
+}
+
+/// How many entries differ.
+fn unequal(found: &[f64], expected: &Tensor) -> Result<f64> {
+    let expected = expected.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let differing = found.iter().zip(&expected).filter(|(x, y)| x != y).count();
+    Ok((differing + found.len().abs_diff(expected.len())) as f64)
+}

@@ -1,0 +1,115 @@
+//! The way back: from scores to images to latents to adapters.
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Tensor;
+
+use super::rollout::{Prompting, Trajectory, is_finite};
+use super::truncation::Plan;
+use crate::config::Checkpointing;
+use crate::lora::Adapters;
+use crate::models::unet::Unet;
+use crate::models::vae::Vae;
+use crate::nn::lora::LoraGradients;
+use crate::rewards::Rewards;
+
+/// What the rewards say of a batch, and which way the latents should move.
+pub struct Credit {
+    /// One row an image, one score a reward.
+    pub scores: Vec<Vec<f64>>,
+    /// The weighted loss of each image.
+    pub losses: Vec<f64>,
+    /// d (scale · sum of losses) / d x_0, (B, C, h, w).
+    pub d_latents: Tensor,
+}
+
+/// Decodes and scores the latents one image at a time, so that memory does not grow with the batch, and pulls each
+/// image's loss back to its latents.
+///
+/// # Errors
+/// An image, score or gradient that is not finite: names the room.
+pub fn reward_cotangent(
+    vae: &Vae,
+    rewards: &Rewards,
+    latents: &Tensor,
+    prompts: &[String],
+    scale: f64,
+    checkpointing: Checkpointing,
+) -> Result<Credit> {
+    let batch = latents.dims4()?.0;
+    ensure!(prompts.len() == batch, "{batch} latents with {} prompts", prompts.len());
+    let mut credit = Credit { scores: Vec::new(), losses: Vec::new(), d_latents: latents.clone() };
+    let mut rows = Vec::with_capacity(batch);
+    for (row, prompt) in prompts.iter().enumerate() {
+        let decoded = vae.trace(&latents.narrow(0, row, 1)?.contiguous()?, checkpointing)?;
+        if !is_finite(decoded.image())? {
+            bail!("not a number: the VAE's image of `{prompt}` is not finite");
+        }
+        let reward = rewards.scores_and_gradient(decoded.image(), prompt, scale)?;
+        for (name, score) in rewards.names().iter().zip(&reward.scores) {
+            ensure!(score.is_finite(), "not a number: the reward `{name}` gave {score} for `{prompt}`");
+        }
+        let d_latents = decoded.pull(&reward.d_image)?;
+        if !is_finite(&d_latents)? {
+            let room = if is_finite(&reward.d_image)? { "VAE" } else { "reward" };
+            bail!("not a number: the gradient that comes back from the {room} for `{prompt}` is not finite");
+        }
+        credit.scores.push(reward.scores);
+        credit.losses.push(reward.loss);
+        rows.push(d_latents);
+    }
+    credit.d_latents = Tensor::cat(&rows, 0)?;
+    Ok(credit)
+}
+
+/// Walks the chain backwards from d loss / d x_0, newest step first; adds the adapters' gradients to `sum`.
+///
+/// ```text
+/// x_{t-1} = c_x x_t + c_out UNet(x_t) + σ z
+/// d_x_t   = c_x d_{x_{t-1}} + (dUNet/dx)ᵀ c_out d_{x_{t-1}}          the second term where the step is kept
+/// ```
+///
+/// A step that is not kept loses its noise prediction's gradient only: the linear path carries the cotangent on.
+/// Memory is one UNet evaluation, whatever the number of steps.
+#[allow(clippy::too_many_arguments)]
+pub fn backprop(
+    unet: &Unet,
+    adapters: &Adapters,
+    trajectory: &Trajectory,
+    plan: &Plan,
+    prompting: &Prompting,
+    d_latents: &Tensor,
+    checkpointing: Checkpointing,
+    sum: &mut LoraGradients,
+) -> Result<()> {
+    let Some(first) = plan.first_kept() else { return Ok(()) };
+    let mut d_x = d_latents.clone();
+    for i in (first..plan.steps.len()).rev() {
+        let step = plan.steps[i];
+        let mut d_previous = (&d_x * step.sample)?;
+        let rows: Vec<u32> = (0u32..).zip(&plan.keep[i]).filter(|(_, kept)| **kept).map(|(row, _)| row).collect();
+        if !rows.is_empty() {
+            let all = rows.len() == plan.keep[i].len();
+            let rows = Tensor::new(rows, d_x.device())?;
+            let x_t = &trajectory.inputs[i];
+            let d_prediction = (&d_x * step.model_output)?;
+            let d_unet = if all {
+                prompting.vjp(unet, x_t, step.timestep, adapters, &d_prediction, checkpointing, sum)
+            } else {
+                let (x_t, d_prediction) = (x_t.index_select(&rows, 0)?, d_prediction.index_select(&rows, 0)?);
+                prompting.select(&rows)?.vjp(unet, &x_t, step.timestep, adapters, &d_prediction, checkpointing, sum)
+            };
+            let d_unet = d_unet.with_context(|| format!("in the backward of denoising step {i}"))?;
+            if !is_finite(&d_unet)? {
+                bail!(
+                    "not a number: the gradient that comes back from the UNet at denoising step {i} (timestep {}) is not finite",
+                    step.timestep
+                );
+            }
+            if !plan.detach_input {
+                d_previous = d_previous.index_add(&rows, &d_unet, 0)?;
+            }
+        }
+        d_x = d_previous;
+    }
+    Ok(())
+}

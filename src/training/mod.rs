@@ -1,0 +1,9 @@
+//! The parts of the loop: rollout, reward, backprop, and what a run keeps on disk.
+
+pub mod backprop;
+pub mod rollout;
+pub mod truncation;
+
+pub use backprop::{Credit, backprop, reward_cotangent};
+pub use rollout::{Prompting, Trajectory, rollout};
+pub use truncation::Plan;

@@ -1,0 +1,126 @@
+//! The denoising chain without gradients: only its latents are kept.
+
+use anyhow::{Result, bail};
+use candle_core::Tensor;
+
+use crate::config::Checkpointing;
+use crate::diffusion::DdimStep;
+use crate::diffusion::guidance::{guide, guide_bwd, halves};
+use crate::lora::Adapters;
+use crate::models::unet::Unet;
+use crate::nn::lora::LoraGradients;
+
+/// What the UNet is told: embeddings of the prompts and of what guidance moves away from.
+#[derive(Clone)]
+pub struct Prompting {
+    /// (B, tokens, D)
+    pub prompt_embeds: Tensor,
+    /// (B, tokens, D)
+    pub negative_prompt_embeds: Tensor,
+    /// 1 or less: no guidance, and only the prompts are evaluated.
+    pub guidance_scale: f64,
+}
+
+impl Prompting {
+    /// For these rows of the batch only.
+    pub fn select(&self, rows: &Tensor) -> Result<Self> {
+        Ok(Self {
+            prompt_embeds: self.prompt_embeds.index_select(rows, 0)?,
+            negative_prompt_embeds: self.negative_prompt_embeds.index_select(rows, 0)?,
+            guidance_scale: self.guidance_scale,
+        })
+    }
+    fn guided(&self) -> bool {
+        self.guidance_scale > 1.0
+    }
+    fn context(&self) -> Result<Tensor> {
+        Ok(if self.guided() {
+            Tensor::cat(&[&self.negative_prompt_embeds, &self.prompt_embeds], 0)?
+        } else {
+            self.prompt_embeds.clone()
+        })
+    }
+
+    /// The guided prediction at x_t, (B, C, h, w).
+    pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
+        if !self.guided() {
+            return unet.forward(x_t, timestep, &self.prompt_embeds, adapters);
+        }
+        let both = unet.forward(&Tensor::cat(&[x_t, x_t], 0)?, timestep, &self.context()?, adapters)?;
+        Ok(guide(&both, self.guidance_scale)?)
+    }
+
+    /// Pulls the guided prediction's cotangent back through both branches: the gradient with respect to x_t; those of
+    /// the adapters are added to `sum`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn vjp(
+        &self,
+        unet: &Unet,
+        x_t: &Tensor,
+        timestep: usize,
+        adapters: &Adapters,
+        cotangent: &Tensor,
+        checkpointing: Checkpointing,
+        sum: &mut LoraGradients,
+    ) -> Result<Tensor> {
+        if !self.guided() {
+            return unet.vjp(x_t, timestep, &self.prompt_embeds, adapters, cotangent, checkpointing, sum);
+        }
+        let cotangent = guide_bwd(cotangent, self.guidance_scale)?;
+        let d_both = unet.vjp(
+            &Tensor::cat(&[x_t, x_t], 0)?,
+            timestep,
+            &self.context()?,
+            adapters,
+            &cotangent,
+            checkpointing,
+            sum,
+        )?;
+        let [d_uncond, d_cond] = halves(&d_both)?;
+        Ok((d_uncond + d_cond)?)
+    }
+}
+
+/// The latents of a chain: what each step started from, and what the last one gave.
+pub struct Trajectory {
+    /// x_T, ..., one for each step, (B, C, h, w).
+    pub inputs: Vec<Tensor>,
+    /// x_0.
+    pub latents: Tensor,
+}
+
+/// Runs the chain from `x_t`. `noise(i)` is the noise of step i, asked for where its σ is not zero.
+///
+/// # Errors
+/// A latent that is not finite: names the step.
+pub fn rollout(
+    unet: &Unet,
+    steps: &[DdimStep],
+    x_t: Tensor,
+    prompting: &Prompting,
+    adapters: &Adapters,
+    noise: impl Fn(usize) -> Result<Tensor>,
+) -> Result<Trajectory> {
+    let mut inputs = Vec::with_capacity(steps.len());
+    let mut x = x_t;
+    for (i, step) in steps.iter().enumerate() {
+        let prediction = prompting.predict(unet, &x, step.timestep, adapters)?;
+        let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
+        let next = step.apply(&x, &prediction, noise.as_ref())?;
+        if !is_finite(&next)? {
+            bail!(
+                "not a number: the UNet's prediction at denoising step {i} (timestep {}) is not finite",
+                step.timestep
+            );
+        }
+        inputs.push(std::mem::replace(&mut x, next));
+    }
+    Ok(Trajectory { inputs, latents: x })
+}
+
+/// Whether every number is finite.
+pub(crate) fn is_finite(t: &Tensor) -> Result<bool> {
+    // one NaN or infinity makes the sum of x·0 a NaN
+    let sum = (t * 0.0)?.sum_all()?.to_scalar::<f32>()?;
+    Ok(sum == 0.0)
+}

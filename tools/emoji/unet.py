@@ -1,0 +1,105 @@
+"""The denoiser: epsilon prediction on precomputed latents and caption features, with min-SNR weights."""
+import os
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+import clip, data, vae
+from common import Average, Clock, load_checkpoint, save_checkpoint, to_uint8
+
+CONFIG = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 128), layers_per_block=1,
+              down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+              up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+              cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
+SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
+                 steps_offset=1, set_alpha_to_one=False, clip_sample=False, timestep_spacing="leading")
+PEAK, BATCH, GAMMA = 1e-3, 64, 5.0
+SCALE, STEPS = 4.0, 25  # guidance and DDIM steps of the sample sheets
+
+
+def load(folder):
+    model = UNet2DConditionModel(**CONFIG)
+    model.load_state_dict(load_checkpoint(os.path.join(folder, "unet.pt"))["average"])
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def sample(model, decoder, text, empty, seed, scale=SCALE, steps=STEPS):
+    """DDIM with guidance; text: caption features, empty: those of the empty caption. uint8 pictures."""
+    scheduler = DDIMScheduler(**SCHEDULER)
+    scheduler.set_timesteps(steps)
+    z = torch.randn(len(text), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([empty.expand_as(text), text])
+    for t in scheduler.timesteps:
+        low, high = model(torch.cat([z, z]), t, both).sample.float().chunk(2)
+        z = scheduler.step(low + scale * (high - low), t, z).prev_sample
+    return to_uint8(decoder.decode(z / decoder.config.scaling_factor).sample)
+
+
+def animal_labels(folder, seed, count=None):
+    """Labels of trained combinations with animals in a fixed random order: one of each animal, then again."""
+    _, labels = data.load(folder)
+    rng = np.random.default_rng(seed)
+    animals = [i for i, (_, _, animal) in enumerate(data.CONCEPTS) if animal]
+    return np.array([labels[rng.choice(np.flatnonzero(labels[:, 1] == c))] for c in animals][:count])
+
+
+def train(folder, minutes, log):
+    torch.manual_seed(4)
+    _, labels = data.load(folder)
+    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+    text = torch.from_numpy(np.load(os.path.join(folder, "text.npy")))
+    decoder = vae.load(folder)
+    judges = {k: clip.load(folder, k) for k in ("clip", "judge") if os.path.exists(os.path.join(folder, k + ".pt"))}
+    model = UNet2DConditionModel(**CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), PEAK, betas=(0.9, 0.99), weight_decay=0.01)
+    average, step, path = Average(model, 0.9985), 0, os.path.join(folder, "unet.pt")
+    if saved := load_checkpoint(path):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.weights, average.steps, step = saved["average"], saved["step"], saved["step"]
+    snr = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    signal, noise_amount = snr.sqrt(), (1 - snr).sqrt()
+    snr = snr / (1 - snr)
+    weights = snr.clamp(max=GAMMA) / snr
+    weights = weights / weights.mean()
+    rng, clock, first, losses = np.random.default_rng(step + 4), Clock(minutes), step, []
+    shown = animal_labels(folder, 9)
+
+    def report(draw):
+        scores = {}
+        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
+        if draw:
+            live = load(folder)
+            pictures = sample(live, decoder, text[data.caption_index(shown, False, False)].float(), text[:1].float(), 0)
+            data.sheet(pictures, 9, os.path.join(folder, "sheets", f"unet-{step:06}.png"), 2)
+            for k, (m, tokenizer) in judges.items():
+                scores[k + "_caption"], scores[k + "_animal"] = clip.accuracy(m, tokenizer, pictures, shown)
+        log(stage="unet", step=step, samples=step * BATCH, share=clock.share, loss=float(np.mean(losses)), **scores)
+        losses.clear()
+
+    while clock.share < 1:
+        i = rng.integers(0, len(latents), BATCH)
+        z = torch.from_numpy(latents[i].astype(np.float32))
+        z = z[:, :4] + z[:, 4:] * torch.randn(BATCH, 4, 16, 16)
+        u = rng.random(BATCH)  # 10% without a caption, 6% only the name, 7% each without style or background
+        which = data.caption_index(labels[i], u < 0.23, ((u >= 0.17) & (u < 0.3)) | (u < 0.10))
+        c = text[np.where(u < 0.1, 0, which)].float()
+        t = torch.from_numpy(rng.integers(0, 1000, BATCH))
+        noise = torch.randn_like(z)
+        x = signal[t][:, None, None, None] * z + noise_amount[t][:, None, None, None] * noise
+        for group in optimizer.param_groups:
+            group["lr"] = clock.rate(PEAK, step - first, warmup=100)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x, t, c).sample.float()
+        loss = (weights[t] * (out - noise).square().mean((1, 2, 3))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model)
+        losses.append(loss.item())
+        step += 1
+        if step % 100 == 0:
+            report(step % 400 == 0)
+    report(True)

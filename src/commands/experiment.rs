@@ -1,1 +1,113 @@
+//! What train, eval and sample share: a pipeline with its schedule and image size, ready to make images.
 
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Tensor;
+
+use crate::config::Config;
+use crate::diffusion::{DdimSchedule, Noise, Stream};
+use crate::lora::Adapters;
+use crate::lora::formats::{self, LoadedLora};
+use crate::models::Pipeline;
+use crate::training::rollout::is_finite;
+use crate::training::{Prompting, rollout};
+
+/// A pipeline as an experiment uses it.
+pub(super) struct Model {
+    pub pipeline: Pipeline,
+    pub schedule: DdimSchedule,
+    /// (channels, h, w) of one sample's latents.
+    pub latent_shape: (usize, usize, usize),
+    guidance_scale: f64,
+    /// (1, tokens, D)
+    negative_prompt_embeds: Tensor,
+}
+
+impl Model {
+    pub fn load(config: &Config) -> Result<Self> {
+        let pipeline = Pipeline::load(&config.model.path, config.model.variant.as_deref())?;
+        let sampling = &config.sampling;
+        let schedule = DdimSchedule::load(&pipeline.source, sampling.num_inference_steps, sampling.eta)?;
+        let (height, width) = pipeline.default_size();
+        let latent_shape = pipeline.latent_shape(sampling.height.unwrap_or(height), sampling.width.unwrap_or(width))?;
+        let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(&sampling.negative_prompt))?;
+        ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
+        Ok(Self { pipeline, schedule, latent_shape, guidance_scale: sampling.guidance_scale, negative_prompt_embeds })
+    }
+
+    /// Height and width of its images.
+    pub fn image_size(&self) -> (usize, usize) {
+        let (_, h, w) = self.latent_shape;
+        (h * self.pipeline.vae.factor(), w * self.pipeline.vae.factor())
+    }
+
+    /// The embeddings of prompts, beside those of the negative prompt.
+    pub fn prompting(&self, prompts: &[String]) -> Result<Prompting> {
+        let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
+        if !is_finite(&prompt_embeds)? {
+            bail!("not a number: the text encoder's output for `{}` is not finite", prompts.join("`, `"));
+        }
+        let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
+        Ok(Prompting { prompt_embeds, negative_prompt_embeds, guidance_scale: self.guidance_scale })
+    }
+
+    /// The noise of DDIM step `i` (where eta is not zero) for some samples of optimizer step `step`.
+    pub fn variance_noise(&self, noise: &Noise, step: u64, i: usize, samples: Range<u64>) -> Result<Tensor> {
+        // one counter for both: a chain has at most 1000 steps
+        Ok(noise.normal_batch(Stream::Variance, step << 10 | i as u64, samples, self.latent_shape)?)
+    }
+
+    /// Images (B, 3, H, W) of the prompts, from the evaluation noise of `seed`; `first` is the first prompt's number.
+    pub fn images(&self, prompts: &[String], first: u64, seed: u64, adapters: &Adapters) -> Result<Tensor> {
+        let noise = Noise::new(seed);
+        let samples = first..first + prompts.len() as u64;
+        let x_t = noise.normal_batch(Stream::Evaluation, 0, samples.clone(), self.latent_shape)?;
+        let prompting = self.prompting(prompts)?;
+        let variance = |i| self.variance_noise(&noise, 0, i, samples.clone());
+        let latents = rollout(&self.pipeline.unet, self.schedule.steps(), x_t, &prompting, adapters, variance)?.latents;
+        let images = (0..prompts.len())
+            .map(|row| self.pipeline.vae.decode(&latents.narrow(0, row, 1)?.contiguous()?))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&images, 0)?)
+    }
+
+    /// Prompts that the text encoder will not read to their end, with the number of their tokens.
+    pub fn truncated_prompts<'a>(&self, prompts: &'a [String]) -> Result<Vec<(&'a str, usize)>> {
+        let tokenizer = &self.pipeline.tokenizer;
+        let mut long = Vec::new();
+        for prompt in prompts {
+            let count = tokenizer.token_count(prompt)?;
+            if count > tokenizer.max_length() {
+                long.push((prompt.as_str(), count));
+            }
+        }
+        Ok(long)
+    }
+
+    /// Reads a LoRA and checks that it belongs to this UNet.
+    pub fn load_lora(&self, path: &Path) -> Result<LoadedLora> {
+        let loaded = formats::load(path)?;
+        loaded
+            .adapters
+            .check_fits(&self.pipeline.unet.targets())
+            .with_context(|| format!("{} does not fit {}", path.display(), self.pipeline.source.label()))?;
+        if !loaded.ignored.is_empty() {
+            eprintln!(
+                "warning: {}: {} text-encoder tensors are ignored, only the UNet is adapted",
+                path.display(),
+                loaded.ignored.len()
+            );
+        }
+        Ok(loaded)
+    }
+}
+
+/// The config of `--config`, or the defaults, with `--set` applied.
+pub(super) fn config_of(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
+    match path {
+        Some(path) => Config::load(path, overrides),
+        None => Config::parse("", "the defaults", overrides),
+    }
+}

@@ -1,3 +1,47 @@
-pub fn run(_: &crate::cli::SampleArgs) -> anyhow::Result<()> {
-    anyhow::bail!("under construction")
+//! `alignprop sample`: images of prompts, with or without a LoRA.
+
+use anyhow::Result;
+
+use super::experiment::{Model, config_of};
+use super::{check_device, pictures};
+use crate::cli::SampleArgs;
+use crate::lora::Adapters;
+
+pub fn run(args: &SampleArgs) -> Result<()> {
+    let mut config = config_of(args.config.config.as_deref(), &args.config.set)?;
+    if let Some(model) = &args.model {
+        config.model.path.clone_from(model);
+    }
+    let sampling = &mut config.sampling;
+    if let Some(negative_prompt) = &args.negative_prompt {
+        sampling.negative_prompt.clone_from(negative_prompt);
+    }
+    sampling.num_inference_steps = args.steps.unwrap_or(sampling.num_inference_steps);
+    sampling.guidance_scale = args.guidance_scale.unwrap_or(sampling.guidance_scale);
+    sampling.eta = args.eta.unwrap_or(sampling.eta);
+    sampling.height = args.height.or(sampling.height);
+    sampling.width = args.width.or(sampling.width);
+    config.validate()?;
+    check_device(args.device.as_deref().unwrap_or(&config.run.device), config.run.precision)?;
+
+    let model = Model::load(&config)?;
+    let adapters = match &args.lora {
+        Some(path) => model.load_lora(path)?.adapters.scaled(args.lora_scale),
+        None => Adapters::default(),
+    };
+    for (prompt, tokens) in model.truncated_prompts(&args.prompt)? {
+        eprintln!(
+            "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
+            model.pipeline.tokenizer.max_length()
+        );
+    }
+    let mut images = Vec::with_capacity(args.prompt.len());
+    for (number, prompt) in (0..).zip(&args.prompt) {
+        let image = model.images(std::slice::from_ref(prompt), number, args.seed, &adapters)?;
+        images.push(pictures::to_rgb(&image.get(0)?)?);
+    }
+    let columns = (images.len() as f64).sqrt().ceil() as usize;
+    pictures::save_png(&pictures::grid(&images, columns)?, &args.output)?;
+    println!("{}", args.output.display());
+    Ok(())
 }

@@ -107,7 +107,7 @@ impl Report {
     }
     fn table(&self) -> Table {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["case", "what", "error", "bound", ""]);
+        table.load_style(presets::NOTHING).set_header(["case", "what", "error", "bound", ""]);
         for row in &self.rows {
             let number = |x: f64| if row.bound == 0.0 { format!("{x}") } else { format!("{x:.1e}") };
             let verdict = if row.pass { "pass" } else { "FAIL" };

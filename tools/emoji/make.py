@@ -12,10 +12,10 @@ import argparse, os
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 4, "export": 0}  # and their minutes
+STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 4, "evaluate": 0, "export": 0}  # and their minutes
 
 
-def run(stage, out, minutes, tokenizer):
+def run(stage, out, minutes, tokenizer, threads):
     from common import Log, make_tokenizer
     import data
     log = Log(os.path.join(out, "log.jsonl"))
@@ -35,10 +35,13 @@ def run(stage, out, minutes, tokenizer):
         clip.encode_captions(out, log)
     elif stage == "unet":
         import unet
-        unet.train(out, minutes, log)
+        unet.train(out, minutes, log, threads)
     elif stage == "head":
         import head
         head.train(out, minutes, log)
+    elif stage == "evaluate":
+        import evaluate
+        evaluate.run(out, ROOT, log)
     elif stage == "export":
         import export
         export.write(out, ROOT, log)
@@ -57,7 +60,7 @@ def main():
     os.makedirs(os.path.join(out, "sheets"), exist_ok=True)
     for stage, minutes in STAGES.items():
         if args.stage in ("all", stage):
-            run(stage, out, args.minutes or minutes, args.tokenizer)
+            run(stage, out, args.minutes or minutes, args.tokenizer, args.threads)
 
 
 if __name__ == "__main__":

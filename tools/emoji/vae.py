@@ -10,7 +10,7 @@ from common import Average, Clock, load_checkpoint, save_checkpoint, to_float, t
 CONFIG = dict(block_out_channels=(32, 64, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
               latent_channels=4, norm_num_groups=4, sample_size=64, in_channels=3, out_channels=3)
 KL, EDGES, PEAK = 1e-6, 1.0, 2e-3
-LATENTS = 32000  # so many of the pictures are encoded for the UNet
+LATENTS = 20000  # so many of the pictures are encoded for the UNet
 
 
 def edges(x):
@@ -79,7 +79,7 @@ def load(folder):
     model.load_state_dict(saved["average"])
     model.eval().requires_grad_(False)
     with torch.no_grad():
-        z = model.encode(to_float(pictures[:256])).latent_dist.sample()
+        z = model.encode(to_float(pictures[:256])).latent_dist.mode()
     model.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
     return model
 

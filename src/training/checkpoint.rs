@@ -1,0 +1,142 @@
+//! What a run can go on from: adapters, optimizer state and step, written whole or not at all.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::config::OptimizerConfig;
+use crate::lora::{Adapters, formats};
+use crate::optim::AdamW;
+
+const LORA: &str = "pytorch_lora_weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// The state of a run between two optimizer steps.
+pub struct Checkpoint {
+    /// Optimizer steps taken.
+    pub step: usize,
+    pub adapters: Adapters,
+    pub optimizer: AdamW,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    step: usize,
+    optimizer_step: u64,
+}
+
+/// `checkpoints/step-000025`.
+pub fn folder_name(step: usize) -> String {
+    format!("step-{step:06}")
+}
+
+impl Checkpoint {
+    /// Writes `parent/step-NNNNNN/`: into a folder of another name first, which is renamed when all of it is on disk.
+    pub fn save(&self, parent: &Path, metadata: &HashMap<String, String>) -> Result<PathBuf> {
+        let target = parent.join(folder_name(self.step));
+        self.write(parent, &target, metadata)
+            .with_context(|| format!("writing the checkpoint {}", target.display()))?;
+        Ok(target)
+    }
+
+    fn write(&self, parent: &Path, target: &Path, metadata: &HashMap<String, String>) -> Result<()> {
+        fs::create_dir_all(parent)?;
+        let unfinished = parent.join(format!(".unfinished-{}", folder_name(self.step)));
+        if unfinished.exists() {
+            fs::remove_dir_all(&unfinished)?;
+        }
+        fs::create_dir(&unfinished)?;
+        formats::save(&self.adapters, metadata, &unfinished.join(LORA))?;
+        let mut moments = HashMap::new();
+        for ((name, _), (m, v)) in self.adapters.named_tensors().into_iter().zip(&self.optimizer.moments) {
+            moments.insert(format!("exp_avg.{name}"), m.clone());
+            moments.insert(format!("exp_avg_sq.{name}"), v.clone());
+        }
+        candle_core::safetensors::save(&moments, unfinished.join(OPTIMIZER))?;
+        let state = State { step: self.step, optimizer_step: self.optimizer.step };
+        fs::write(unfinished.join(STATE), serde_json::to_string_pretty(&state)?)?;
+        for name in [OPTIMIZER, STATE] {
+            File::open(unfinished.join(name))?.sync_all()?;
+        }
+        File::open(&unfinished)?.sync_all()?;
+        if target.exists() {
+            fs::remove_dir_all(target)?;
+        }
+        fs::rename(&unfinished, target)?;
+        File::open(parent)?.sync_all()?;
+        Ok(())
+    }
+
+    /// Reads a checkpoint folder; the optimizer's hyperparameters come from the config.
+    pub fn load(folder: &Path, config: &OptimizerConfig) -> Result<Self> {
+        Self::read(folder, config).with_context(|| format!("reading the checkpoint {}", folder.display()))
+    }
+
+    fn read(folder: &Path, config: &OptimizerConfig) -> Result<Self> {
+        let text = fs::read_to_string(folder.join(STATE)).with_context(|| format!("{STATE} is missing"))?;
+        let state: State = serde_json::from_str(&text).with_context(|| format!("{STATE} is damaged"))?;
+        let adapters = formats::load(&folder.join(LORA))?.adapters;
+        let moments = candle_core::safetensors::load(folder.join(OPTIMIZER), &Device::Cpu)
+            .with_context(|| format!("{OPTIMIZER} is damaged"))?;
+        let moment = |kind: &str, name: &str, like: &Tensor| -> Result<Tensor> {
+            let tensor = moments
+                .get(&format!("{kind}.{name}"))
+                .with_context(|| format!("{OPTIMIZER} has no `{kind}.{name}`"))?;
+            ensure!(
+                tensor.dims() == like.dims(),
+                "`{kind}.{name}` in {OPTIMIZER} is {:?}, the adapter {:?}",
+                tensor.dims(),
+                like.dims()
+            );
+            Ok(tensor.clone())
+        };
+        let pairs = adapters
+            .named_tensors()
+            .iter()
+            .map(|(name, tensor)| Ok((moment("exp_avg", name, tensor)?, moment("exp_avg_sq", name, tensor)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let optimizer = AdamW {
+            betas: config.betas,
+            eps: config.eps,
+            weight_decay: config.weight_decay,
+            step: state.optimizer_step,
+            moments: pairs,
+        };
+        Ok(Self { step: state.step, adapters, optimizer })
+    }
+
+    /// The checkpoints under `parent`, oldest first.
+    pub fn list(parent: &Path) -> Result<Vec<PathBuf>> {
+        let mut found: Vec<(usize, PathBuf)> = Vec::new();
+        let entries = match fs::read_dir(parent) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", parent.display())),
+        };
+        for entry in entries {
+            let path = entry?.path();
+            let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse::<usize>().ok());
+            found.extend(step.map(|step| (step, path)));
+        }
+        found.sort();
+        Ok(found.into_iter().map(|(_, path)| path).collect())
+    }
+
+    /// Removes all but the last `keep` checkpoints; 0 keeps all.
+    pub fn prune(parent: &Path, keep: usize) -> Result<()> {
+        let all = Self::list(parent)?;
+        if keep == 0 {
+            return Ok(());
+        }
+        for old in all.iter().take(all.len().saturating_sub(keep)) {
+            fs::remove_dir_all(old).with_context(|| format!("removing the old checkpoint {}", old.display()))?;
+        }
+        Ok(())
+    }
+}

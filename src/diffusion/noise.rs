@@ -116,6 +116,6 @@ mod tests {
     #[test]
     fn the_numbers_do_not_change_between_versions() {
         // a run's resume depends on them
-        assert_eq!(Noise::new(7).below(Stream::Prompts, 1, 2, 1_000_000), 0);
+        assert_eq!(Noise::new(7).below(Stream::Prompts, 1, 2, 1_000_000), 867_288);
     }
 }

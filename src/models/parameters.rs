@@ -33,7 +33,7 @@ pub(super) fn conv2d(
 }
 
 pub(super) fn group_norm(w: &Weights, channels: usize, groups: usize, eps: f64, silu: bool) -> Result<GroupNorm> {
-    if groups == 0 || channels % groups != 0 {
+    if groups == 0 || !channels.is_multiple_of(groups) {
         anyhow::bail!(
             "`{}` in {}: {channels} channels do not divide into {groups} groups (norm_num_groups)",
             w.prefix(),

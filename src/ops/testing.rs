@@ -62,8 +62,8 @@ pub(crate) fn check(
             assert!(error < bound, "gradient of input {i} in {dtype:?}: relative error {error:.2e}");
         }
     }
-    for i in 0..inputs.len() {
-        finite_differences(inputs, i, &forward, &cotangent, &gradients[i]);
+    for (i, gradient) in gradients.iter().enumerate() {
+        finite_differences(inputs, i, &forward, &cotangent, gradient);
     }
 }
 

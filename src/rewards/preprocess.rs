@@ -10,7 +10,7 @@ use crate::ops::activation::Activation;
 
 /// OpenAI's pixel statistics, which every CLIP here was trained with.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const STD: [f32; 3] = [0.268_629_55, 0.261_302_6, 0.275_777_1];
 
 /// images (B, 3, H, W) in [-1, 1] -> normalised pixels (B, 3, side, side).
 pub fn preprocess(images: &Value, method: Preprocess, side: usize) -> Result<Value> {

@@ -12,7 +12,7 @@ MODELS = {
     "clip": dict(seed=2, width=128, layers=4, heads=4, patch=8, act="quick_gelu", text=(128, 4, 4), projection=128, peak=1e-3),
     "judge": dict(seed=3, width=192, layers=4, heads=6, patch=16, act="gelu", text=(96, 3, 4), projection=96, peak=1e-3),
 }
-BATCH, RECONSTRUCTIONS = 128, 3000
+BATCH, RECONSTRUCTIONS = 128, 1800
 
 
 def new(kind, vocab_size):
@@ -114,6 +114,7 @@ def train(folder, kind, minutes, log):
         optimizer.load_state_dict(saved["optimizer"])
         average.weights, average.steps, step = saved["average"], saved["step"], saved["step"]
     extra = reconstructions(folder)
+    groups = [np.flatnonzero((labels[:, 0] == s) & (labels[:, 2] == b)) for s in range(len(data.STYLES)) for b in range(len(data.BACKGROUNDS))]
     rng, clock, first, sums = np.random.default_rng(step + MODELS[kind]["seed"]), Clock(minutes), step, []
 
     def report():
@@ -128,9 +129,10 @@ def train(folder, kind, minutes, log):
         save_checkpoint(path, model=both.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
 
     while clock.share < 1:
-        i = rng.integers(0, len(pictures), BATCH)
+        alike = rng.random() < 0.5  # one style and background throughout, so that only the concepts tell the captions apart
+        i = rng.choice(groups[rng.integers(len(groups))], BATCH) if alike else rng.integers(0, len(pictures), BATCH)
         x = to_float(pictures[i])
-        if extra is not None:
+        if extra is not None and not alike:
             j = rng.integers(0, RECONSTRUCTIONS, BATCH // 4)
             i[:len(j)], x[:len(j)] = extra[1][j], to_float(extra[0][j])
         x = augment(x, rng)
@@ -147,8 +149,8 @@ def train(folder, kind, minutes, log):
         same = (which[:, None] == which[None]).float()
         same = same / same.sum(1, keepdim=True)
         contrastive = (F.cross_entropy(scores, same) + F.cross_entropy(scores.T, same)) / 2
-        classify = sum(F.cross_entropy(g, target[:, k]) for k, g in enumerate(guesses))
-        loss = contrastive + 0.3 * classify
+        classify = sum(w * F.cross_entropy(g, target[:, k]) for k, (w, g) in enumerate(zip((0.3, 1.0, 0.3), guesses)))
+        loss = contrastive + classify
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)

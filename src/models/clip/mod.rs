@@ -335,7 +335,7 @@ impl TextConfig {
 }
 
 fn tower(width: usize, mlp: usize, layers: usize, heads: usize, act: &str, eps: f64) -> Result<TowerConfig> {
-    if heads == 0 || width % heads != 0 {
+    if heads == 0 || !width.is_multiple_of(heads) {
         bail!("config.json: {heads} attention heads for a hidden size of {width}");
     }
     Ok(TowerConfig { width, mlp, layers, heads, act: activation(act)?, eps })

@@ -256,7 +256,7 @@ impl VisionTower {
         dim: usize,
     ) -> Result<Self> {
         let c = config.width;
-        if patch_size == 0 || image_size % patch_size != 0 {
+        if patch_size == 0 || !image_size.is_multiple_of(patch_size) {
             bail!("an image of {image_size} pixels does not divide into patches of {patch_size}");
         }
         let patches = (image_size / patch_size).pow(2);

@@ -60,7 +60,7 @@ impl Shape {
                 sum += *p;
             }
             let inverse = T::one() / sum;
-            p.iter_mut().for_each(|p| *p = *p * inverse);
+            p.iter_mut().for_each(|p| *p *= inverse);
         }
     }
 }

@@ -30,7 +30,7 @@ impl GroupNorm {
     fn check(&self, x: &Tensor) -> Result<()> {
         let channels = *x.dims().last().unwrap_or(&0);
         if self.groups == 0
-            || channels % self.groups != 0
+            || !channels.is_multiple_of(self.groups)
             || self.weight.dims() != [channels]
             || self.bias.dims() != [channels]
         {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::{Precision, REWARD_KINDS, parse_device};
+use crate::config::{Checkpointing, Precision, REWARD_KINDS, parse_device};
 
 /// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
 #[derive(Parser, Debug)]
@@ -26,6 +26,8 @@ pub enum Command {
     Sample(SampleArgs),
     /// Compare this program's numbers with recorded ones of the reference implementation
     Verify(VerifyArgs),
+    /// Time one optimizer step, with its memory and its arithmetic
+    Bench(BenchArgs),
 }
 
 /// Where the experiment's settings come from.
@@ -236,6 +238,80 @@ pub struct VerifyArgs {
     /// Print the comparison as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop bench --arch sd15-quarter --random-weights --size 256x256 --steps 10 --backprop-steps 2
+  alignprop bench --model some/folder --batch 4 --steps 20 --backprop-steps 5 --json")]
+pub struct BenchArgs {
+    /// A pipeline's folder or hub id
+    #[arg(long, value_name = "DIR_OR_ID", conflicts_with = "arch", required_unless_present = "arch")]
+    pub model: Option<String>,
+
+    /// An architecture by name, instead of a model
+    #[arg(long, value_enum, requires = "random_weights")]
+    pub arch: Option<Architecture>,
+
+    /// Fill the architecture with random numbers: time and memory do not depend on them
+    #[arg(long)]
+    pub random_weights: bool,
+
+    /// A CLIP folder for the reward; without it, the shapes of CLIP ViT-L/14
+    #[arg(long, value_name = "DIR_OR_ID")]
+    pub clip: Option<String>,
+
+    /// Image size; without it, the model's own, or 512x512
+    #[arg(long, value_name = "HxW", value_parser = parse_size)]
+    pub size: Option<(usize, usize)>,
+
+    /// Images of one optimizer step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    pub batch: usize,
+
+    /// Denoising steps
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = at_least_one)]
+    pub steps: usize,
+
+    /// Denoising steps that keep their gradient, the last ones
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = at_least_one)]
+    pub backprop_steps: usize,
+
+    /// Classifier-free guidance; 1 turns it off
+    #[arg(long, value_name = "G", default_value_t = 7.5, value_parser = finite)]
+    pub cfg: f64,
+
+    /// Rank of the adapters
+    #[arg(long, value_name = "R", default_value_t = 4, value_parser = at_least_one)]
+    pub rank: usize,
+
+    /// What a backward pass recomputes
+    #[arg(long, value_enum, default_value_t = Checkpointing::Step)]
+    pub checkpointing: Checkpointing,
+
+    /// Measured steps, of which the median is taken; one more comes before them
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = at_least_one)]
+    pub reps: usize,
+
+    /// Print one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// An architecture whose shapes are known without files.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// Stable Diffusion 1.5
+    Sd15,
+    /// Stable Diffusion 1.5 with a quarter of its channels
+    Sd15Quarter,
+}
+
+/// Parses `512x768`, height first.
+fn parse_size(text: &str) -> Result<(usize, usize), String> {
+    let sides = text.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
+    sides.ok_or_else(|| "is not HEIGHTxWIDTH in pixels, for example 512x512".to_string())
 }
 
 /// Parses `FILE=WEIGHT`; the last `=` counts, so a file name may have one.

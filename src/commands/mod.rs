@@ -1,5 +1,6 @@
 //! The commands: recipes, read from top to bottom.
 
+pub mod bench;
 pub mod eval;
 pub mod sample;
 pub mod soup;
@@ -22,6 +23,7 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Soup(args) => soup::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
+        Command::Bench(args) => bench::run(&args).map(|()| true),
     }
 }
 

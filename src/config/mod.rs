@@ -382,7 +382,7 @@ table! {
 }
 
 /// Memory against time.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Checkpointing {
     /// One UNet evaluation is kept in memory: each kept step is evaluated once more.

@@ -11,6 +11,7 @@ use crate::config::Checkpointing;
 use crate::lora::Adapters;
 use crate::nn::lora::LoraGradients;
 use crate::nn::{LoraValues, Tape, Value};
+use crate::ops::sum::add;
 
 /// One stage: hidden activations (B, H, W, C) to hidden activations.
 pub(super) trait Stage {
@@ -156,7 +157,7 @@ impl<S: Stage> Trace<'_, S> {
         let mut d_skips: Vec<Tensor> = Vec::new();
         for (step, kept) in self.network.steps.iter().zip(self.kept).rev() {
             if step.pushes {
-                d_hidden = (d_hidden + d_skips.pop().context("a gradient for every skip connection")?)?;
+                d_hidden = add(&d_hidden, &d_skips.pop().context("a gradient for every skip connection")?)?;
             }
             let Recorded { tape, hidden, skip, lora, output } = match kept {
                 Kept::Recorded(recorded) => recorded,

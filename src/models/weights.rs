@@ -33,6 +33,8 @@ struct Files {
     pickle: Option<PthTensors>,
     entries: BTreeMap<String, Entry>,
     metadata: HashMap<String, String>,
+    /// Numbers from this seed instead of a file's.
+    random: Option<u64>,
 }
 
 struct Entry {
@@ -106,6 +108,13 @@ impl Weights {
         Ok(Self { files: Arc::new(files), prefix: String::new() })
     }
 
+    /// Weights of any name and shape, without a file: uniform numbers of variance 1 / fan-in, norms near one. For
+    /// measuring an architecture's time and memory, which do not depend on the numbers.
+    pub fn random(seed: u64) -> Self {
+        let files = Files { random: Some(seed), ..Files::new(Path::new("random weights")) };
+        Self { files: Arc::new(files), prefix: String::new() }
+    }
+
     fn open_shards(source: &Source, index: &str) -> Result<Self> {
         #[derive(serde::Deserialize)]
         struct Index {
@@ -143,7 +152,7 @@ impl Weights {
 
     /// Whether there is a tensor `name` under the prefix.
     pub fn contains(&self, name: &str) -> bool {
-        self.files.entries.contains_key(&self.key(name))
+        self.files.entries.contains_key(&self.key(name)) || (self.files.random.is_some() && name.ends_with("bias"))
     }
 
     /// All names under the prefix, relative to it, sorted.
@@ -162,6 +171,9 @@ impl Weights {
     /// # Errors
     /// When the key is missing (names the nearest key), has another shape, or is not of a float type.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        if let Some(seed) = self.files.random {
+            return random(seed, &self.key(name), shape);
+        }
         if let Some(found) = self.shape(name).filter(|found| found != shape) {
             bail!(
                 "{}: `{}` has shape {found:?}, expected {shape:?}; do the config and the weights belong together?",
@@ -201,6 +213,7 @@ impl Files {
             pickle: None,
             entries: BTreeMap::new(),
             metadata: HashMap::new(),
+            random: None,
         }
     }
 
@@ -265,6 +278,32 @@ impl Files {
             None => anyhow!("{}: there is no `{key}`; the file holds no tensors", self.label),
         }
     }
+}
+
+/// Uniform numbers that depend on the seed and the key.
+fn random(seed: u64, key: &str, shape: &[usize]) -> Result<Tensor> {
+    const CHUNK: usize = 1 << 14;
+    let start = key
+        .bytes()
+        .fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let fan_in = shape.iter().skip(1).product::<usize>().max(1);
+    let (center, spread) = match shape {
+        [_] if key.ends_with("weight") => (1.0, 0.1),
+        [_] => (0.0, 0.1),
+        _ => (0.0, (3.0 / fan_in as f32).sqrt()),
+    };
+    let mut values = vec![0f32; shape.iter().product()];
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        let mut state = start.wrapping_add((chunk as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        for value in values {
+            // splitmix64
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            *value = center + spread * ((z >> 40) as f32 / (1u32 << 23) as f32 - 1.0);
+        }
+    });
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
 fn map_file(path: &Path) -> Result<Mmap> {

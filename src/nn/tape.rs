@@ -9,6 +9,8 @@ use std::rc::Rc;
 
 use candle_core::{Result, Tensor, bail};
 
+use crate::ops;
+
 type Backward = Box<dyn FnOnce(&Tensor) -> Result<Vec<Option<Tensor>>>>;
 
 struct Step {
@@ -83,7 +85,7 @@ impl Tape {
 
 fn add_to(slot: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
     *slot = Some(match slot.take() {
-        Some(sum) => (sum + gradient)?,
+        Some(sum) => ops::sum::add(&sum, &gradient)?,
         None => gradient,
     });
     Ok(())
@@ -147,7 +149,7 @@ impl Value {
 
     /// Elementwise sum of two values of the same shape.
     pub fn add(&self, other: &Value) -> Result<Value> {
-        let sum = (&self.tensor + &other.tensor)?;
+        let sum = ops::sum::add(&self.tensor, &other.tensor)?;
         Ok(Self::step([self, other], sum, |d| Ok([Some(d.clone()), Some(d.clone())])))
     }
 
@@ -162,6 +164,12 @@ impl Value {
         let y = self.tensor.broadcast_mul(factor)?;
         let factor = factor.clone();
         Ok(Self::step([self], y, move |d| Ok([Some(d.broadcast_mul(&factor)?)])))
+    }
+
+    /// The sum with one constant number a channel, (C) to (..., C).
+    pub fn add_channels(&self, shift: &Tensor) -> Result<Value> {
+        let y = ops::sum::add_channels(&self.tensor, shift)?;
+        Ok(Self::step([self], y, |d| Ok([Some(d.clone())])))
     }
 
     /// The sum with a constant that broadcasts to this value's shape.

@@ -1,6 +1,11 @@
 //! The matrix product of the `gemm` crate behind bounds-checked views.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::host::{Real, SharedMut};
+
+/// Floating point operations of all products so far: 2 m n k each.
+pub(crate) static FLOPS: AtomicU64 = AtomicU64::new(0);
 
 /// A read-only matrix: element (r, c) lies at `r * row_stride + c * col_stride`.
 #[derive(Clone, Copy)]
@@ -91,6 +96,7 @@ pub(crate) fn scaled_gemm<T: Real>(
     if dst.rows == 0 || dst.cols == 0 {
         return;
     }
+    FLOPS.fetch_add(2 * (dst.rows * dst.cols * a.cols) as u64, Ordering::Relaxed);
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
         Threads::All => gemm::Parallelism::Rayon(0),

@@ -10,8 +10,10 @@ use num_traits::Float;
 pub trait Real: WithDType + Float + std::ops::AddAssign + std::iter::Sum + 'static {
     /// The slice of a storage of this type.
     fn slice(storage: &CpuStorage) -> Option<&[Self]>;
-    /// The error function, to the precision of the type.
-    fn erf(self) -> Self;
+    /// eˣ, in f32 a polynomial that vectorises.
+    fn exp_fast(self) -> Self;
+    /// (Φ(x), φ(x)) of the standard normal distribution.
+    fn normal(self) -> (Self, Self);
     fn lit(value: f64) -> Self;
     fn f64(self) -> f64;
 }
@@ -23,12 +25,19 @@ impl Real for f32 {
             _ => None,
         }
     }
-    fn erf(self) -> f32 {
-        libm::erff(self)
+    #[inline(always)]
+    fn exp_fast(self) -> f32 {
+        super::vector::exp_f32(self)
     }
+    #[inline(always)]
+    fn normal(self) -> (f32, f32) {
+        super::vector::normal_f32(self)
+    }
+    #[inline(always)]
     fn lit(value: f64) -> f32 {
         value as f32
     }
+    #[inline(always)]
     fn f64(self) -> f64 {
         self.into()
     }
@@ -41,12 +50,18 @@ impl Real for f64 {
             _ => None,
         }
     }
-    fn erf(self) -> f64 {
-        libm::erf(self)
+    fn exp_fast(self) -> f64 {
+        self.exp()
     }
+    fn normal(self) -> (f64, f64) {
+        let cdf = 0.5 * libm::erfc(-self * std::f64::consts::FRAC_1_SQRT_2);
+        (cdf, (-0.5 * self * self).exp() / (2.0 * std::f64::consts::PI).sqrt())
+    }
+    #[inline(always)]
     fn lit(value: f64) -> f64 {
         value
     }
+    #[inline(always)]
     fn f64(self) -> f64 {
         self
     }

@@ -15,15 +15,22 @@ pub mod group_norm;
 mod host;
 pub mod layer_norm;
 pub mod linear;
+pub mod sum;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod upsample;
+pub(crate) mod vector;
 
 pub use host::Real;
 pub(crate) use host::{Host, SharedMut, per_dtype, tensor_from};
 
 /// Matrix products `dst = beta_dst * dst + a b`, over strided views of host memory.
 pub(crate) mod gemm;
+
+/// Floating point operations of all matrix products of this process so far; elementwise work is not counted.
+pub fn flops() -> u64 {
+    gemm::FLOPS.load(std::sync::atomic::Ordering::Relaxed)
+}
 
 /// Peak of this machine's matrix product as this program reaches it, in floating point operations a second.
 ///

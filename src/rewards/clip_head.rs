@@ -79,6 +79,27 @@ pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result
     }))
 }
 
+/// The LAION predictor's shapes on any tower, its numbers from `weights`: for measuring.
+pub(super) fn aesthetic_shapes(clip: Rc<Clip>, weights: &Weights, target: f64) -> Result<Box<dyn Reward>> {
+    let mut head = Vec::new();
+    let mut features = clip.vision.embed_dim();
+    for (place, outputs) in [(0, 1024), (2, 128), (4, 64), (6, 16), (7, 1)] {
+        let w = weights.pp(format!("layers.{place}"));
+        head.push(Layer::Linear(Linear {
+            weight: w.get("weight", &[outputs, features])?,
+            bias: Some(w.get("bias", &[outputs])?),
+        }));
+        features = outputs;
+    }
+    Ok(Box::new(ClipHead {
+        clip,
+        head,
+        preprocess: Preprocess::Alignprop,
+        normalize: true,
+        objective: Objective::Target(target),
+    }))
+}
+
 /// Any head that the config describes.
 pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
     ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");

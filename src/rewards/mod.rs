@@ -14,9 +14,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
 use crate::config::RewardsConfig;
-use crate::models::Source;
 use crate::models::clip::Clip;
 use crate::models::tokenizer::ClipTokenizer;
+use crate::models::{Source, Weights};
 use crate::nn::{Tape, Value};
 
 pub use preprocess::{Filter, preprocess, resize_matrix};
@@ -132,8 +132,10 @@ impl Rewards {
         Ok(Self(rewards))
     }
 
-    pub fn new(rewards: Vec<Weighted>) -> Self {
-        Self(rewards)
+    /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights`: for measuring.
+    pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
+        let reward = clip_head::aesthetic_shapes(Rc::new(clip), weights, target)?;
+        Ok(Self(vec![Weighted { name: "aesthetic", weight: 1.0, reward }]))
     }
 
     pub fn names(&self) -> Vec<&'static str> {

@@ -12,7 +12,7 @@ MODELS = {
     "clip": dict(seed=2, width=128, layers=4, heads=4, patch=8, act="quick_gelu", text=(128, 4, 4), projection=128, peak=1e-3),
     "judge": dict(seed=3, width=192, layers=4, heads=6, patch=16, act="gelu", text=(96, 3, 4), projection=96, peak=1e-3),
 }
-BATCH, RECONSTRUCTIONS = 128, 1800
+BATCH, RECONSTRUCTIONS = 64, 1800
 
 
 def new(kind, vocab_size):
@@ -140,11 +140,10 @@ def train(folder, kind, minutes, log):
         target = torch.from_numpy(labels[i].astype(np.int64))
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(MODELS[kind]["peak"], step - first, warmup=100)
-        with torch.autocast("cpu", torch.bfloat16):
-            pooled = model.vision_model(pixel_values=normalise(x)).pooler_output
-            images = F.normalize(model.visual_projection(pooled).float(), dim=-1)
-            texts = text_features(model, ids[which])
-            guesses = [h(pooled).float() for h in heads]
+        pooled = model.vision_model(pixel_values=normalise(x)).pooler_output
+        images = F.normalize(model.visual_projection(pooled), dim=-1)
+        texts = text_features(model, ids[which])
+        guesses = [h(pooled) for h in heads]
         scores = model.logit_scale.exp().clamp(max=60) * images @ texts.T
         same = (which[:, None] == which[None]).float()
         same = same / same.sum(1, keepdim=True)
@@ -158,7 +157,7 @@ def train(folder, kind, minutes, log):
         average.update(both)
         sums.append((contrastive.item(), classify.item()))
         step += 1
-        if step % 100 == 0:
+        if step % 200 == 0:
             report()
     report()
 

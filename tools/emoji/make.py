@@ -5,7 +5,8 @@
 
 CLIP_TOKENIZER is the folder of the CLIP tokenizer of Stable Diffusion 1.5 (vocab.json, merges.txt). A stage can be run
 alone (`make.py vae --minutes 10`), and continues from its checkpoint in --out where there is one; `export` writes the
-weights, in f16, to assets/. Stages have budgets in minutes, not in steps, so that the whole fits an afternoon of two
+weights, in f16, to assets/. `unet` goes on from the latents and caption features of `latents`, so more minutes of `vae` and
+`clip` after that stage change the rewards, not emoji-sd. Stages have budgets in minutes, not in steps, so that the whole fits an afternoon of two
 cores: numbers differ from machine to machine. The log of the committed weights is log.jsonl.
 """
 import argparse, os
@@ -30,6 +31,8 @@ def run(stage, out, minutes, tokenizer, threads):
         import clip
         clip.train(out, stage, minutes, log)
     elif stage == "latents":
+        if os.path.exists(os.path.join(out, "unet.pt")):
+            raise SystemExit("unet.pt was trained on the latents and caption features that are there: remove it before you make new ones")
         import clip, vae
         vae.encode_all(out, log)
         clip.encode_captions(out, log)

@@ -13,7 +13,8 @@ CONFIG = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=
               cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
 SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
                  steps_offset=1, set_alpha_to_one=False, clip_sample=False, timestep_spacing="leading")
-PEAK, BATCH, GAMMA = 1e-3, 64, 5.0
+PEAK, BATCH, GAMMA = 1e-3, 32, 5.0
+ANIMAL_SHARE = 0.85  # of the training samples
 SCALE, STEPS = 4.0, 25  # guidance and DDIM steps of the sample sheets
 
 
@@ -77,31 +78,34 @@ def work(rank, folder, minutes, log, processes, rendezvous):
     judges = {k: clip.load(folder, k) for k in ("clip", "judge") if os.path.exists(os.path.join(folder, k + ".pt"))}
     model = UNet2DConditionModel(**CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), PEAK, betas=(0.9, 0.99), weight_decay=0.01)
-    average, step, path = Average(model, 0.9985), 0, os.path.join(folder, "unet.pt")
+    average, step, samples, path = Average(model, 0.9985), 0, 0, os.path.join(folder, "unet.pt")
     if saved := load_checkpoint(path):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average.weights, average.steps, step = saved["average"], saved["step"], saved["step"]
+        samples = saved.get("samples", step * 64)
     snr = DDIMScheduler(**SCHEDULER).alphas_cumprod
     signal, noise_amount = snr.sqrt(), (1 - snr).sqrt()
     snr = snr / (1 - snr)
     weights = snr.clamp(max=GAMMA) / snr
     weights = weights / weights.mean()
-    rng, clock, first, losses = np.random.default_rng([step, 4, rank]), Clock(minutes), step, []
+    rng, clock, losses = np.random.default_rng([step, 4, rank]), Clock(minutes), []
     torch.manual_seed(step * 100 + rank)
     count, share = BATCH // processes, torch.zeros(1)
     shown = animal_labels(folder, 9)
+    is_animal = np.array([animal for _, _, animal in data.CONCEPTS])[labels[:len(latents), 1]]
+    animals, others = np.flatnonzero(is_animal), np.flatnonzero(~is_animal)
 
     def report(draw):
         scores = {}
-        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
+        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step, samples=samples)
         if draw:
             live = load(folder)
             pictures = sample(live, decoder, text[data.caption_index(shown, False, False)].float(), text[:1].float(), 0)
             data.sheet(pictures, 9, os.path.join(folder, "sheets", f"unet-{step:06}.png"), 2)
             for k, (m, tokenizer) in judges.items():
                 scores[k + "_caption"], scores[k + "_animal"] = clip.accuracy(m, tokenizer, pictures, shown)
-        log(stage="unet", step=step, samples=step * BATCH, share=clock.share, loss=float(np.mean(losses)), **scores)
+        log(stage="unet", step=step, samples=samples, share=clock.share, loss=float(np.mean(losses)), **scores)
         losses.clear()
 
     while True:
@@ -109,7 +113,7 @@ def work(rank, folder, minutes, log, processes, rendezvous):
         torch.distributed.broadcast(share, 0)  # all stop at the same step
         if share[0] >= 1:
             break
-        i = rng.integers(0, len(latents), count)
+        i = np.where(rng.random(count) < ANIMAL_SHARE, rng.choice(animals, count), rng.choice(others, count))
         z = torch.from_numpy(latents[i].astype(np.float32))
         z = z[:, :4] + z[:, 4:] * torch.randn(count, 4, 16, 16)
         u = rng.random(count)  # 10% without a caption, 6% only the name, 7% each without style or background
@@ -119,7 +123,7 @@ def work(rank, folder, minutes, log, processes, rendezvous):
         noise = torch.randn_like(z)
         x = signal[t][:, None, None, None] * z + noise_amount[t][:, None, None, None] * noise
         for group in optimizer.param_groups:
-            group["lr"] = rate(share.item(), step - first)
+            group["lr"] = rate(share.item(), step)
         with torch.autocast("cpu", torch.bfloat16):
             out = model(x, t, c).sample.float()
         loss = (weights[t] * (out - noise).square().mean((1, 2, 3))).mean()
@@ -131,9 +135,9 @@ def work(rank, folder, minutes, log, processes, rendezvous):
         if rank == 0:
             average.update(model)
         losses.append(loss.item())
-        step += 1
+        step, samples = step + 1, samples + BATCH
         if rank == 0 and step % 100 == 0:
-            report(step % 400 == 0)
+            report(step % 500 == 0)
     if rank == 0:
         report(True)
     torch.distributed.destroy_process_group()

@@ -213,6 +213,27 @@ impl Clip {
         Ok(Self { vision, text, logit_scale: logit_scale(&weights)? })
     }
 
+    /// The vision tower of CLIP ViT-L/14, 768 features, alone.
+    pub fn vit_l_14_vision(weights: &Weights) -> Result<Self> {
+        let config = VisionConfig {
+            hidden_size: 1024,
+            intermediate_size: 4096,
+            num_hidden_layers: 24,
+            num_attention_heads: 16,
+            patch_size: 14,
+            ..VisionConfig::default()
+        };
+        let vision = VisionTower::load(
+            weights,
+            &config.tower()?,
+            Layout::Transformers,
+            config.image_size,
+            config.patch_size,
+            768,
+        )?;
+        Ok(Self { vision, text: None, logit_scale: None })
+    }
+
     /// An open_clip model; `weights` has its `state_dict`'s keys.
     pub fn load_open_clip(weights: &Weights, config: &OpenClipConfig) -> Result<Self> {
         let act = if config.quick_gelu { Activation::QuickGelu } else { Activation::Gelu };

@@ -95,8 +95,8 @@ impl Resnet {
     pub(crate) fn forward(&self, x: &Value, time: Option<&Tensor>) -> Result<Value> {
         let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
         if let (Some(proj), Some(time)) = (&self.time_emb_proj, time) {
-            let shift = proj.forward(&Value::constant(time))?.into_tensor().unsqueeze(1)?.unsqueeze(1)?;
-            hidden = hidden.add_constant(&shift)?;
+            let shift = proj.forward(&Value::constant(time))?.into_tensor().flatten_all()?;
+            hidden = hidden.add_channels(&shift)?;
         }
         let hidden = self.conv2.forward(&self.norm2.forward(&hidden)?)?;
         Ok(match &self.conv_shortcut {

@@ -11,6 +11,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::vector::{sigmoid, vectorised};
 use super::{Host, Real, per_dtype, tensor_from};
 
 /// An elementwise function.
@@ -44,13 +45,14 @@ impl Activation {
         })
     }
 
+    #[inline(always)]
     fn value<T: Real>(self, x: T) -> T {
         let one = T::one();
         match self {
             Self::Identity => x,
             Self::Relu => num_traits::Float::max(x, T::zero()),
             Self::Silu => x * sigmoid(x),
-            Self::Gelu => x * normal_cdf(x),
+            Self::Gelu => x * x.normal().0,
             Self::QuickGelu => x * sigmoid(T::lit(1.702) * x),
             Self::Tanh => x.tanh(),
             Self::Sigmoid => sigmoid(x),
@@ -63,6 +65,7 @@ impl Activation {
         }
     }
 
+    #[inline(always)]
     fn derivative<T: Real>(self, x: T) -> T {
         let (zero, one) = (T::zero(), T::one());
         match self {
@@ -78,7 +81,10 @@ impl Activation {
                 let s = sigmoid(x);
                 s * (one + x * (one - s))
             }
-            Self::Gelu => normal_cdf(x) + x * normal_density(x),
+            Self::Gelu => {
+                let (cdf, density) = x.normal();
+                cdf + x * density
+            }
             Self::QuickGelu => {
                 let k = T::lit(1.702);
                 let s = sigmoid(k * x);
@@ -98,20 +104,6 @@ impl Activation {
     }
 }
 
-pub(crate) fn sigmoid<T: Real>(x: T) -> T {
-    T::one() / (T::one() + (-x).exp())
-}
-
-/// Φ(x) of the standard normal distribution.
-pub(crate) fn normal_cdf<T: Real>(x: T) -> T {
-    T::lit(0.5) * (T::one() + (x * T::lit(std::f64::consts::FRAC_1_SQRT_2)).erf())
-}
-
-/// φ(x) of the standard normal distribution.
-pub(crate) fn normal_density<T: Real>(x: T) -> T {
-    T::lit(0.398_942_280_401_432_7) * (-(x * x) * T::lit(0.5)).exp()
-}
-
 /// f(x), elementwise.
 pub fn activation_fwd(x: &Tensor, function: Activation) -> Result<Tensor> {
     per_dtype!(x, activation_fwd_cpu(x, function))
@@ -124,12 +116,60 @@ pub fn activation_bwd(cotangent: &Tensor, x: &Tensor, function: Activation) -> R
 
 const BLOCK: usize = 1 << 14;
 
+/// Calls `$body` with `$function` as a constant, so that each function gets a loop of its own.
+macro_rules! each_activation {
+    ($function:ident => $body:expr) => {
+        match $function {
+            Activation::Identity => {
+                const F: Activation = Activation::Identity;
+                let $function = F;
+                $body
+            }
+            Activation::Relu => {
+                const F: Activation = Activation::Relu;
+                let $function = F;
+                $body
+            }
+            Activation::Silu => {
+                const F: Activation = Activation::Silu;
+                let $function = F;
+                $body
+            }
+            Activation::Gelu => {
+                const F: Activation = Activation::Gelu;
+                let $function = F;
+                $body
+            }
+            Activation::QuickGelu => {
+                const F: Activation = Activation::QuickGelu;
+                let $function = F;
+                $body
+            }
+            Activation::Tanh => {
+                const F: Activation = Activation::Tanh;
+                let $function = F;
+                $body
+            }
+            Activation::Sigmoid => {
+                const F: Activation = Activation::Sigmoid;
+                let $function = F;
+                $body
+            }
+            Activation::UnitRange => {
+                const F: Activation = Activation::UnitRange;
+                let $function = F;
+                $body
+            }
+        }
+    };
+}
+
 fn activation_fwd_cpu<T: Real>(x: &Tensor, function: Activation) -> Result<Tensor> {
     let data = Host::<T>::read(x)?;
     let mut y = vec![T::zero(); data.len()];
-    y.par_chunks_mut(BLOCK)
-        .zip(data.par_chunks(BLOCK))
-        .for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y = function.value(*x)));
+    y.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).for_each(|(y, x)| {
+        each_activation!(function => vectorised(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = function.value(*x))));
+    });
     tensor_from(y, x.dims())
 }
 
@@ -137,7 +177,9 @@ fn activation_bwd_cpu<T: Real>(cotangent: &Tensor, x: &Tensor, function: Activat
     let (dy, data) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
     let mut dx = vec![T::zero(); data.len()];
     dx.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(|((dx, x), dy)| {
-        dx.iter_mut().zip(x).zip(dy).for_each(|((dx, x), dy)| *dx = *dy * function.derivative(*x))
+        each_activation!(function => vectorised(|| {
+            dx.iter_mut().zip(x).zip(dy).for_each(|((dx, x), dy)| *dx = *dy * function.derivative(*x));
+        }));
     });
     tensor_from(dx, x.dims())
 }

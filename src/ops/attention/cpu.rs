@@ -3,6 +3,7 @@ use rayon::prelude::*;
 
 use super::Heads;
 use crate::ops::gemm::{Threads, View, ViewMut, gemm, scaled_gemm};
+use crate::ops::vector::{max_of, sum_of, vectorised};
 use crate::ops::{Host, Real, SharedMut, tensor_from};
 
 /// Scores that exist at a time: a tile of queries against all keys, 1 MiB in f32.
@@ -49,19 +50,17 @@ impl Shape {
     /// softmax(Q Kᵀ / sqrt(d)) of `rows` queries from `first` on, into `p` (rows, keys).
     fn probabilities<T: Real>(&self, q: View<T>, k: View<T>, first: usize, rows: usize, p: &mut [T], threads: Threads) {
         scaled_gemm(self.scale(), q, k.t(), ViewMut::rows(p, rows, self.keys), false, threads);
-        for (row, p) in p.chunks_mut(self.keys).enumerate() {
-            let visible = if self.heads.causal { first + row + 1 } else { self.keys };
-            let (p, hidden) = p.split_at_mut(visible);
-            hidden.fill(T::zero());
-            let max = p.iter().copied().fold(T::neg_infinity(), num_traits::Float::max);
-            let mut sum = T::zero();
-            for p in p.iter_mut() {
-                *p = (*p - max).exp();
-                sum += *p;
+        vectorised(|| {
+            for (row, p) in p.chunks_mut(self.keys).enumerate() {
+                let visible = if self.heads.causal { first + row + 1 } else { self.keys };
+                let (p, hidden) = p.split_at_mut(visible);
+                hidden.fill(T::zero());
+                let max = max_of(p);
+                p.iter_mut().for_each(|p| *p = (*p - max).exp_fast());
+                let inverse = T::one() / sum_of(p, |_, p| p);
+                p.iter_mut().for_each(|p| *p *= inverse);
             }
-            let inverse = T::one() / sum;
-            p.iter_mut().for_each(|p| *p *= inverse);
-        }
+        });
     }
 }
 
@@ -136,10 +135,13 @@ pub(super) fn attention_bwd<T: Real>(
                 );
                 // d_P = d_O Vᵀ, then d_S in its place
                 gemm(d_o, values.t(), ViewMut::rows(dp, rows, shape.keys), false, threads);
-                for (p, dp) in p.chunks(shape.keys).zip(dp.chunks_mut(shape.keys)) {
-                    let dot: T = p.iter().zip(dp.iter()).map(|(p, dp)| *p * *dp).sum();
-                    p.iter().zip(dp.iter_mut()).for_each(|(p, dp)| *dp = *p * (*dp - dot));
-                }
+                vectorised(|| {
+                    for (p, dp) in p.chunks(shape.keys).zip(dp.chunks_mut(shape.keys)) {
+                        let p = &p[..dp.len()];
+                        let dot = sum_of(dp, |i, dp| p[i] * dp);
+                        p.iter().zip(dp.iter_mut()).for_each(|(p, dp)| *dp = *p * (*dp - dot));
+                    }
+                });
                 scaled_gemm(
                     shape.scale(),
                     View::rows(dp, rows, shape.keys),

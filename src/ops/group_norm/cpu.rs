@@ -2,10 +2,11 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::GroupNorm;
+use crate::ops::vector::{sigmoid, vectorised};
 use crate::ops::{Host, Real, tensor_from};
 
 /// Pixels summed in the element type before the sum goes on in f64.
-const ROWS: usize = 256;
+const ROWS: usize = 128;
 
 struct Shape {
     batch: usize,
@@ -23,76 +24,84 @@ impl Shape {
     fn image(&self) -> usize {
         self.pixels * self.channels
     }
-    fn count(&self) -> f64 {
-        (self.pixels * self.channels / self.groups) as f64
+    /// Elements of a block of pixels.
+    fn block(&self) -> usize {
+        ROWS * self.channels
     }
-}
+    /// Blocks of one image; the last one may be shorter.
+    fn blocks(&self) -> usize {
+        self.pixels.div_ceil(ROWS)
+    }
+    /// The elements of block `block` of image `image`.
+    fn range(&self, image: usize, block: usize) -> std::ops::Range<usize> {
+        let start = image * self.image() + block * self.block();
+        start..(start + self.block()).min((image + 1) * self.image())
+    }
 
-/// For each image, sums `N` quantities over the pixels, per channel, then over the channels of each group:
-/// (batch, groups, N) in f64. `add(image, channel, element, accumulators)` adds one element's part.
-fn group_sums<T: Real, const N: usize>(
-    shape: &Shape,
-    x: &[T],
-    add: impl Fn(usize, usize, usize, &mut [T; N]) + Sync,
-) -> Vec<[f64; N]> {
-    let (channels, per_group) = (shape.channels, shape.channels / shape.groups);
-    let mut sums = vec![[0f64; N]; shape.batch * shape.groups];
-    sums.par_chunks_mut(shape.groups).enumerate().for_each(|(image, sums)| {
-        let rows_per_block = ROWS;
-        let first = image * shape.image();
-        let blocks: Vec<Vec<[f64; N]>> = x[first..first + shape.image()]
-            .par_chunks(rows_per_block * channels)
-            .enumerate()
-            .map(|(block, rows)| {
-                let mut per_channel = vec![[T::zero(); N]; channels];
-                let start = first + block * rows_per_block * channels;
-                for row in 0..rows.len() / channels {
-                    for (channel, accumulators) in per_channel.iter_mut().enumerate() {
-                        add(image, channel, start + row * channels + channel, accumulators);
-                    }
-                }
-                let mut groups = vec![[0f64; N]; shape.groups];
-                for (channel, values) in per_channel.iter().enumerate() {
-                    for (sum, value) in groups[channel / per_group].iter_mut().zip(values) {
-                        *sum += value.f64();
-                    }
-                }
-                groups
+    /// Sums `N` quantities over the pixels of each image and the channels of each group, divided by their number.
+    /// `add(image, range, sums)` adds the parts of a block of pixels, per channel. Returned per channel: the means of
+    /// its group, `[quantity][image * channels + channel]`.
+    fn group_means<T: Real, const N: usize>(
+        &self,
+        add: impl Fn(usize, std::ops::Range<usize>, &mut [Vec<T>; N]) + Sync,
+    ) -> [Vec<T>; N] {
+        let (channels, per_group) = (self.channels, self.channels / self.groups);
+        let blocks = self.blocks();
+        let partial: Vec<[Vec<f64>; N]> = (0..self.batch * blocks)
+            .into_par_iter()
+            .map(|task| {
+                let (image, block) = (task / blocks, task % blocks);
+                let mut sums: [Vec<T>; N] = std::array::from_fn(|_| vec![T::zero(); channels]);
+                add(image, self.range(image, block), &mut sums);
+                sums.map(|sums| sums.chunks(per_group).map(|group| group.iter().map(|s| s.f64()).sum()).collect())
             })
             .collect();
-        for block in blocks {
-            for (sum, part) in sums.iter_mut().zip(block) {
-                for (sum, part) in sum.iter_mut().zip(part) {
-                    *sum += part;
+        let count = (self.pixels * per_group) as f64;
+        std::array::from_fn(|n| {
+            let mut means = Vec::with_capacity(self.batch * channels);
+            for image in partial.chunks(blocks) {
+                for group in 0..self.groups {
+                    // blocks in order: the sum does not depend on the number of threads
+                    let sum: f64 = image.iter().map(|block| block[n][group]).sum();
+                    means.extend(std::iter::repeat_n(T::lit(sum / count), per_group));
                 }
             }
-        }
-    });
-    sums
-}
+            means
+        })
+    }
 
-/// Mean and 1 / sqrt(var + eps) of every (image, group), in two passes: a large mean must not swallow the variance.
-fn statistics<T: Real>(shape: &Shape, x: &[T], eps: f64) -> Vec<(T, T)> {
-    let per_group = shape.channels / shape.groups;
-    let means: Vec<T> = group_sums::<T, 1>(shape, x, |_, _, i, sum| sum[0] += x[i])
-        .iter()
-        .map(|s| T::lit(s[0] / shape.count()))
-        .collect();
-    let squares = group_sums::<T, 1>(shape, x, |image, channel, i, sum| {
-        let centred = x[i] - means[image * shape.groups + channel / per_group];
-        sum[0] += centred * centred;
-    });
-    means.iter().zip(squares).map(|(mean, s)| (*mean, T::lit(1.0 / (s[0] / shape.count() + eps).sqrt()))).collect()
-}
+    /// Mean and 1 / sqrt(var + eps) for every (image, channel), in two passes: a large mean must not swallow the variance.
+    fn statistics<T: Real>(&self, x: &[T], eps: f64) -> (Vec<T>, Vec<T>) {
+        let channels = self.channels;
+        let [mean] = self.group_means::<T, 1>(|_, range, [sums]| {
+            vectorised(|| {
+                for row in x[range].chunks(channels) {
+                    sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += *x);
+                }
+            });
+        });
+        let [var] = self.group_means::<T, 1>(|image, range, [sums]| {
+            let mean = &mean[image * channels..][..channels];
+            vectorised(|| {
+                for row in x[range].chunks(channels) {
+                    for ((sum, x), mean) in sums.iter_mut().zip(row).zip(mean) {
+                        *sum += (*x - *mean) * (*x - *mean);
+                    }
+                }
+            });
+        });
+        let rstd = var.into_iter().map(|var| T::lit(1.0 / (var.f64() + eps).sqrt())).collect();
+        (mean, rstd)
+    }
 
-/// Per (image, channel): (mean, rstd).
-fn per_channel<T: Real>(shape: &Shape, image: usize, statistics: &[(T, T)]) -> Vec<(T, T)> {
-    let per_group = shape.channels / shape.groups;
-    (0..shape.channels).map(|c| statistics[image * shape.groups + c / per_group]).collect()
-}
-
-fn sigmoid<T: Real>(z: T) -> T {
-    T::one() / (T::one() + (-z).exp())
+    /// Fills an output of x's shape, block by block.
+    fn map_blocks<T: Real>(&self, fill: impl Fn(usize, std::ops::Range<usize>, &mut [T]) + Sync) -> Vec<T> {
+        let mut y = vec![T::zero(); self.batch * self.image()];
+        y.par_chunks_mut(self.image()).enumerate().for_each(|(image, y)| {
+            y.par_chunks_mut(self.block()).enumerate().for_each(|(block, y)| fill(image, self.range(image, block), y));
+        });
+        y
+    }
 }
 
 pub(super) fn group_norm_fwd<T: Real>(x: &Tensor, norm: &GroupNorm) -> Result<Tensor> {
@@ -100,26 +109,25 @@ pub(super) fn group_norm_fwd<T: Real>(x: &Tensor, norm: &GroupNorm) -> Result<Te
     let dims = x.dims();
     let x = Host::<T>::read(x)?;
     let (weight, bias) = (Host::<T>::read(&norm.weight)?, Host::<T>::read(&norm.bias)?);
-    let statistics = statistics(&shape, &x, norm.eps);
-    let mut y = vec![T::zero(); x.len()];
-    for image in 0..shape.batch {
+    let (x, weight, bias): (&[T], &[T], &[T]) = (&x, &weight, &bias);
+    let channels = shape.channels;
+    let (mean, rstd) = shape.statistics(x, norm.eps);
+    let y = shape.map_blocks(|image, range, y| {
+        let mean = &mean[image * channels..][..channels];
         // z = (x - mean) scale + shift: the mean goes first, so that a large one costs no digits
-        let affine: Vec<(T, T, T)> = per_channel(&shape, image, &statistics)
-            .iter()
-            .enumerate()
-            .map(|(c, (mean, rstd))| (*mean, *rstd * weight[c], bias[c]))
-            .collect();
-        let range = image * shape.image()..(image + 1) * shape.image();
-        let block = ROWS * shape.channels;
-        y[range.clone()].par_chunks_mut(block).zip(x[range].par_chunks(block)).for_each(|(y, x)| {
-            for (y, x) in y.chunks_mut(shape.channels).zip(x.chunks(shape.channels)) {
-                for ((y, x), (mean, scale, shift)) in y.iter_mut().zip(x).zip(&affine) {
-                    let z = (*x - *mean) * *scale + *shift;
-                    *y = if norm.silu { z * sigmoid(z) } else { z };
+        let scale: Vec<T> =
+            rstd[image * channels..][..channels].iter().zip(weight).map(|(rstd, w)| *rstd * *w).collect();
+        vectorised(|| {
+            for (y, x) in y.chunks_mut(channels).zip(x[range].chunks(channels)) {
+                for ((y, x), ((mean, scale), shift)) in y.iter_mut().zip(x).zip(mean.iter().zip(&scale).zip(bias)) {
+                    *y = (*x - *mean) * *scale + *shift;
+                }
+                if norm.silu {
+                    y.iter_mut().for_each(|y| *y *= sigmoid(*y));
                 }
             }
         });
-    }
+    });
     tensor_from(y, dims)
 }
 
@@ -128,49 +136,59 @@ pub(super) fn group_norm_bwd<T: Real>(cotangent: &Tensor, x: &Tensor, norm: &Gro
     let dims = x.dims();
     let (dy, x) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
     let (weight, bias) = (Host::<T>::read(&norm.weight)?, Host::<T>::read(&norm.bias)?);
-    let statistics = statistics(&shape, &x, norm.eps);
-    let (weight, bias): (&[T], &[T]) = (&weight, &bias);
-    let per_group = shape.channels / shape.groups;
+    let (x, dy, weight, bias): (&[T], &[T], &[T], &[T]) = (&x, &dy, &weight, &bias);
+    let channels = shape.channels;
+    let (mean, rstd) = shape.statistics(x, norm.eps);
 
-    // (x̂, g = d_z gamma) of one element
-    let normed = |x: T, dy: T, channel: usize, (mean, rstd): (T, T)| {
-        let x_hat = (x - mean) * rstd;
-        let d_z = if norm.silu {
-            let z = x_hat * weight[channel] + bias[channel];
-            let s = sigmoid(z);
-            dy * s * (T::one() + z * (T::one() - s))
-        } else {
-            dy
-        };
-        (x_hat, d_z * weight[channel])
-    };
-    let sums = group_sums::<T, 2>(&shape, &x, |image, channel, i, sum| {
-        let (x_hat, g) = normed(x[i], dy[i], channel, statistics[image * shape.groups + channel / per_group]);
-        sum[0] += g;
-        sum[1] += g * x_hat;
-    });
-    let mut dx = vec![T::zero(); x.len()];
-    for image in 0..shape.batch {
-        let channels = per_channel(&shape, image, &statistics);
-        let means: Vec<(T, T)> = (0..shape.channels)
-            .map(|c| {
-                let [g, gx] = sums[image * shape.groups + c / per_group];
-                (T::lit(g / shape.count()), T::lit(gx / shape.count()))
-            })
-            .collect();
-        let range = image * shape.image()..(image + 1) * shape.image();
-        let block = ROWS * shape.channels;
-        dx[range.clone()]
-            .par_chunks_mut(block)
-            .zip(x[range.clone()].par_chunks(block))
-            .zip(dy[range].par_chunks(block))
-            .for_each(|((dx, x), dy)| {
-                for (i, dx) in dx.iter_mut().enumerate() {
-                    let c = i % shape.channels;
-                    let (x_hat, g) = normed(x[i], dy[i], c, channels[c]);
-                    *dx = channels[c].1 * (g - means[c].0 - x_hat * means[c].1);
+    // g = d_z gamma, once: the two means need it, and d_x after them
+    let g = shape.map_blocks(|image, range, g: &mut [T]| {
+        let (mean, rstd) = (&mean[image * channels..][..channels], &rstd[image * channels..][..channels]);
+        vectorised(|| {
+            for (g, (x, dy)) in
+                g.chunks_mut(channels).zip(x[range.clone()].chunks(channels).zip(dy[range].chunks(channels)))
+            {
+                if norm.silu {
+                    for ((g, (x, dy)), ((mean, rstd), (w, b))) in
+                        g.iter_mut().zip(x.iter().zip(dy)).zip(mean.iter().zip(rstd).zip(weight.iter().zip(bias)))
+                    {
+                        let z = (*x - *mean) * *rstd * *w + *b;
+                        let s = sigmoid(z);
+                        *g = *dy * s * (T::one() + z * (T::one() - s)) * *w;
+                    }
+                } else {
+                    g.iter_mut().zip(dy).zip(weight).for_each(|((g, dy), w)| *g = *dy * *w);
                 }
-            });
-    }
+            }
+        });
+    });
+    let [g_mean, gx_mean] = shape.group_means::<T, 2>(|image, range, [g_sum, gx_sum]| {
+        let (mean, rstd) = (&mean[image * channels..][..channels], &rstd[image * channels..][..channels]);
+        vectorised(|| {
+            for (g, x) in g[range.clone()].chunks(channels).zip(x[range].chunks(channels)) {
+                for (((g_sum, gx_sum), (g, x)), (mean, rstd)) in
+                    g_sum.iter_mut().zip(gx_sum.iter_mut()).zip(g.iter().zip(x)).zip(mean.iter().zip(rstd))
+                {
+                    *g_sum += *g;
+                    *gx_sum += *g * (*x - *mean) * *rstd;
+                }
+            }
+        });
+    });
+    let dx = shape.map_blocks(|image, range, dx| {
+        let at = |values: &'_ [T]| -> Vec<T> { values[image * channels..][..channels].to_vec() };
+        let (mean, rstd, g_mean, gx_mean) = (at(&mean), at(&rstd), at(&g_mean), at(&gx_mean));
+        vectorised(|| {
+            for (dx, (x, g)) in
+                dx.chunks_mut(channels).zip(x[range.clone()].chunks(channels).zip(g[range].chunks(channels)))
+            {
+                for ((dx, (x, g)), ((mean, rstd), (g_mean, gx_mean))) in
+                    dx.iter_mut().zip(x.iter().zip(g)).zip(mean.iter().zip(&rstd).zip(g_mean.iter().zip(&gx_mean)))
+                {
+                    let x_hat = (*x - *mean) * *rstd;
+                    *dx = *rstd * (*g - *g_mean - x_hat * *gx_mean);
+                }
+            }
+        });
+    });
     tensor_from(dx, dims)
 }

@@ -2,24 +2,17 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::LayerNorm;
+use crate::ops::vector::{sum_of, vectorised};
 use crate::ops::{Host, Real, tensor_from};
 
 /// Rows that one task takes.
 const ROWS: usize = 64;
 
-/// Sum over a row in eight interleaved partial sums: it vectorises, and rounds less than one running sum.
-fn row_sum<T: Real>(values: impl ExactSizeIterator<Item = T>) -> T {
-    let mut partial = [T::zero(); 8];
-    for (i, value) in values.enumerate() {
-        partial[i % 8] += value;
-    }
-    partial.into_iter().sum()
-}
-
+#[inline(always)]
 fn mean_rstd<T: Real>(x: &[T], eps: f64) -> (T, T) {
     let n = T::lit(x.len() as f64);
-    let mean = row_sum(x.iter().copied()) / n;
-    let var = row_sum(x.iter().map(|x| (*x - mean) * (*x - mean))) / n;
+    let mean = sum_of(x, |_, x| x) / n;
+    let var = sum_of(x, |_, x| (x - mean) * (x - mean)) / n;
     (mean, T::one() / (var + T::lit(eps)).sqrt())
 }
 
@@ -29,13 +22,16 @@ pub(super) fn layer_norm_fwd<T: Real>(x: &Tensor, norm: &LayerNorm) -> Result<Te
     let (weight, bias) = (Host::<T>::read(&norm.weight)?, Host::<T>::read(&norm.bias)?);
     let c = weight.len();
     let mut y = vec![T::zero(); x.len()];
+    let (weight, bias): (&[T], &[T]) = (&weight, &bias);
     y.par_chunks_mut(ROWS * c).zip(x.par_chunks(ROWS * c)).for_each(|(y, x)| {
-        for (y, x) in y.chunks_mut(c).zip(x.chunks(c)) {
-            let (mean, rstd) = mean_rstd(x, norm.eps);
-            for ((y, x), (w, b)) in y.iter_mut().zip(x).zip(weight.iter().zip(bias.iter())) {
-                *y = (*x - mean) * rstd * *w + *b;
+        vectorised(|| {
+            for (y, x) in y.chunks_mut(c).zip(x.chunks(c)) {
+                let (mean, rstd) = mean_rstd(x, norm.eps);
+                for ((y, x), (w, b)) in y.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
+                    *y = (*x - mean) * rstd * *w + *b;
+                }
             }
-        }
+        });
     });
     tensor_from(y, dims)
 }
@@ -49,15 +45,19 @@ pub(super) fn layer_norm_bwd<T: Real>(cotangent: &Tensor, x: &Tensor, norm: &Lay
     let n = T::lit(c as f64);
     let mut dx = vec![T::zero(); x.len()];
     dx.par_chunks_mut(ROWS * c).zip(x.par_chunks(ROWS * c)).zip(dy.par_chunks(ROWS * c)).for_each(|((dx, x), dy)| {
-        for ((dx, x), dy) in dx.chunks_mut(c).zip(x.chunks(c)).zip(dy.chunks(c)) {
-            let (mean, rstd) = mean_rstd(x, norm.eps);
-            let g_mean = row_sum(dy.iter().zip(weight).map(|(dy, w)| *dy * *w)) / n;
-            let gx_mean = row_sum((0..c).map(|i| dy[i] * weight[i] * (x[i] - mean) * rstd)) / n;
-            for i in 0..c {
-                let x_hat = (x[i] - mean) * rstd;
-                dx[i] = rstd * (dy[i] * weight[i] - g_mean - x_hat * gx_mean);
+        vectorised(|| {
+            for ((dx, x), dy) in dx.chunks_mut(c).zip(x.chunks(c)).zip(dy.chunks(c)) {
+                let (mean, rstd) = mean_rstd(x, norm.eps);
+                // slices of one length: the indices below need no checks
+                let (x, weight) = (&x[..dy.len()], &weight[..dy.len()]);
+                let g_mean = sum_of(dy, |i, dy| dy * weight[i]) / n;
+                let gx_mean = sum_of(dy, |i, dy| dy * weight[i] * (x[i] - mean)) * rstd / n;
+                for ((dx, x), (dy, w)) in dx.iter_mut().zip(x).zip(dy.iter().zip(weight)) {
+                    let x_hat = (*x - mean) * rstd;
+                    *dx = rstd * (*dy * *w - g_mean - x_hat * gx_mean);
+                }
             }
-        }
+        });
     });
     tensor_from(dx, dims)
 }

@@ -1,0 +1,267 @@
+//! `alignprop bench`: one optimizer step, timed by its phases.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use candle_core::Tensor;
+use serde::Serialize;
+
+use crate::cli::{Architecture, BenchArgs};
+use crate::config::OptimizerConfig;
+use crate::diffusion::{DdimSchedule, Noise, SchedulerConfig, Stream};
+use crate::lora::Adapters;
+use crate::models::clip::Clip;
+use crate::models::unet::{PerBlock, Unet, UnetConfig};
+use crate::models::vae::{Vae, VaeConfig};
+use crate::models::{Source, Weights};
+use crate::nn::lora::LoraGradients;
+use crate::ops::{flops, matmul_peak};
+use crate::optim::{AdamW, clip_grad_norm};
+use crate::rewards::Rewards;
+use crate::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
+
+/// Side of the square product that the machine's peak is taken from.
+const PEAK_SIDE: usize = 1536;
+
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    device: &'static str,
+    dtype: &'static str,
+    size: [usize; 2],
+    batch: usize,
+    steps: usize,
+    backprop_steps: usize,
+    /// Medians, in seconds.
+    step_s: f64,
+    rollout_s: f64,
+    reward_s: f64,
+    backprop_s: f64,
+    /// The process' largest resident memory, MiB; absent where the system does not tell it.
+    peak_mib: Option<u64>,
+    trainable: usize,
+    /// Arithmetic of the matrix products, in 10¹² operations.
+    rollout_tflop: f64,
+    reward_tflop: f64,
+    backprop_tflop: f64,
+    /// The best matrix product of this machine, operations a second / 10⁹.
+    matmul_gflops: f64,
+    /// The step's arithmetic at that rate, as a share of its time.
+    share_of_peak: f64,
+}
+
+/// Seconds and operations of the three phases.
+#[derive(Clone, Copy, Default)]
+struct Phases {
+    seconds: [f64; 3],
+    flops: [u64; 3],
+    total: f64,
+}
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    ensure!(
+        args.backprop_steps <= args.steps,
+        "--backprop-steps {} is more than --steps {}",
+        args.backprop_steps,
+        args.steps
+    );
+    let matmul_gflops = matmul_peak(PEAK_SIDE, 5) / 1e9;
+    let subject = Subject::load(args)?;
+    let (channels, h, w) = subject.latent_shape;
+    let noise = Noise::new(0);
+    let plan = Plan::with_mask(
+        &subject.schedule,
+        &(0..args.steps).map(|i| i + args.backprop_steps >= args.steps).collect::<Vec<_>>(),
+        args.batch,
+    );
+    let embeds = |stream| {
+        noise.normal_batch(stream, 0, 0..args.batch as u64, (1, 77, subject.context)).and_then(|t| t.squeeze(1))
+    };
+    let prompting = Prompting {
+        prompt_embeds: embeds(Stream::Prompts)?,
+        negative_prompt_embeds: embeds(Stream::Renoise)?,
+        guidance_scale: args.cfg,
+    };
+    let prompts = vec![String::new(); args.batch];
+    let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);
+    let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
+    let mut adapters = Adapters::init(&subject.unet.targets(), &targets, args.rank, args.rank as f64, normal)?;
+    let parameters =
+        |adapters: &Adapters| adapters.named_tensors().into_iter().map(|(_, tensor)| tensor).collect::<Vec<Tensor>>();
+    let mut optimizer = AdamW::new(&OptimizerConfig::default(), &parameters(&adapters))?;
+
+    let mut runs = Vec::with_capacity(args.reps);
+    for repetition in 0..=args.reps {
+        let x_t = noise.normal_batch(Stream::Latents, repetition as u64, 0..args.batch as u64, (channels, h, w))?;
+        let mut phases = Phases::default();
+        let (start, mut lap, mut count) = (Instant::now(), Instant::now(), flops());
+        let mut mark = |phase: usize| {
+            phases.seconds[phase] += lap.elapsed().as_secs_f64();
+            phases.flops[phase] += flops() - count;
+            (lap, count) = (Instant::now(), flops());
+        };
+        let trajectory =
+            rollout(&subject.unet, &plan.steps, x_t, &prompting, &adapters, |_| anyhow::bail!("eta is 0"))?;
+        mark(0);
+        let credit = reward_cotangent(
+            &subject.vae,
+            &subject.rewards,
+            &trajectory.latents,
+            &prompts,
+            0.01 / args.batch as f64,
+            args.checkpointing,
+        )?;
+        mark(1);
+        let mut sum = LoraGradients::new(&adapters);
+        backprop(
+            &subject.unet,
+            &adapters,
+            &trajectory,
+            &plan,
+            &prompting,
+            &credit.d_latents,
+            args.checkpointing,
+            &mut sum,
+        )?;
+        let mut gradients = sum.finish(&adapters)?;
+        clip_grad_norm(&mut gradients, 5.0)?;
+        let updated = optimizer.update(&parameters(&adapters), &gradients, 1e-3)?;
+        adapters = adapters.with_tensors(updated)?;
+        mark(2);
+        phases.total = start.elapsed().as_secs_f64();
+        if repetition > 0 {
+            runs.push(phases); // the first one warms the caches
+        }
+    }
+    let median = |value: &dyn Fn(&Phases) -> f64| {
+        let mut values: Vec<f64> = runs.iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
+    };
+    let tflop = |phase: usize| median(&|p| p.flops[phase] as f64) / 1e12;
+    let step_s = median(&|p| p.total);
+    let report = Report {
+        model: subject.name,
+        device: "cpu",
+        dtype: "float32",
+        size: [h * subject.vae.factor(), w * subject.vae.factor()],
+        batch: args.batch,
+        steps: args.steps,
+        backprop_steps: args.backprop_steps,
+        step_s,
+        rollout_s: median(&|p| p.seconds[0]),
+        reward_s: median(&|p| p.seconds[1]),
+        backprop_s: median(&|p| p.seconds[2]),
+        peak_mib: peak_mib(),
+        trainable: adapters.parameter_count(),
+        rollout_tflop: tflop(0),
+        reward_tflop: tflop(1),
+        backprop_tflop: tflop(2),
+        matmul_gflops,
+        share_of_peak: (tflop(0) + tflop(1) + tflop(2)) * 1e3 / matmul_gflops / step_s,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        println!(
+            "{} {}x{}, batch {}, {} steps, {} back, f32 on the CPU",
+            report.model, report.size[0], report.size[1], report.batch, report.steps, report.backprop_steps
+        );
+        for (phase, seconds, tflop) in [
+            ("rollout", report.rollout_s, report.rollout_tflop),
+            ("VAE and reward", report.reward_s, report.reward_tflop),
+            ("backprop", report.backprop_s, report.backprop_tflop),
+        ] {
+            println!("{phase:<15} {seconds:8.3} s  {tflop:7.3} TFLOP  {:6.0} GFLOP/s", tflop * 1e3 / seconds);
+        }
+        println!(
+            "{:<15} {step_s:8.3} s  {:.0}% of this machine's {matmul_gflops:.0} GFLOP/s in matrix products",
+            "step",
+            100.0 * report.share_of_peak
+        );
+        if let Some(peak) = report.peak_mib {
+            println!("{:<15} {peak:8} MiB", "peak memory");
+        }
+    }
+    Ok(())
+}
+
+/// What is measured.
+struct Subject {
+    name: String,
+    unet: Unet,
+    vae: Vae,
+    rewards: Rewards,
+    schedule: DdimSchedule,
+    latent_shape: (usize, usize, usize),
+    /// Features of the text embeddings.
+    context: usize,
+}
+
+impl Subject {
+    fn load(args: &BenchArgs) -> Result<Self> {
+        let random = Weights::random(0);
+        let scheduler = SchedulerConfig {
+            beta_start: 0.00085,
+            beta_end: 0.012,
+            beta_schedule: "scaled_linear".into(),
+            clip_sample: Some(false),
+            set_alpha_to_one: false,
+            steps_offset: 1,
+            ..Default::default()
+        };
+        let schedule = DdimSchedule::new(&scheduler, args.steps, 0.0)?;
+        let (name, unet, vae) = match (&args.model, args.arch) {
+            (Some(path), _) => {
+                let source = Source::open(path)?;
+                (path.clone(), Unet::load(&source.sub("unet"), None)?, Vae::load(&source.sub("vae"), None)?)
+            }
+            (None, Some(Architecture::Sd15)) => stable_diffusion_15("sd15", 1, 32, &random)?,
+            (None, _) => stable_diffusion_15("sd15-quarter", 4, 16, &random)?,
+        };
+        let clip = match &args.clip {
+            Some(path) => Clip::load_transformers(&Source::open(path)?, false)?,
+            None => Clip::vit_l_14_vision(&random.pp("clip"))?,
+        };
+        let rewards = Rewards::aesthetic_shapes(clip, &random.pp("head"), 10.0)?;
+        let factor = vae.factor();
+        let (height, width) = args.size.unwrap_or_else(|| match &unet.config().sample_size {
+            Some(PerBlock::One(side)) => (side * factor, side * factor),
+            _ => (512, 512),
+        });
+        ensure!(
+            height % factor == 0 && width % factor == 0 && height > 0 && width > 0,
+            "--size {height}x{width}: the sides are multiples of {factor}"
+        );
+        let context = unet.config().cross_attention_dim.at(0).unwrap_or(768);
+        let latent_shape = (unet.config().in_channels, height / factor, width / factor);
+        Ok(Self { name, unet, vae, rewards, schedule, latent_shape, context })
+    }
+}
+
+/// The exact shapes of Stable Diffusion 1.5, its channels divided by `divisor`.
+fn stable_diffusion_15(name: &str, divisor: usize, groups: usize, random: &Weights) -> Result<(String, Unet, Vae)> {
+    let unet = UnetConfig {
+        sample_size: Some(PerBlock::One(64)),
+        block_out_channels: [320, 640, 1280, 1280].map(|c| c / divisor).to_vec(),
+        cross_attention_dim: PerBlock::One(768),
+        norm_num_groups: groups,
+        ..Default::default()
+    };
+    let vae = VaeConfig {
+        block_out_channels: [128, 256, 512, 512].map(|c| c / divisor).to_vec(),
+        up_block_types: vec!["UpDecoderBlock2D".into(); 4],
+        layers_per_block: 2,
+        norm_num_groups: groups,
+        ..Default::default()
+    };
+    Ok((name.to_owned(), Unet::new(unet, &random.pp("unet"))?, Vae::new(vae, &random.pp("vae"))?))
+}
+
+/// The largest resident memory of this process so far, where the system tells it (Linux).
+fn peak_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib / 1024)
+}

@@ -1,0 +1,79 @@
+//! Sums of tensors: the residual connections, their gradients, and shifts by channel.
+//!
+//! ```text
+//! y = a + b                     d_a = d_b = d_y
+//! y[b, ..., c] = x + s[c]       d_x = d_y           s: one number a channel, frozen (the time embedding)
+//! ```
+
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::vector::vectorised;
+use super::{Host, Real, per_dtype, tensor_from};
+
+const BLOCK: usize = 1 << 14;
+
+/// Elementwise sum of two tensors of one shape.
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.dims() != b.dims() {
+        bail!("adding tensors of shapes {:?} and {:?}", a.dims(), b.dims());
+    }
+    per_dtype!(a, add_cpu(a, b))
+}
+
+/// x (..., C) plus one number a channel, shift (C).
+pub fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    if x.dims().last() != Some(&shift.elem_count()) {
+        bail!("adding {:?} to the channels of {:?}", shift.dims(), x.dims());
+    }
+    per_dtype!(x, add_channels_cpu(x, shift))
+}
+
+fn add_cpu<T: Real>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (a_data, b_data) = (Host::<T>::read(a)?, Host::<T>::read(b)?);
+    let mut y = a_data.to_vec();
+    y.par_chunks_mut(BLOCK)
+        .zip(b_data.par_chunks(BLOCK))
+        .for_each(|(y, b)| vectorised(|| y.iter_mut().zip(b).for_each(|(y, b)| *y += *b)));
+    tensor_from(y, a.dims())
+}
+
+fn add_channels_cpu<T: Real>(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    let (data, shift) = (Host::<T>::read(x)?, Host::<T>::read(shift)?);
+    let shift: &[T] = &shift;
+    let rows = (BLOCK / shift.len()).max(1) * shift.len();
+    let mut y = data.to_vec();
+    y.par_chunks_mut(rows).for_each(|y| {
+        vectorised(|| y.chunks_mut(shift.len()).for_each(|y| y.iter_mut().zip(shift).for_each(|(y, s)| *y += *s)));
+    });
+    tensor_from(y, x.dims())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Case, check};
+
+    #[test]
+    fn agree_with_autograd_and_finite_differences() {
+        check(
+            &[Case::normal(&[3, 41], 1), Case::normal(&[3, 41], 2)],
+            |x| add(&x[0], &x[1]),
+            |_, d| Ok(vec![d.clone(), d.clone()]),
+            |x| &x[0] + &x[1],
+        );
+        let shift = Case::normal(&[7], 3);
+        check(
+            &[Case::normal(&[2, 5, 7], 1)],
+            |x| add_channels(&x[0], &shift.to_dtype(x[0].dtype())?),
+            |_, d| Ok(vec![d.clone()]),
+            |x| x[0].broadcast_add(&shift.to_dtype(x[0].dtype())?),
+        );
+    }
+
+    #[test]
+    fn other_shapes_are_errors() {
+        assert!(add(&Case::normal(&[2], 1), &Case::normal(&[3], 1)).is_err());
+        assert!(add_channels(&Case::normal(&[2, 3], 1), &Case::normal(&[2], 1)).is_err());
+    }
+}

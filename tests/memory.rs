@@ -1,0 +1,196 @@
+//! Peak memory, counted by the allocator: it does not grow with the steps that are differentiated, nor with the batch.
+//!
+//! The weights' files are mapped and do not count; whatever is allocated on any thread does.
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use alignprop::config::{AestheticConfig, Checkpointing, RewardsConfig};
+use alignprop::diffusion::{DdimSchedule, Noise, Stream};
+use alignprop::lora::Adapters;
+use alignprop::models::Pipeline;
+use alignprop::nn::lora::LoraGradients;
+use alignprop::rewards::Rewards;
+use alignprop::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
+use support::{Experiment, fixture, text};
+
+/// The system's allocator, with a count of what is in use.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn grow(bytes: usize) {
+    let live = LIVE.fetch_add(bytes, Relaxed) + bytes;
+    PEAK.fetch_max(live, Relaxed);
+}
+
+// SAFETY: every call goes on to the system's allocator unchanged; the counters are atomic and allocate nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        // SAFETY: the caller's promise about `layout` is the system's requirement.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        // SAFETY: as in `alloc`.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: `ptr` came from the system's allocator with this layout, as the caller promises.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // as a move: both are there for a moment
+        grow(new_size);
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: as in `dealloc`; `new_size` is the caller's promise.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// One measurement at a time: the counters are the process's.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// How far the memory in use rises above what it was; the least of some tries, since another thread's buffers may
+/// come in between.
+fn peak(mut work: impl FnMut()) -> f64 {
+    let mut least = usize::MAX;
+    for _ in 0..3 {
+        let before = LIVE.load(Relaxed);
+        PEAK.store(before, Relaxed);
+        work();
+        least = least.min(PEAK.load(Relaxed) - before);
+    }
+    least as f64
+}
+
+fn assert_flat(what: &str, few: f64, many: f64) {
+    eprintln!("{what}: {:.2} MB and {:.2} MB", few / 1e6, many / 1e6);
+    assert!(few > 1e5, "{what}: {few} bytes are too few to compare");
+    assert!(many < 1.05 * few, "{what}: {few} bytes become {many}");
+}
+
+const STEPS: usize = 4;
+
+/// A chain of the tiny pipeline on latents that are large enough for the UNet's activations to count.
+struct Chain {
+    pipeline: Pipeline,
+    schedule: DdimSchedule,
+    adapters: Adapters,
+    noise: Noise,
+}
+
+impl Chain {
+    fn new() -> Self {
+        let pipeline = Pipeline::load(&text(fixture("tiny-sd15/model")), None).unwrap();
+        let schedule = DdimSchedule::load(&pipeline.source, STEPS, 0.0).unwrap();
+        let noise = Noise::new(0);
+        let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);
+        let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
+        let adapters = Adapters::init(&pipeline.unet.targets(), &targets, 2, 2.0, normal).unwrap();
+        Self { pipeline, schedule, adapters, noise }
+    }
+
+    fn prompts(count: usize) -> Vec<String> {
+        vec!["a cat".to_owned(); count]
+    }
+
+    /// The peak of the backward pass through the last `k` steps.
+    fn backward_peak(&self, k: usize, checkpointing: Checkpointing) -> f64 {
+        let keep: Vec<bool> = (0..STEPS).map(|i| i + k >= STEPS).collect();
+        let plan = Plan::with_mask(&self.schedule, &keep, 1);
+        let prompting = Prompting {
+            prompt_embeds: self.pipeline.encode_prompts(&Self::prompts(1)).unwrap(),
+            negative_prompt_embeds: self.pipeline.encode_prompts(&[String::new()]).unwrap(),
+            guidance_scale: 5.0,
+        };
+        let x_t = self.noise.normal_batch(Stream::Latents, 0, 0..1, (4, 24, 20)).unwrap();
+        let unet = &self.pipeline.unet;
+        let trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, &self.adapters, |_| unreachable!()).unwrap();
+        peak(|| {
+            let mut sum = LoraGradients::new(&self.adapters);
+            backprop(unet, &self.adapters, &trajectory, &plan, &prompting, &x_t, checkpointing, &mut sum).unwrap();
+            assert_eq!(sum.finish(&self.adapters).unwrap().len(), 160);
+        })
+    }
+}
+
+#[test]
+fn the_backward_pass_needs_the_memory_of_one_step() {
+    let _alone = ALONE.lock();
+    let chain = Chain::new();
+    chain.backward_peak(1, Checkpointing::Step); // the buffers that threads keep
+    for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
+        let peaks = [1, 2, STEPS].map(|k| chain.backward_peak(k, checkpointing));
+        assert_flat(&format!("{checkpointing:?}, 1 and 2 steps"), peaks[0], peaks[1]);
+        assert_flat(&format!("{checkpointing:?}, 1 and {STEPS} steps"), peaks[0], peaks[2]);
+    }
+}
+
+#[test]
+fn checkpointing_each_block_needs_less() {
+    let _alone = ALONE.lock();
+    let chain = Chain::new();
+    chain.backward_peak(1, Checkpointing::Step);
+    let [step, block] = [Checkpointing::Step, Checkpointing::Block].map(|c| chain.backward_peak(1, c));
+    eprintln!("step {:.2} MB, block {:.2} MB", step / 1e6, block / 1e6);
+    assert!(block < 0.7 * step, "{block} bytes instead of {step}");
+}
+
+#[test]
+fn images_are_decoded_and_scored_one_at_a_time() {
+    let _alone = ALONE.lock();
+    let chain = Chain::new();
+    let aesthetic = AestheticConfig {
+        clip: text(fixture("tiny-sd15/clip")),
+        head: text(fixture("tiny-sd15/aesthetic_head.safetensors")),
+        ..Default::default()
+    };
+    let config = RewardsConfig { aesthetic: Some(aesthetic), ..Default::default() };
+    let rewards = Rewards::load(&config, &chain.pipeline.tokenizer).unwrap();
+    let measure = |batch: u64, checkpointing| {
+        let latents = chain.noise.normal_batch(Stream::Latents, 0, 0..batch, (4, 9, 5)).unwrap();
+        let prompts = Chain::prompts(batch as usize);
+        peak(|| {
+            reward_cotangent(&chain.pipeline.vae, &rewards, &latents, &prompts, 1.0, checkpointing).unwrap();
+        })
+    };
+    for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
+        measure(1, checkpointing);
+        assert_flat(&format!("{checkpointing:?}, 1 and 4 images"), measure(1, checkpointing), measure(4, checkpointing));
+    }
+}
+
+/// The peak of a whole `train`, models included.
+fn train_peak(settings: &[&str]) -> f64 {
+    let settings = [&["train.steps=1", "run.save_every=0", "sampling.guidance_scale=1"], settings].concat();
+    peak(|| {
+        Experiment::trained(&settings);
+    })
+}
+
+#[test]
+fn training_needs_the_same_memory_for_any_number_of_steps_and_micro_batches() {
+    let _alone = ALONE.lock();
+    let fixed = |k: &'static str, steps: &'static str| ["truncation.rule=fixed", k, steps];
+    let one = train_peak(&fixed("truncation.k=1", "sampling.num_inference_steps=4"));
+    let all = train_peak(&fixed("truncation.k=4", "sampling.num_inference_steps=4"));
+    assert_flat("1 and 4 differentiated steps", one, all);
+    let long = train_peak(&fixed("truncation.k=8", "sampling.num_inference_steps=8"));
+    assert_flat("1 of 4 steps and 8 of 8", one, long);
+    let accumulated = train_peak(&["train.gradient_accumulation_steps=4"]);
+    assert_flat("1 and 4 micro-batches", train_peak(&["train.gradient_accumulation_steps=1"]), accumulated);
+    let repeated = |n| train_peak(&["truncation.rule=draft-lv", n]);
+    assert_flat("1 and 4 repetitions", repeated("truncation.n=1"), repeated("truncation.n=4"));
+    let steps = |n| train_peak(&["sampling.num_inference_steps=2", n]);
+    assert_flat("1 and 4 optimizer steps", steps("train.steps=1"), steps("train.steps=4"));
+}

@@ -1,0 +1,589 @@
+//! `train` on the tiny pipelines: what it learns, what it writes, and what makes no difference.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use alignprop::lora::formats;
+use candle_core::Tensor;
+use support::*;
+
+/// AdamW's first update is near the sign of the gradient, which rounding may flip; with a large epsilon it is in
+/// proportion to the gradient instead.
+const SMOOTH: &str = "optimizer.eps=1e-3";
+
+fn error(result: anyhow::Result<()>) -> String {
+    format!("{:#}", result.expect_err("an error"))
+}
+
+fn bytes(tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Vec<u32>> {
+    tensors.into_iter().map(|(name, t)| (name, numbers(&t).into_iter().map(f32::to_bits).collect())).collect()
+}
+
+/// The same run to the last bit: adapters, optimizer, metrics.
+fn assert_same_run(one: &Experiment, other: &Experiment, step: usize) {
+    assert!(fs::read(one.lora_file(step)).unwrap() == fs::read(other.lora_file(step)).unwrap(), "the adapters differ");
+    assert!(bytes(one.moments(step)) == bytes(other.moments(step)), "the optimizer's moments differ");
+    let state = |run: &Experiment| fs::read_to_string(run.checkpoint(step).join("state.json")).unwrap();
+    assert_eq!(state(one), state(other));
+    assert_eq!(one.metrics(), other.metrics());
+}
+
+// ---------------------------------------------------------------------------------------------------- resuming
+
+/// All that chance decides: noise in every step, a truncation for each sample, prompts, two micro-batches.
+const CHANCE: [&str; 4] =
+    ["sampling.eta=1.0", "truncation.rule=uniform", "train.gradient_accumulation_steps=2", "run.sample_every=2"];
+
+fn chance<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    CHANCE.into_iter().chain(more.iter().copied()).collect()
+}
+
+#[test]
+fn two_steps_and_two_more_are_four() {
+    let whole = Experiment::trained(&chance(&["train.steps=4"]));
+    let parts = Experiment::trained(&chance(&["train.steps=2"]));
+    parts.resume(&["train.steps=4"]).unwrap();
+    assert_same_run(&whole, &parts, 4);
+    let final_file = |run: &Experiment| fs::read(run.run_folder().join("pytorch_lora_weights.safetensors")).unwrap();
+    assert!(final_file(&whole) == final_file(&parts));
+    // the chances differ from step to step, so there was something to continue
+    assert!(whole.metric("backprop_steps").windows(2).any(|pair| pair[0] != pair[1]));
+}
+
+#[test]
+fn an_interrupted_run_continues_its_schedule_and_drops_what_it_repeats() {
+    let schedule = ["train.steps=4", "optimizer.lr_schedule=cosine", "optimizer.warmup_steps=2"];
+    let whole = Experiment::trained(&chance(&schedule));
+    let interrupted = Experiment::trained(&chance(&schedule));
+    // as if it had been killed in step 4, while writing a line of the metrics
+    fs::remove_dir_all(interrupted.checkpoint(3)).unwrap();
+    fs::remove_dir_all(interrupted.checkpoint(4)).unwrap();
+    let metrics = interrupted.run_folder().join("metrics.jsonl");
+    let text = fs::read_to_string(&metrics).unwrap();
+    fs::write(&metrics, &text[..text.len() - 30]).unwrap();
+
+    interrupted.resume(&[]).unwrap();
+    assert_same_run(&whole, &interrupted, 4);
+    let lr = whole.metric("lr");
+    assert!(lr[0] < lr[1] && lr[3] < lr[2], "{lr:?}");
+}
+
+#[test]
+fn another_seed_is_another_run() {
+    let one = Experiment::trained(&["train.steps=1"]);
+    let same = Experiment::trained(&["train.steps=1"]);
+    let other = Experiment::trained(&["train.steps=1", "run.seed=1"]);
+    assert!(bytes(one.adapters(1)) == bytes(same.adapters(1)));
+    assert!(distance(&other.adapters(1), &one.adapters(1)) > 0.1);
+    assert_ne!(one.metric("reward/aesthetic"), other.metric("reward/aesthetic"));
+}
+
+#[test]
+fn a_finished_run_says_how_to_go_on() {
+    let run = Experiment::trained(&["train.steps=1"]);
+    let error = error(run.resume(&[]));
+    assert!(error.contains("--resume") && error.contains("train.steps"), "{error}");
+    assert_eq!(run.metrics().len(), 1);
+}
+
+#[test]
+fn a_resumed_run_keeps_its_rank() {
+    let run = Experiment::trained(&["train.steps=1"]);
+    let error = error(run.resume(&["train.steps=2", "lora.rank=3"]));
+    assert!(error.contains("lora.rank = 3") && error.contains("rank 2"), "{error}");
+    assert_eq!(run.checkpoints(), ["step-000001"]);
+}
+
+// ---------------------------------------------------------------------------------------------------- learning
+
+/// On prompts and noise that it does not train on. The tiny reward models are random, and of them `hps` is the one
+/// whose gradient agrees from image to image.
+#[test]
+fn the_reward_rises() {
+    let [model, file] = hps_settings();
+    let settings = [
+        model.as_str(),
+        file.as_str(),
+        "reward.aesthetic.weight=0",
+        "sampling.guidance_scale=2",
+        "sampling.eta=0",
+        "lora.rank=16",
+        "optimizer.lr=1e-2",
+        "optimizer.weight_decay=0",
+        "train.steps=16",
+        "train.batch_size=6",
+        "run.sample_every=16",
+        "run.num_samples=12",
+        "run.save_every=0",
+    ];
+    let up = Experiment::trained(&settings);
+    let rewards = up.metric("sample/hps");
+    assert_eq!(rewards.len(), 2);
+    assert!(rewards[1] > rewards[0] + 0.003, "{rewards:?}");
+}
+
+#[test]
+fn a_negative_weight_turns_the_gradient() {
+    let up = Experiment::trained(&["train.steps=1"]).first_gradients();
+    let down = Experiment::trained(&["train.steps=1", "reward.aesthetic.weight=-1"]).first_gradients();
+    let turned = down.into_iter().map(|(name, g)| (name, g.neg().unwrap())).collect();
+    assert!(distance(&turned, &up) < 1e-6);
+}
+
+/// B starts as zero: in the first step it alone has a gradient, from the second on A has one too.
+fn assert_every_factor_learns(run: &Experiment, what: &str) {
+    let (first, second) = (run.adapters(1), run.adapters(2));
+    let gradients = run.moments(2);
+    assert_eq!(first.len(), 160, "{what}");
+    for (name, tensor) in &first {
+        let moved = numbers(tensor) != numbers(&second[name]);
+        assert!(moved, "{what}: {name} did not move in step 2");
+        assert!(numbers(&gradients[&format!("exp_avg_sq.{name}")]).iter().any(|v| *v > 0.0), "{what}: {name}");
+        let is_zero = numbers(tensor).iter().all(|x| *x == 0.0);
+        assert!(!is_zero, "{what}: {name} is zero after step 1");
+    }
+}
+
+#[test]
+fn every_factor_learns_under_every_truncation_rule() {
+    for (rule, kept) in [
+        (&["truncation.rule=uniform"][..], 1.0..=3.0),
+        (&["truncation.rule=uniform", "truncation.per=batch"], 1.0..=3.0),
+        (&["truncation.rule=fixed", "truncation.k=1"], 1.0..=1.0),
+        (&["truncation.rule=fixed", "truncation.k=2"], 2.0..=2.0),
+        (&["truncation.rule=gaussian", "truncation.mean=2", "truncation.std=1"], 1.0..=2.0),
+        (&["truncation.rule=per-step", "truncation.lo=0", "truncation.hi=2"], 1.0..=3.0),
+        (&["truncation.rule=full"], 3.0..=3.0),
+        (&["truncation.rule=steps", "truncation.steps=[0, 2]"], 2.0..=2.0),
+        (&["truncation.rule=steps", "truncation.steps=[0]"], 1.0..=1.0),
+        (&["truncation.rule=draft-lv", "truncation.n=2"], 2.0..=2.0),
+        (&["truncation.rule=refl", "truncation.lo=1", "truncation.hi=2"], 1.0..=1.0),
+        (&["truncation.rule=drtune"], 3.0..=3.0),
+        (&["truncation.rule=drtune", "truncation.k=2"], 2.0..=2.0),
+    ] {
+        let what = rule.join(" ");
+        // without weight decay: what moves has a gradient
+        let settings = [rule, &["optimizer.weight_decay=0", "train.batch_size=2"]].concat();
+        let run = Experiment::trained(&settings);
+        assert_every_factor_learns(&run, &what);
+        let steps = run.metric("backprop_steps");
+        assert!(steps.iter().all(|steps| kept.contains(steps)), "{what}: {steps:?}");
+        assert!(run.metric("grad_norm").iter().all(|norm| *norm > 0.0), "{what}");
+    }
+}
+
+/// What tells the rules apart is the gradient; the images and their rewards are the same.
+#[test]
+fn truncation_rules_give_different_gradients_of_the_same_images() {
+    let rules = [
+        &["truncation.rule=full"][..],
+        &["truncation.rule=fixed", "truncation.k=1"],
+        &["truncation.rule=fixed", "truncation.k=2"],
+        &["truncation.rule=steps", "truncation.steps=[0]"],
+        &["truncation.rule=drtune"],
+    ];
+    let runs = rules.map(|rule| Experiment::trained(&[rule, &["train.steps=1"]].concat()));
+    for (i, one) in runs.iter().enumerate() {
+        assert_eq!(one.metric("reward/aesthetic"), runs[0].metric("reward/aesthetic"));
+        for other in &runs[..i] {
+            let distance = distance(&one.first_gradients(), &other.first_gradients());
+            assert!(distance > 1e-3, "{distance}");
+        }
+    }
+    // a chain of which every step is named is the full one
+    let named = Experiment::trained(&["truncation.rule=steps", "truncation.steps=[2, 1, 0]", "train.steps=1"]);
+    assert!(bytes(named.adapters(1)) == bytes(runs[0].adapters(1)));
+}
+
+#[test]
+fn a_step_that_keeps_nothing_changes_nothing() {
+    // r is 2 or 3: steps 0 and 1 are always detached, step 2 where its draw is 3
+    let rule = ["truncation.rule=per-step", "truncation.lo=2", "truncation.hi=3", "train.steps=6"];
+    let run = Experiment::trained(&rule);
+    let kept = run.metric("backprop_steps");
+    let Some(empty) = kept.iter().position(|steps| *steps == 0.0) else { panic!("choose another seed: {kept:?}") };
+    assert!(kept.contains(&1.0), "choose another seed: {kept:?}");
+    assert_eq!(run.metric("grad_norm")[empty], 0.0);
+    if empty > 0 {
+        assert!(bytes(run.adapters(empty)) == bytes(run.adapters(empty + 1)));
+    }
+}
+
+#[test]
+fn the_gradient_is_clipped_to_its_bound() {
+    // a loss so large that the 1e-6 in the formula, g * bound / (norm + 1e-6), does not count
+    let settings = ["train.steps=1", "optimizer.loss_coeff=1e4"];
+    let free = Experiment::trained(&[&settings[..], &["optimizer.max_grad_norm=inf"]].concat());
+    let bound = free.metric("grad_norm")[0] / 10.0;
+    let clipped = Experiment::trained(&[&settings[..], &[&format!("optimizer.max_grad_norm={bound}")]].concat());
+    assert_eq!(clipped.metric("grad_norm"), free.metric("grad_norm"));
+    assert!((norm(&free.first_gradients()) / (10.0 * bound) - 1.0).abs() < 1e-4);
+    assert!((norm(&clipped.first_gradients()) / bound - 1.0).abs() < 1e-4);
+}
+
+// ---------------------------------------------------------------------------------------------------- no difference
+
+#[test]
+fn another_split_into_micro_batches_is_the_same_step() {
+    let settings = ["sampling.eta=1.0", "truncation.rule=uniform", "train.steps=1", SMOOTH];
+    let run = |split: [&str; 2]| Experiment::trained(&[&settings[..], &split].concat());
+    let at_once = run(["train.batch_size=4", "train.gradient_accumulation_steps=1"]);
+    for split in [
+        ["train.batch_size=2", "train.gradient_accumulation_steps=2"],
+        ["train.batch_size=1", "train.gradient_accumulation_steps=4"],
+    ] {
+        let parts = run(split);
+        assert_eq!(parts.metric("backprop_steps"), at_once.metric("backprop_steps"));
+        for name in ["loss", "reward/aesthetic", "reward/aesthetic_std", "grad_norm"] {
+            let (x, y) = (parts.metric(name)[0], at_once.metric(name)[0]);
+            assert!((x / y - 1.0).abs() < 1e-4, "{name}: {x} and {y}");
+        }
+        let apart = distance(&parts.first_gradients(), &at_once.first_gradients());
+        assert!(apart < 1e-4, "{apart}");
+        let apart = distance(&parts.adapters(1), &at_once.adapters(1));
+        assert!(apart < 1e-5, "{apart}");
+    }
+}
+
+#[test]
+fn block_checkpointing_gives_the_same_adapters() {
+    let step = Experiment::trained(&[SMOOTH]);
+    let block = Experiment::trained(&[SMOOTH, "train.checkpointing=block"]);
+    for n in [1, 2] {
+        let (step, block) = (step.adapters(n), block.adapters(n));
+        assert!(distance(&block, &step) < 1e-5, "{}", distance(&block, &step));
+    }
+    let (step, block) = (step.first_gradients(), block.first_gradients());
+    assert!(distance(&block, &step) < 1e-5, "{}", distance(&block, &step));
+}
+
+#[test]
+fn without_guidance_the_negative_prompt_is_not_read() {
+    let run = |guidance: &str, negative: &str| {
+        let guidance = format!("sampling.guidance_scale={guidance}");
+        let negative = format!("sampling.negative_prompt={negative}");
+        Experiment::trained(&["train.steps=1", &guidance, &negative])
+    };
+    assert!(bytes(run("1.0", "").adapters(1)) == bytes(run("1.0", "a blurred photo").adapters(1)));
+    let (plain, negative) = (run("5.0", ""), run("5.0", "a blurred photo"));
+    assert_ne!(plain.metric("reward/aesthetic"), negative.metric("reward/aesthetic"));
+    assert!(distance(&negative.first_gradients(), &plain.first_gradients()) > 1e-3);
+    assert_ne!(run("1.0", "").metric("reward/aesthetic"), plain.metric("reward/aesthetic"));
+}
+
+// ---------------------------------------------------------------------------------------------------- rewards
+
+/// Settings for all five kinds of reward, with these weights.
+fn all_rewards(weights: [f64; 5]) -> Vec<String> {
+    let [aesthetic, clip_head, hps, clip_score, pickscore] = weights;
+    let clip = text(fixture("tiny-sd15/clip"));
+    let head = text(fixture("tiny-sd15/aesthetic_head.safetensors"));
+    let layers = r#"[{ linear = "layers.0" }, { activation = "relu" }, { linear = "layers.2" }, { linear = "layers.4" }, { linear = "layers.6" }, { linear = "layers.7" }]"#;
+    let mut settings = vec![
+        format!("reward.aesthetic.weight={aesthetic}"),
+        "reward.aesthetic.target=10".to_owned(),
+        format!("reward.clip-head={{ weight = {clip_head:?}, clip = '{clip}', head = '{head}', layers = {layers} }}"),
+        format!("reward.hps.weight={hps}"),
+        format!("reward.clip-score={{ weight = {clip_score:?}, model = '{clip}' }}"),
+        format!("reward.pickscore={{ weight = {pickscore:?}, model = '{clip}', preprocess = 'squash' }}"),
+    ];
+    settings.extend(hps_settings());
+    settings
+}
+
+fn train_with(rewards: &[String], more: &[&str]) -> Experiment {
+    let settings: Vec<&str> = rewards.iter().map(String::as_str).chain(more.iter().copied()).collect();
+    Experiment::trained(&settings)
+}
+
+#[test]
+fn rewards_add_up_and_each_is_logged() {
+    let weights = [1.0, 0.5, 2.0, 1.5, -0.25];
+    let run = train_with(&all_rewards(weights), &["train.steps=1", "train.batch_size=2", "optimizer.loss_coeff=0.1"]);
+    let value = |kind: &str| run.metric(&format!("reward/{kind}"))[0];
+    // |score - target|, -score, and 1 - cosine; all linear here, so the losses of the means are the mean losses
+    let losses = [
+        10.0 - value("aesthetic"),
+        -value("clip-head"),
+        1.0 - value("hps"),
+        1.0 - value("clip-score"),
+        1.0 - value("pickscore"),
+    ];
+    let expected: f64 = 0.1 * weights.iter().zip(losses).map(|(weight, loss)| weight * loss).sum::<f64>();
+    let loss = run.metric("loss")[0];
+    assert!((loss / expected - 1.0).abs() < 1e-5, "{loss} for {expected}");
+    assert!(run.metric("reward/hps_std")[0] > 0.0);
+
+    // and the gradient is the same sum
+    let alone = |kind: usize| {
+        let mut weights = [0.0; 5];
+        weights[kind] = 1.0;
+        train_with(
+            &all_rewards(weights),
+            &["train.steps=1", "train.batch_size=2", "optimizer.loss_coeff=0.1"],
+        )
+        .first_gradients()
+    };
+    let mut sum: BTreeMap<String, Tensor> =
+        run.first_gradients().into_iter().map(|(name, g)| (name, g.zeros_like().unwrap())).collect();
+    for (kind, weight) in weights.into_iter().enumerate() {
+        let gradients = alone(kind);
+        assert!(norm(&gradients) > 0.0);
+        sum.iter_mut().for_each(|(name, sum)| *sum = (&*sum + (&gradients[name] * weight).unwrap()).unwrap());
+    }
+    let apart = distance(&sum, &run.first_gradients());
+    assert!(apart < 1e-4, "{apart}");
+}
+
+#[test]
+fn a_reward_of_weight_zero_is_logged_and_does_not_train() {
+    let alone = Experiment::trained(&["reward.aesthetic.target=10"]);
+    let watched = train_with(&all_rewards([1.0, 0.0, 0.0, 0.0, 0.0]), &[]);
+    for kind in ["clip-head", "hps", "clip-score", "pickscore"] {
+        assert_eq!(watched.metric(&format!("reward/{kind}")).len(), 2, "{kind}");
+    }
+    assert!(bytes(watched.adapters(2)) == bytes(alone.adapters(2)));
+    assert_eq!(watched.metric("loss"), alone.metric("loss"));
+}
+
+#[test]
+fn another_preprocessing_is_another_score() {
+    let score = |preprocess: &str| {
+        let preprocess = format!("reward.aesthetic.preprocess={preprocess}");
+        Experiment::trained(&["train.steps=1", &preprocess]).metric("reward/aesthetic")[0]
+    };
+    let [alignprop, official, squash] = ["alignprop", "hpsv2-official", "squash"].map(score);
+    assert!(alignprop != official && alignprop != squash && official != squash);
+}
+
+// ---------------------------------------------------------------------------------------------------- adapters
+
+#[test]
+fn only_the_named_layers_are_trained() {
+    let run = Experiment::trained(&["lora.target_modules=['to_v', 'attn2.to_out.0']"]);
+    let adapters = run.adapters(2);
+    // 10 transformer blocks of two attentions: 20 to_v and 10 attn2.to_out.0
+    assert_eq!(adapters.len(), 2 * 30);
+    for (name, tensor) in &adapters {
+        assert!(name.contains(".to_v.lora_") || name.contains(".attn2.to_out.0.lora_"), "{name}");
+        assert!(numbers(tensor).iter().any(|x| *x != 0.0), "{name}");
+    }
+    let error = error(Experiment::new("tiny-sd15").train(&["lora.target_modules=['to_w']"]));
+    assert!(error.contains("lora.target_modules") && error.contains("to_w") && error.contains("to_q"), "{error}");
+}
+
+#[test]
+fn alpha_scales_the_product() {
+    let plain = Experiment::trained(&["train.steps=1"]);
+    let strong = Experiment::trained(&["train.steps=1", "lora.alpha=8"]);
+    // alpha / rank = 4: B = 0 gets four times the gradient
+    let scaled = plain.first_gradients().into_iter().map(|(name, g)| (name, (g * 4.0).unwrap())).collect();
+    assert!(distance(&strong.first_gradients(), &scaled) < 1e-5);
+    let alpha = |run: &Experiment| formats::load(&run.lora_file(1)).unwrap().adapters.factors()[0].alpha;
+    assert_eq!((alpha(&plain), alpha(&strong)), (2.0, 8.0));
+}
+
+#[test]
+fn the_adapter_says_how_it_was_made() {
+    let run = Experiment::new("tiny-sd15");
+    run.train(&["run.seed=7", "truncation.rule=fixed", "truncation.k=2", "reward.aesthetic.weight=0.5"]).unwrap();
+    for (file, step) in [(run.lora_file(1), "1"), (run.run_folder().join("pytorch_lora_weights.safetensors"), "2")] {
+        let metadata = formats::load(&file).unwrap().metadata;
+        assert_eq!(metadata["base_model"], text(fixture("tiny-sd15/model")));
+        assert_eq!(metadata["reward"], "aesthetic=0.5");
+        assert_eq!(metadata["truncation"], r#"rule = "fixed", k = 2"#);
+        assert_eq!((metadata["seed"].as_str(), metadata["step"].as_str()), ("7", step));
+    }
+    // the names of diffusers, and nothing else: diffusers refuses other keys
+    let names = read_tensors(&run.lora_file(2));
+    assert_eq!(names.len(), 160);
+    for name in names.keys() {
+        let ends = name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
+        assert!(name.starts_with("unet.") && ends, "{name}");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- run folder
+
+#[test]
+fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
+    let run = Experiment::trained(&["train.steps=2", "run.sample_every=1", "run.num_samples=3"]);
+    let folder = run.run_folder();
+    let expected = ["checkpoints", "config.toml", "metrics.jsonl", "pytorch_lora_weights.safetensors", "samples"];
+    assert_eq!(listing(&folder), expected);
+    assert_eq!(run.checkpoints(), ["step-000001", "step-000002"]);
+    let expected = ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"];
+    assert_eq!(listing(&run.checkpoint(2)), expected);
+    assert!(
+        fs::read(folder.join("pytorch_lora_weights.safetensors")).unwrap() == fs::read(run.lora_file(2)).unwrap(),
+        "the run's adapter is that of the last checkpoint"
+    );
+
+    // three pictures of 40 x 72, four times as large, with 4 white pixels between them
+    let pictures: Vec<_> = (0..3)
+        .map(|step| {
+            let path = folder.join(format!("samples/step-{step:06}.png"));
+            image::open(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).to_rgb8()
+        })
+        .collect();
+    for picture in &pictures {
+        assert_eq!(picture.dimensions(), (3 * 160 + 2 * 4, 288));
+        assert!((160..164).all(|x| picture.get_pixel(x, 100).0 == [255; 3]));
+    }
+    assert!(pictures[0] != pictures[2], "the pictures of the base model and of the adapted one are the same");
+
+    let steps: Vec<_> = run.metrics().iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [0, 1, 1, 2, 2]);
+    let training: Vec<_> = run.metrics().into_iter().filter(|line| line.contains_key("loss")).collect();
+    assert_eq!(training.len(), 2);
+    for key in ["loss", "reward/aesthetic", "reward/aesthetic_std", "grad_norm", "lr", "backprop_steps"] {
+        assert!(training.iter().all(|line| line[key].is_number()), "{key}");
+    }
+    assert_eq!(run.metric("sample/aesthetic").len(), 3);
+}
+
+#[test]
+fn sample_grids_are_on_fixed_noise() {
+    let settings = ["train.steps=1", "run.sample_every=1"];
+    let one = Experiment::trained(&settings);
+    let other = Experiment::trained(&[&settings[..], &["optimizer.lr=1e-4", "truncation.rule=uniform"]].concat());
+    let grid = |run: &Experiment, step: usize| {
+        fs::read(run.run_folder().join(format!("samples/step-{step:06}.png"))).unwrap()
+    };
+    assert!(grid(&one, 0) == grid(&other, 0));
+    assert!(grid(&one, 1) != grid(&other, 1));
+}
+
+#[test]
+fn the_saved_config_is_the_resolved_one() {
+    let run = Experiment::trained(&["train.steps=1", "optimizer.lr=0.0123"]);
+    let saved = run.run_folder().join("config.toml");
+    let config = fs::read_to_string(&saved).unwrap();
+    for line in ["lr = 0.0123", "rule = \"full\"", "betas = [0.9, 0.999]", "loss_coeff = 0.01", "height = 72"] {
+        assert!(config.lines().any(|found| found == line), "`{line}` is not in\n{config}");
+    }
+    // training from it is the same run
+    let again = Experiment::new("tiny-sd15");
+    let dir = format!("run.dir={}", text(again.run_folder()));
+    support::run(&["train", "--config", &text(saved), "--set", &dir]).unwrap();
+    assert_same_run(&run, &again, 1);
+}
+
+#[test]
+fn old_checkpoints_go() {
+    let run = Experiment::trained(&["train.steps=4", "run.keep_checkpoints=2", "truncation.rule=fixed", "truncation.k=1"]);
+    assert_eq!(run.checkpoints(), ["step-000003", "step-000004"]);
+    let run = Experiment::trained(&["train.steps=3", "run.save_every=2", "truncation.rule=fixed", "truncation.k=1"]);
+    assert_eq!(run.checkpoints(), ["step-000002", "step-000003"]);
+}
+
+// ---------------------------------------------------------------------------------------------------- pipelines
+
+/// Stable Diffusion 2: v-prediction, linear projections, weights in bf16; 1.x above: epsilon, convolutions, f16.
+#[test]
+fn a_pipeline_of_the_second_kind_trains() {
+    let run = Experiment::new("tiny-sd21");
+    // 7 x 9 latents
+    run.train(&["sampling.height=56", "sampling.width=72", "truncation.rule=uniform", "optimizer.weight_decay=0"]).unwrap();
+    let (first, second) = (run.adapters(1), run.adapters(2));
+    assert_eq!(first.len(), 256);
+    for (name, tensor) in &first {
+        assert!(numbers(tensor) != numbers(&second[name]), "{name}");
+    }
+}
+
+#[test]
+fn a_size_with_odd_latents_trains_upright_and_lying() {
+    for (height, width) in [(88, 56), (40, 104), (24, 8)] {
+        let size = [format!("sampling.height={height}"), format!("sampling.width={width}")];
+        let run = Experiment::trained(&["train.steps=1", "run.sample_every=1", &size[0], &size[1]]);
+        let picture = image::open(run.run_folder().join("samples/step-000001.png")).unwrap();
+        // enlarged to 128 pixels of width or more
+        let factor = 128u32.div_ceil(width);
+        assert_eq!(picture.height(), height * factor);
+        assert!(run.metric("grad_norm")[0] > 0.0);
+    }
+}
+
+#[test]
+fn without_a_size_the_model_says_it() {
+    let experiment = Experiment::new("tiny-sd15");
+    let config = experiment.config();
+    let without: String =
+        fs::read_to_string(&config).unwrap().lines().filter(|line| !line.contains("height") && !line.contains("width")).map(|line| format!("{line}\n")).collect();
+    fs::write(&config, without).unwrap();
+    experiment.train(&["train.steps=1", "run.sample_every=1", "run.num_samples=1"]).unwrap();
+    let picture = image::open(experiment.run_folder().join("samples/step-000001.png")).unwrap();
+    // sample_size 11 times 8, enlarged twice
+    assert_eq!((picture.width(), picture.height()), (176, 176));
+}
+
+// ---------------------------------------------------------------------------------------------------- not a number
+
+/// One good step, then a NaN in this tensor: the error names the optimizer step and this room, and what was good stays.
+fn assert_nan_is_traced(file: &str, tensor: &str, room: &[&str], more: &[&str]) {
+    let models = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("tiny-sd15"), models.path());
+    let run = Experiment::on(models.path());
+    run.train(&[&["train.steps=1"], more].concat()).unwrap();
+    let (adapter, metrics) = (fs::read(run.lora_file(1)).unwrap(), run.metrics());
+
+    poison(&models.path().join(file), tensor);
+    let message = error(run.resume(&["train.steps=3"]));
+    assert!(message.contains("optimizer step 2"), "{message}");
+    assert!(message.contains("not a number"), "{message}");
+    for word in room {
+        assert!(message.contains(word), "`{word}`: {message}");
+    }
+    assert_eq!(run.checkpoints(), ["step-000001"]);
+    assert!(adapter == fs::read(run.lora_file(1)).unwrap());
+    assert_eq!(run.metrics(), metrics);
+}
+
+#[test]
+fn a_nan_in_the_unet_is_traced() {
+    let shard = "model/unet/diffusion_pytorch_model-00002-of-00002.safetensors";
+    assert_nan_is_traced(shard, "conv_out.bias", &["UNet", "denoising step 0"], &[]);
+}
+
+#[test]
+fn a_nan_in_the_vae_is_traced() {
+    let file = "model/vae/diffusion_pytorch_model.fp16.safetensors";
+    assert_nan_is_traced(file, "decoder.conv_out.bias", &["VAE"], &[]);
+}
+
+#[test]
+fn a_nan_in_a_reward_is_traced() {
+    assert_nan_is_traced("aesthetic_head.safetensors", "layers.4.bias", &["reward", "aesthetic"], &[]);
+    let tower = "vision_model.post_layernorm.weight";
+    assert_nan_is_traced("clip/model.safetensors", tower, &["reward", "aesthetic"], &[]);
+}
+
+/// `draft-lv` runs the last step again: its own rollout.
+#[test]
+fn a_nan_is_traced_in_repeated_steps_too() {
+    let more = ["truncation.rule=draft-lv", "truncation.n=2"];
+    assert_nan_is_traced("aesthetic_head.safetensors", "layers.0.weight", &["reward", "aesthetic"], &more);
+}
+
+#[test]
+fn a_nan_in_the_text_encoder_is_traced() {
+    let models = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("tiny-sd15"), models.path());
+    poison(&models.path().join("model/text_encoder/model.safetensors"), "text_model.final_layer_norm.bias");
+    let run = Experiment::on(models.path());
+    let message = error(run.train(&[]));
+    assert!(message.contains("not a number") && message.contains("text encoder"), "{message}");
+    assert!(!run.run_folder().exists());
+}
+
+/// Overflow in the adapters themselves: the last good checkpoint stays.
+#[test]
+fn a_learning_rate_that_breaks_the_adapters_is_an_error() {
+    let run = Experiment::new("tiny-sd15");
+    let message = error(run.train(&["train.steps=4", "optimizer.lr=1e30"]));
+    assert!(message.contains("not a number") && message.contains("optimizer step 2"), "{message}");
+    assert_eq!(run.checkpoints(), ["step-000001"]);
+}

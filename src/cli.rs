@@ -60,6 +60,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "RUN")]
     pub resume: Option<PathBuf>,
 
+    /// Stop after this optimizer step, with a checkpoint; the learning-rate schedule keeps its length
+    #[arg(long, value_name = "STEP", value_parser = at_least_one)]
+    pub stop_at: Option<usize>,
+
     /// Check the config and the models, say what would run, and stop
     #[arg(long)]
     pub dry_run: bool,
@@ -95,7 +99,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
     pub seeds: usize,
 
-    /// Rewards of the config to score with; without it, all of them
+    /// Rewards to score with: of the config, or with their default models; without it, all of the config
     #[arg(long, value_name = "KIND", num_args = 1.., value_parser = REWARD_KINDS)]
     pub reward: Vec<String>,
 
@@ -161,7 +165,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "TEXT", num_args = 1.., required = true)]
     pub prompt: Vec<String>,
 
-    /// What to stay away from; instead of sampling.negative_prompt
+    /// What to stay away from; instead of sampler.negative_prompt
     #[arg(long, value_name = "TEXT")]
     pub negative_prompt: Option<String>,
 
@@ -180,15 +184,15 @@ pub struct SampleArgs {
     #[arg(long, value_name = "DIR_OR_ID")]
     pub model: Option<String>,
 
-    /// Denoising steps; instead of sampling.num_inference_steps
+    /// Denoising steps; instead of sampler.num_inference_steps
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub steps: Option<usize>,
 
-    /// Classifier-free guidance, 1 turns it off; instead of sampling.guidance_scale
+    /// Classifier-free guidance, 1 turns it off; instead of sampler.guidance_scale
     #[arg(long, value_name = "G", value_parser = finite)]
     pub guidance_scale: Option<f64>,
 
-    /// DDIM noise, from 0 to 1; instead of sampling.eta
+    /// DDIM noise, from 0 to 1; instead of sampler.eta
     #[arg(long, value_name = "ETA", value_parser = finite)]
     pub eta: Option<f64>,
 
@@ -196,11 +200,11 @@ pub struct SampleArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
 
-    /// Pixels; instead of sampling.height
+    /// Pixels; instead of sampler.height
     #[arg(long, value_name = "PIXELS", value_parser = at_least_one)]
     pub height: Option<usize>,
 
-    /// Pixels; instead of sampling.width
+    /// Pixels; instead of sampler.width
     #[arg(long, value_name = "PIXELS", value_parser = at_least_one)]
     pub width: Option<usize>,
 

@@ -34,7 +34,7 @@ fn assert_same_run(one: &Experiment, other: &Experiment, step: usize) {
 
 /// All that chance decides: noise in every step, a truncation for each sample, prompts, two micro-batches.
 const CHANCE: [&str; 4] =
-    ["sampling.eta=1.0", "truncation.rule=uniform", "train.gradient_accumulation_steps=2", "run.sample_every=2"];
+    ["sampler.eta=1.0", "truncation.rule=uniform", "train.gradient_accumulation_steps=2", "run.sample_every=2"];
 
 fn chance<'a>(more: &[&'a str]) -> Vec<&'a str> {
     CHANCE.into_iter().chain(more.iter().copied()).collect()
@@ -50,6 +50,22 @@ fn two_steps_and_two_more_are_four() {
     assert!(final_file(&whole) == final_file(&parts));
     // the chances differ from step to step, so there was something to continue
     assert!(whole.metric("backprop_steps").windows(2).any(|pair| pair[0] != pair[1]));
+}
+
+/// Stopping keeps the length of the schedule, which `train.steps` would change.
+#[test]
+fn a_stopped_run_continues_its_schedule() {
+    let schedule = ["train.steps=4", "optimizer.lr_schedule=linear", "train.batch_size=2"];
+    let whole = Experiment::trained(&chance(&schedule));
+    let stopped = Experiment::new("tiny-sd15");
+    let config = stopped.config();
+    let line = ["train", "--config", &config, "--stop-at", "2"];
+    support::run(&with_settings(&line, &chance(&schedule))).unwrap();
+    assert_eq!(stopped.checkpoints(), ["step-000000", "step-000001", "step-000002"]);
+    assert!(!stopped.run_folder().join("pytorch_lora_weights.safetensors").exists());
+    stopped.resume(&[]).unwrap();
+    assert_same_run(&whole, &stopped, 4);
+    assert!(whole.metric("lr").is_sorted_by(|earlier, later| earlier > later));
 }
 
 #[test]
@@ -81,19 +97,53 @@ fn another_seed_is_another_run() {
 }
 
 #[test]
-fn a_finished_run_says_how_to_go_on() {
-    let run = Experiment::trained(&["train.steps=1"]);
-    let error = error(run.resume(&[]));
-    assert!(error.contains("--resume") && error.contains("train.steps"), "{error}");
-    assert_eq!(run.metrics().len(), 1);
+fn a_run_that_was_interrupted_in_its_first_step_is_resumed() {
+    let whole = Experiment::trained(&chance(&["train.steps=1"]));
+    let interrupted = Experiment::trained(&chance(&["train.steps=1"]));
+    fs::remove_dir_all(interrupted.checkpoint(1)).unwrap();
+    interrupted.resume(&[]).unwrap();
+    assert_same_run(&whole, &interrupted, 1);
 }
 
 #[test]
-fn a_resumed_run_keeps_its_rank() {
+fn a_run_that_was_interrupted_before_its_sample_grid_draws_it() {
+    let settings = chance(&["train.steps=4", "truncation.rule=fixed", "truncation.k=1"]);
+    let whole = Experiment::trained(&settings);
+    let interrupted = Experiment::trained(&settings);
+    // the checkpoint of step 2 is there, its grid is not
+    fs::remove_dir_all(interrupted.checkpoint(3)).unwrap();
+    fs::remove_dir_all(interrupted.checkpoint(4)).unwrap();
+    fs::remove_file(interrupted.run_folder().join("samples/step-000002.png")).unwrap();
+    let metrics = interrupted.run_folder().join("metrics.jsonl");
+    let text = fs::read_to_string(&metrics).unwrap();
+    let lines: Vec<&str> = text.lines().take_while(|line| !line.contains(r#""step":2,"sample"#)).collect();
+    assert_eq!(lines.len(), 3);
+    fs::write(&metrics, lines.join("\n") + "\n").unwrap();
+
+    interrupted.resume(&[]).unwrap();
+    assert_same_run(&whole, &interrupted, 4);
+    assert_eq!(listing(&interrupted.run_folder().join("samples")), listing(&whole.run_folder().join("samples")));
+}
+
+#[test]
+fn a_finished_run_is_left_as_it_is() {
     let run = Experiment::trained(&["train.steps=1"]);
-    let error = error(run.resume(&["train.steps=2", "lora.rank=3"]));
-    assert!(error.contains("lora.rank = 3") && error.contains("rank 2"), "{error}");
-    assert_eq!(run.checkpoints(), ["step-000001"]);
+    let (adapters, metrics) = (fs::read(run.lora_file(1)).unwrap(), run.metrics());
+    run.resume(&[]).unwrap();
+    assert!(fs::read(run.lora_file(1)).unwrap() == adapters);
+    assert_eq!((run.metrics(), run.checkpoints().len()), (metrics, 2));
+}
+
+#[test]
+fn a_resumed_run_keeps_its_adapters() {
+    let run = Experiment::trained(&["train.steps=1"]);
+    for setting in ["lora.rank=3", "lora.alpha=1", "lora.target_modules=['to_q']"] {
+        let error = error(run.resume(&["train.steps=2", setting]));
+        let key = setting.split('=').next().unwrap();
+        assert!(error.contains(key) && error.contains("keeps its adapters"), "{error}");
+    }
+    assert_eq!(run.checkpoints(), ["step-000000", "step-000001"]);
+    assert_eq!(run.metrics().len(), 1);
 }
 
 // ---------------------------------------------------------------------------------------------------- learning
@@ -107,8 +157,8 @@ fn the_reward_rises() {
         model.as_str(),
         file.as_str(),
         "reward.aesthetic.weight=0",
-        "sampling.guidance_scale=2",
-        "sampling.eta=0",
+        "sampler.guidance_scale=2",
+        "sampler.eta=0",
         "lora.rank=16",
         "optimizer.lr=1e-2",
         "optimizer.weight_decay=0",
@@ -227,7 +277,7 @@ fn the_gradient_is_clipped_to_its_bound() {
 
 #[test]
 fn another_split_into_micro_batches_is_the_same_step() {
-    let settings = ["sampling.eta=1.0", "truncation.rule=uniform", "train.steps=1", SMOOTH];
+    let settings = ["sampler.eta=1.0", "truncation.rule=uniform", "train.steps=1", SMOOTH];
     let run = |split: [&str; 2]| Experiment::trained(&[&settings[..], &split].concat());
     let at_once = run(["train.batch_size=4", "train.gradient_accumulation_steps=1"]);
     for split in [
@@ -262,8 +312,8 @@ fn block_checkpointing_gives_the_same_adapters() {
 #[test]
 fn without_guidance_the_negative_prompt_is_not_read() {
     let run = |guidance: &str, negative: &str| {
-        let guidance = format!("sampling.guidance_scale={guidance}");
-        let negative = format!("sampling.negative_prompt={negative}");
+        let guidance = format!("sampler.guidance_scale={guidance}");
+        let negative = format!("sampler.negative_prompt={negative}");
         Experiment::trained(&["train.steps=1", &guidance, &negative])
     };
     assert!(bytes(run("1.0", "").adapters(1)) == bytes(run("1.0", "a blurred photo").adapters(1)));
@@ -320,11 +370,8 @@ fn rewards_add_up_and_each_is_logged() {
     let alone = |kind: usize| {
         let mut weights = [0.0; 5];
         weights[kind] = 1.0;
-        train_with(
-            &all_rewards(weights),
-            &["train.steps=1", "train.batch_size=2", "optimizer.loss_coeff=0.1"],
-        )
-        .first_gradients()
+        train_with(&all_rewards(weights), &["train.steps=1", "train.batch_size=2", "optimizer.loss_coeff=0.1"])
+            .first_gradients()
     };
     let mut sum: BTreeMap<String, Tensor> =
         run.first_gradients().into_iter().map(|(name, g)| (name, g.zeros_like().unwrap())).collect();
@@ -413,7 +460,7 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
     let folder = run.run_folder();
     let expected = ["checkpoints", "config.toml", "metrics.jsonl", "pytorch_lora_weights.safetensors", "samples"];
     assert_eq!(listing(&folder), expected);
-    assert_eq!(run.checkpoints(), ["step-000001", "step-000002"]);
+    assert_eq!(run.checkpoints(), ["step-000000", "step-000001", "step-000002"]);
     let expected = ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"];
     assert_eq!(listing(&run.checkpoint(2)), expected);
     assert!(
@@ -449,9 +496,8 @@ fn sample_grids_are_on_fixed_noise() {
     let settings = ["train.steps=1", "run.sample_every=1"];
     let one = Experiment::trained(&settings);
     let other = Experiment::trained(&[&settings[..], &["optimizer.lr=1e-4", "truncation.rule=uniform"]].concat());
-    let grid = |run: &Experiment, step: usize| {
-        fs::read(run.run_folder().join(format!("samples/step-{step:06}.png"))).unwrap()
-    };
+    let grid =
+        |run: &Experiment, step: usize| fs::read(run.run_folder().join(format!("samples/step-{step:06}.png"))).unwrap();
     assert!(grid(&one, 0) == grid(&other, 0));
     assert!(grid(&one, 1) != grid(&other, 1));
 }
@@ -473,10 +519,11 @@ fn the_saved_config_is_the_resolved_one() {
 
 #[test]
 fn old_checkpoints_go() {
-    let run = Experiment::trained(&["train.steps=4", "run.keep_checkpoints=2", "truncation.rule=fixed", "truncation.k=1"]);
+    let run =
+        Experiment::trained(&["train.steps=4", "run.keep_checkpoints=2", "truncation.rule=fixed", "truncation.k=1"]);
     assert_eq!(run.checkpoints(), ["step-000003", "step-000004"]);
     let run = Experiment::trained(&["train.steps=3", "run.save_every=2", "truncation.rule=fixed", "truncation.k=1"]);
-    assert_eq!(run.checkpoints(), ["step-000002", "step-000003"]);
+    assert_eq!(run.checkpoints(), ["step-000000", "step-000002", "step-000003"]);
 }
 
 // ---------------------------------------------------------------------------------------------------- pipelines
@@ -486,7 +533,8 @@ fn old_checkpoints_go() {
 fn a_pipeline_of_the_second_kind_trains() {
     let run = Experiment::new("tiny-sd21");
     // 7 x 9 latents
-    run.train(&["sampling.height=56", "sampling.width=72", "truncation.rule=uniform", "optimizer.weight_decay=0"]).unwrap();
+    run.train(&["sampler.height=56", "sampler.width=72", "truncation.rule=uniform", "optimizer.weight_decay=0"])
+        .unwrap();
     let (first, second) = (run.adapters(1), run.adapters(2));
     assert_eq!(first.len(), 256);
     for (name, tensor) in &first {
@@ -497,7 +545,7 @@ fn a_pipeline_of_the_second_kind_trains() {
 #[test]
 fn a_size_with_odd_latents_trains_upright_and_lying() {
     for (height, width) in [(88, 56), (40, 104), (24, 8)] {
-        let size = [format!("sampling.height={height}"), format!("sampling.width={width}")];
+        let size = [format!("sampler.height={height}"), format!("sampler.width={width}")];
         let run = Experiment::trained(&["train.steps=1", "run.sample_every=1", &size[0], &size[1]]);
         let picture = image::open(run.run_folder().join("samples/step-000001.png")).unwrap();
         // enlarged to 128 pixels of width or more
@@ -511,8 +559,12 @@ fn a_size_with_odd_latents_trains_upright_and_lying() {
 fn without_a_size_the_model_says_it() {
     let experiment = Experiment::new("tiny-sd15");
     let config = experiment.config();
-    let without: String =
-        fs::read_to_string(&config).unwrap().lines().filter(|line| !line.contains("height") && !line.contains("width")).map(|line| format!("{line}\n")).collect();
+    let without: String = fs::read_to_string(&config)
+        .unwrap()
+        .lines()
+        .filter(|line| !line.contains("height") && !line.contains("width"))
+        .map(|line| format!("{line}\n"))
+        .collect();
     fs::write(&config, without).unwrap();
     experiment.train(&["train.steps=1", "run.sample_every=1", "run.num_samples=1"]).unwrap();
     let picture = image::open(experiment.run_folder().join("samples/step-000001.png")).unwrap();
@@ -537,7 +589,7 @@ fn assert_nan_is_traced(file: &str, tensor: &str, room: &[&str], more: &[&str]) 
     for word in room {
         assert!(message.contains(word), "`{word}`: {message}");
     }
-    assert_eq!(run.checkpoints(), ["step-000001"]);
+    assert_eq!(run.checkpoints(), ["step-000000", "step-000001"]);
     assert!(adapter == fs::read(run.lora_file(1)).unwrap());
     assert_eq!(run.metrics(), metrics);
 }
@@ -585,5 +637,5 @@ fn a_learning_rate_that_breaks_the_adapters_is_an_error() {
     let run = Experiment::new("tiny-sd15");
     let message = error(run.train(&["train.steps=4", "optimizer.lr=1e30"]));
     assert!(message.contains("not a number") && message.contains("optimizer step 2"), "{message}");
-    assert_eq!(run.checkpoints(), ["step-000001"]);
+    assert_eq!(run.checkpoints(), ["step-000000", "step-000001"]);
 }

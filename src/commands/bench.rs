@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use candle_core::Tensor;
 use serde::Serialize;
 
 use crate::cli::{Architecture, BenchArgs};
@@ -86,9 +85,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);
     let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
     let mut adapters = Adapters::init(&subject.unet.targets(), &targets, args.rank, args.rank as f64, normal)?;
-    let parameters =
-        |adapters: &Adapters| adapters.named_tensors().into_iter().map(|(_, tensor)| tensor).collect::<Vec<Tensor>>();
-    let mut optimizer = AdamW::new(&OptimizerConfig::default(), &parameters(&adapters))?;
+    let mut optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors())?;
 
     let mut runs = Vec::with_capacity(args.reps);
     for repetition in 0..=args.reps {
@@ -125,7 +122,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         )?;
         let mut gradients = sum.finish(&adapters)?;
         clip_grad_norm(&mut gradients, 5.0)?;
-        let updated = optimizer.update(&parameters(&adapters), &gradients, 1e-3)?;
+        let updated = optimizer.update(&adapters.tensors(), &gradients, 1e-3)?;
         adapters = adapters.with_tensors(updated)?;
         mark(2);
         phases.total = start.elapsed().as_secs_f64();

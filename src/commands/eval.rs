@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -13,7 +13,7 @@ use crate::cli::EvalArgs;
 use crate::config::{Config, PromptsConfig};
 use crate::lora::Adapters;
 use crate::rewards::Rewards;
-use crate::training::run_folder::RunFolder;
+use crate::training::run_folder::{RunFolder, write_whole};
 
 /// Pairs in one row of the grid.
 const COLUMNS: usize = 8;
@@ -95,9 +95,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         Some(file) => PromptsConfig { file: Some(file.clone()), ..Default::default() }.load()?,
         None => config.prompts.load()?,
     };
+    let reward_config = if args.reward.is_empty() { config.reward.clone() } else { config.reward.select(&args.reward) };
     let model = Model::load(&config)?;
     let tuned = model.load_lora(&adapters_path)?.adapters.scaled(args.lora_scale);
-    let rewards = Rewards::load(&config.reward, &model.pipeline.tokenizer)?.select(&args.reward)?;
+    let rewards = Rewards::load(&reward_config, &model.pipeline.tokenizer)?;
     let base = Adapters::default();
 
     // [reward][prompt][seed]
@@ -126,7 +127,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     }
     bar.finish_and_clear();
 
-    let settings = toml::Value::try_from(&config.reward)?;
+    let settings = toml::Value::try_from(&reward_config)?;
     let reports = rewards.names().into_iter().enumerate().map(|(r, name)| RewardReport {
         reward: name.to_owned(),
         preprocess: settings
@@ -155,8 +156,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let out = args.out.clone().unwrap_or(default_out);
     pictures::save_png(&pairs(shown)?, &out.join("grid.png"))?;
     let json = out.join("eval.json");
-    std::fs::write(&json, serde_json::to_string_pretty(&report)?)
-        .with_context(|| format!("writing {}", json.display()))?;
+    write_whole(&json, &serde_json::to_string_pretty(&report)?)?;
 
     print_tables(&report);
     println!(
@@ -180,9 +180,9 @@ fn resolve(args: &EvalArgs) -> Result<(Config, PathBuf, PathBuf)> {
         };
         return Ok((config, run.last_checkpoint()?, checkpoint.join("eval")));
     }
-    // a checkpoint inside a run has the run's config two folders above
-    let run_config =
-        checkpoint.ancestors().skip(1).map(|folder| folder.join("config.toml")).take(3).find(|path| path.is_file());
+    // RUN/checkpoints/step-NNNNNN, or the adapter in it: the run's config is known
+    let in_run = checkpoint.ancestors().find(|folder| folder.file_name().is_some_and(|name| name == "checkpoints"));
+    let run_config = in_run.and_then(Path::parent).map(|run| run.join("config.toml")).filter(|path| path.is_file());
     let path: Option<&Path> = args.config.config.as_deref().or(run_config.as_deref());
     Ok((config_of(path, &args.config.set)?, checkpoint.to_owned(), PathBuf::from("eval")))
 }

@@ -11,7 +11,7 @@ use crate::diffusion::{DdimSchedule, Noise, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
 use crate::models::Pipeline;
-use crate::training::rollout::is_finite;
+use crate::ops::is_finite;
 use crate::training::{Prompting, rollout};
 
 /// A pipeline as an experiment uses it.
@@ -28,13 +28,13 @@ pub(super) struct Model {
 impl Model {
     pub fn load(config: &Config) -> Result<Self> {
         let pipeline = Pipeline::load(&config.model.path, config.model.variant.as_deref())?;
-        let sampling = &config.sampling;
-        let schedule = DdimSchedule::load(&pipeline.source, sampling.num_inference_steps, sampling.eta)?;
+        let sampler = &config.sampler;
+        let schedule = DdimSchedule::load(&pipeline.source, sampler.num_inference_steps, sampler.eta)?;
         let (height, width) = pipeline.default_size();
-        let latent_shape = pipeline.latent_shape(sampling.height.unwrap_or(height), sampling.width.unwrap_or(width))?;
-        let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(&sampling.negative_prompt))?;
+        let latent_shape = pipeline.latent_shape(sampler.height.unwrap_or(height), sampler.width.unwrap_or(width))?;
+        let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(&sampler.negative_prompt))?;
         ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
-        Ok(Self { pipeline, schedule, latent_shape, guidance_scale: sampling.guidance_scale, negative_prompt_embeds })
+        Ok(Self { pipeline, schedule, latent_shape, guidance_scale: sampler.guidance_scale, negative_prompt_embeds })
     }
 
     /// Height and width of its images.
@@ -55,8 +55,7 @@ impl Model {
 
     /// The noise of DDIM step `i` (where eta is not zero) for some samples of optimizer step `step`.
     pub fn variance_noise(&self, noise: &Noise, step: u64, i: usize, samples: Range<u64>) -> Result<Tensor> {
-        // one counter for both: a chain has at most 1000 steps
-        Ok(noise.normal_batch(Stream::Variance, step << 10 | i as u64, samples, self.latent_shape)?)
+        Ok(noise.normal_batch(Stream::Variance, counter(step, i), samples, self.latent_shape)?)
     }
 
     /// Images (B, 3, H, W) of the prompts, from the evaluation noise of `seed`; `first` is the first prompt's number.
@@ -65,12 +64,17 @@ impl Model {
         let samples = first..first + prompts.len() as u64;
         let x_t = noise.normal_batch(Stream::Evaluation, 0, samples.clone(), self.latent_shape)?;
         let prompting = self.prompting(prompts)?;
-        let variance = |i| self.variance_noise(&noise, 0, i, samples.clone());
+        let variance =
+            |i| Ok(noise.normal_batch(Stream::EvaluationVariance, i as u64, samples.clone(), self.latent_shape)?);
         let latents = rollout(&self.pipeline.unet, self.schedule.steps(), x_t, &prompting, adapters, variance)?.latents;
         let images = (0..prompts.len())
             .map(|row| self.pipeline.vae.decode(&latents.narrow(0, row, 1)?.contiguous()?))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&images, 0)?)
+        let images = Tensor::cat(&images, 0)?;
+        if !is_finite(&images)? {
+            bail!("not a number: the VAE's image of `{}` is not finite", prompts.join("`, `"));
+        }
+        Ok(images)
     }
 
     /// Prompts that the text encoder will not read to their end, with the number of their tokens.
@@ -102,6 +106,11 @@ impl Model {
         }
         Ok(loaded)
     }
+}
+
+/// One counter of (optimizer step, place within it): a chain has fewer than 2¹⁶ steps.
+pub(super) fn counter(step: u64, place: usize) -> u64 {
+    step << 16 | place as u64
 }
 
 /// The config of `--config`, or the defaults, with `--set` applied.

@@ -12,15 +12,15 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     if let Some(model) = &args.model {
         config.model.path.clone_from(model);
     }
-    let sampling = &mut config.sampling;
+    let sampler = &mut config.sampler;
     if let Some(negative_prompt) = &args.negative_prompt {
-        sampling.negative_prompt.clone_from(negative_prompt);
+        sampler.negative_prompt.clone_from(negative_prompt);
     }
-    sampling.num_inference_steps = args.steps.unwrap_or(sampling.num_inference_steps);
-    sampling.guidance_scale = args.guidance_scale.unwrap_or(sampling.guidance_scale);
-    sampling.eta = args.eta.unwrap_or(sampling.eta);
-    sampling.height = args.height.or(sampling.height);
-    sampling.width = args.width.or(sampling.width);
+    sampler.num_inference_steps = args.steps.unwrap_or(sampler.num_inference_steps);
+    sampler.guidance_scale = args.guidance_scale.unwrap_or(sampler.guidance_scale);
+    sampler.eta = args.eta.unwrap_or(sampler.eta);
+    sampler.height = args.height.or(sampler.height);
+    sampler.width = args.width.or(sampler.width);
     config.validate()?;
     check_device(args.device.as_deref().unwrap_or(&config.run.device), config.run.precision)?;
 

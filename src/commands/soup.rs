@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::cli::{self, SoupArgs};
 use crate::lora::soup::{Average, mix, relative_error};
@@ -16,8 +16,8 @@ pub fn run(args: &SoupArgs) -> Result<()> {
     if !args.with_base && (total - 1.0).abs() > TOLERANCE {
         bail!("the weights sum to {total}, not to 1; for a rest of base model add --with-base");
     }
-    if args.with_base && total > 1.0 + TOLERANCE {
-        bail!("the weights sum to {total}: with --with-base they are at most 1, and the rest is the base model");
+    if args.with_base && !(0.0..=1.0 + TOLERANCE).contains(&total) {
+        bail!("the weights sum to {total}: with --with-base they sum to 0 to 1, and the rest is the base model");
     }
     if args.rank.is_some() && args.average == cli::Average::Factors {
         bail!("--rank cuts a product average; the average of factors keeps their rank: leave --rank out");
@@ -25,10 +25,11 @@ pub fn run(args: &SoupArgs) -> Result<()> {
     let mut parts = Vec::with_capacity(args.parts.len() + 1);
     let mut base_models = Vec::new();
     for (path, weight) in &args.parts {
-        let loaded = formats::load(path).with_context(|| format!("reading {}", path.display()))?;
+        let loaded = formats::load(path)?;
         base_models.extend(loaded.metadata.get("base_model").cloned());
         parts.push((loaded.adapters, *weight));
     }
+    base_models.sort();
     base_models.dedup();
     if base_models.len() > 1 {
         eprintln!("warning: these adapters were trained on different models: {}", base_models.join(", "));

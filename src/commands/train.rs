@@ -9,13 +9,14 @@ use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value as Json, json};
 
-use super::experiment::{Model, config_of};
+use super::experiment::{Model, config_of, counter};
 use super::{check_device, pictures};
 use crate::cli::TrainArgs;
 use crate::config::Config;
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats};
 use crate::nn::lora::LoraGradients;
+use crate::ops::is_finite;
 use crate::optim::{AdamW, clip_grad_norm, learning_rate};
 use crate::rewards::Rewards;
 use crate::training::checkpoint::Checkpoint;
@@ -27,6 +28,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     check_device(&config.run.device, config.run.precision)?;
     config.require_trained()?;
     let prompts = config.prompts.load()?;
+    if args.resume.is_none() {
+        RunFolder::check_free(&config.run.dir)?; // before gigabytes are read
+    }
     let model = Model::load(&config)?;
     let rewards = Rewards::load(&config.reward, &model.pipeline.tokenizer)?;
     let noise = Noise::new(config.run.seed);
@@ -39,12 +43,6 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         println!("dry run: nothing was trained and nothing was written");
         return Ok(());
     }
-    ensure!(
-        state.step < config.train.steps,
-        "the run has taken its {} steps; go on with --resume and --set train.steps=N, N above {}",
-        state.step,
-        state.step
-    );
     let run = match &args.resume {
         Some(dir) => {
             let run = RunFolder::open(dir)?;
@@ -55,38 +53,50 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         None => RunFolder::create(&config.run.dir, &config.to_toml()?)?,
     };
     let trainer = Trainer { config: &config, model: &model, rewards: &rewards, prompts: &prompts, noise: &noise };
+    let save = |state: &Checkpoint| state.save(&run.checkpoints(), &metadata(&config, &rewards, state.step));
     let progress = progress_bar(&config, state.step);
     if state.step == 0 {
+        save(&state)?; // so that a run can be resumed from its first moment on
         trainer.draw_samples(&run, &state)?;
     }
 
-    let mut first_scores: Option<Vec<f64>> = None;
-    let mut last_scores = Vec::new();
-    while state.step < config.train.steps {
+    let end = args.stop_at.map_or(config.train.steps, |step| step.min(config.train.steps));
+    while state.step < end {
         let started = Instant::now();
         let lr = learning_rate(&config.optimizer, state.step, config.train.steps);
-        let outcome = trainer
-            .step(&mut state, lr, &progress)
-            .with_context(|| format!("in optimizer step {}; the checkpoints before it are intact", state.step + 1))?;
+        let outcome = trainer.step(&mut state, lr, &progress).with_context(|| {
+            format!(
+                "in optimizer step {}; the checkpoints in {} are intact",
+                state.step + 1,
+                run.checkpoints().display()
+            )
+        })?;
+        // only now: the last checkpoint has made a finite step
+        Checkpoint::prune(&run.checkpoints(), config.run.keep_checkpoints)?;
         run.log(&outcome.metrics(&rewards, &state, lr, started.elapsed()))?;
-
-        let first = first_scores.get_or_insert_with(|| outcome.mean_scores.clone());
-        progress.set_message(summary(&rewards, first, &outcome.mean_scores));
-        last_scores.clone_from(&outcome.mean_scores);
+        progress.set_message(summary(&run, &rewards, &outcome.mean_scores)?);
         let due = |every: usize| every > 0 && state.step.is_multiple_of(every);
-        let done = state.step == config.train.steps;
-        if due(config.run.save_every) || done {
-            state.save(&run.checkpoints(), &metadata(&config, &rewards, state.step))?;
-            Checkpoint::prune(&run.checkpoints(), config.run.keep_checkpoints)?;
+        if due(config.run.save_every) || state.step == end {
+            save(&state)?;
         }
-        if due(config.run.sample_every) || (done && config.run.sample_every > 0) {
+        if due(config.run.sample_every) || (state.step == end && config.run.sample_every > 0) {
             trainer.draw_samples(&run, &state)?;
         }
     }
     progress.finish_and_clear();
+    Checkpoint::prune(&run.checkpoints(), config.run.keep_checkpoints)?;
+    if state.step < config.train.steps {
+        println!(
+            "stopped after step {} of {}; go on with `alignprop train --resume {}`",
+            state.step,
+            config.train.steps,
+            config.run.dir.display()
+        );
+        return Ok(());
+    }
     let adapters = config.run.dir.join("pytorch_lora_weights.safetensors");
     formats::save(&state.adapters, &metadata(&config, &rewards, state.step), &adapters)?;
-    report(&config, &run, &rewards, &first_scores.unwrap_or_default(), &last_scores, &adapters)
+    report(&config, &run, &rewards, &adapters)
 }
 
 /// What every optimizer step needs and none changes.
@@ -162,10 +172,16 @@ impl Trainer<'_> {
             let mut gradients = sum.finish(&state.adapters)?;
             grad_norm = clip_grad_norm(&mut gradients, optimizer.max_grad_norm)?;
             ensure!(grad_norm.is_finite(), "not a number: the norm of the LoRA gradients is {grad_norm}");
-            let parameters: Vec<Tensor> =
-                state.adapters.named_tensors().into_iter().map(|(_, tensor)| tensor).collect();
-            let updated = state.optimizer.update(&parameters, &gradients, lr)?;
+            let mut optimizer = state.optimizer.clone();
+            let updated = optimizer.update(&state.adapters.tensors(), &gradients, lr)?;
+            for ((name, _), tensor) in state.adapters.named_tensors().iter().zip(&updated) {
+                ensure!(
+                    is_finite(tensor)?,
+                    "not a number: AdamW's update of `{name}` is not finite (optimizer.lr = {lr}?)"
+                );
+            }
             state.adapters = state.adapters.with_tensors(updated)?;
+            state.optimizer = optimizer;
             state.step += 1;
         }
         let column = |r: usize| scores.iter().map(move |row: &Vec<f64>| row[r]);
@@ -189,8 +205,9 @@ impl Trainer<'_> {
         reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing)
     }
 
-    /// DRaFT-LV (Clark et al. 2024): the images are noised to the last step's level and denoised again, several times;
-    /// the gradients of those last steps are averaged. Scores and losses are averages too.
+    /// After DRaFT-LV (Clark et al. 2024): the images are noised to the last step's level and denoised again, several
+    /// times; the gradients of those last steps are averaged. Scores and losses are averages too. The paper adds the
+    /// gradient of the chain's own last step; here each of the averaged steps is a noised one.
     #[allow(clippy::too_many_arguments)]
     fn renoised(
         &self,
@@ -214,10 +231,11 @@ impl Trainer<'_> {
         };
         let mut total: Option<Credit> = None;
         for repetition in 0..plan.renoise {
-            let counter = step << 10 | repetition as u64;
-            let z = self.noise.normal_batch(Stream::Renoise, counter, samples.clone(), *latent_shape)?;
+            let z =
+                self.noise.normal_batch(Stream::Renoise, counter(step, repetition), samples.clone(), *latent_shape)?;
             let x_1 = ((&trajectory.latents * signal)? + (z * spread)?)?;
-            let variance = |_| self.model.variance_noise(self.noise, step, last, samples.clone());
+            // places after the chain's own
+            let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
             let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance)?;
             let credit = self.credit(&again.latents, prompts, plan.renoise)?;
             backprop(
@@ -310,17 +328,23 @@ fn start(config: &Config, model: &Model, noise: &Noise) -> Result<Checkpoint> {
     let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
     let adapters =
         Adapters::init(&model.pipeline.unet.targets(), &lora.target_modules, lora.rank, lora.alpha_or_rank(), normal)?;
-    let parameters: Vec<Tensor> = adapters.named_tensors().into_iter().map(|(_, tensor)| tensor).collect();
-    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &parameters)?, adapters })
+    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &adapters.tensors())?, adapters })
 }
 
 fn resume(dir: &Path, config: &Config, model: &Model) -> Result<Checkpoint> {
     let folder = RunFolder::open(dir)?.last_checkpoint()?;
     let checkpoint = Checkpoint::load(&folder, &config.optimizer)?;
     checkpoint.adapters.check_fits(&model.pipeline.unet.targets())?;
-    if let Some(other) = checkpoint.adapters.factors().iter().find(|factor| factor.rank() != config.lora.rank) {
-        bail!("lora.rank = {} but the checkpoint has rank {}: a run keeps its rank", config.lora.rank, other.rank());
-    }
+    // the settings must be those of the adapters: a run keeps its shape
+    let fresh = start(config, model, &Noise::new(config.run.seed))?.adapters;
+    let shape = |adapters: &Adapters| {
+        adapters.factors().iter().map(|f| (f.module.clone(), f.rank(), f.alpha)).collect::<Vec<_>>()
+    };
+    ensure!(
+        shape(&fresh) == shape(&checkpoint.adapters),
+        "lora.rank, lora.alpha or lora.target_modules differ from those of {}: a run keeps its adapters; start another one for others",
+        folder.display()
+    );
     Ok(checkpoint)
 }
 
@@ -344,12 +368,12 @@ fn metadata(config: &Config, rewards: &Rewards, step: usize) -> HashMap<String, 
 /// The run's head, on stderr.
 fn describe(config: &Config, model: &Model, rewards: &Rewards, prompts: &[String], state: &Checkpoint) -> Result<()> {
     let (height, width) = model.image_size();
-    let Config { train, sampling, .. } = config;
+    let Config { train, sampler, .. } = config;
     let batch = train.batch_size * train.gradient_accumulation_steps;
     let rule = toml::to_string(&config.truncation)?.trim().replace('\n', ", ");
     eprintln!(
         "model       {} ({height}x{width}, {} DDIM steps, guidance {})",
-        config.model.path, sampling.num_inference_steps, sampling.guidance_scale
+        config.model.path, sampler.num_inference_steps, sampler.guidance_scale
     );
     eprintln!(
         "adapters    rank {} on {} layers, {} parameters",
@@ -385,27 +409,25 @@ fn progress_bar(config: &Config, done: usize) -> ProgressBar {
     bar
 }
 
-/// `aesthetic 5.31 (+0.42)`
-fn summary(rewards: &Rewards, first: &[f64], now: &[f64]) -> String {
-    let parts = rewards.names().into_iter().zip(first.iter().zip(now));
-    parts.map(|(name, (first, now))| format!("{name} {now:.4} ({:+.4})", now - first)).collect::<Vec<_>>().join("  ")
+/// `aesthetic 5.31 (+0.42)`: the batch's mean and its distance from the first batch's.
+fn summary(run: &RunFolder, rewards: &Rewards, now: &[f64]) -> Result<String> {
+    let mut parts = Vec::with_capacity(now.len());
+    for (name, now) in rewards.names().into_iter().zip(now) {
+        let first = run.history(&format!("reward/{name}"))?.first().map_or(*now, |(_, first)| *first);
+        parts.push(format!("{name} {now:.4} ({:+.4})", now - first));
+    }
+    Ok(parts.join("  "))
 }
 
-fn report(
-    config: &Config,
-    run: &RunFolder,
-    rewards: &Rewards,
-    first: &[f64],
-    last: &[f64],
-    adapters: &Path,
-) -> Result<()> {
-    for (r, name) in rewards.names().iter().enumerate() {
-        let (first, last) = (first.get(r).copied().unwrap_or(f64::NAN), last.get(r).copied().unwrap_or(f64::NAN));
-        println!("{name}: {first:.4} in the first step's batch, {last:.4} in the last one's");
+/// What the run came to, on stdout, from its metrics.
+fn report(config: &Config, run: &RunFolder, rewards: &Rewards, adapters: &Path) -> Result<()> {
+    for name in rewards.names() {
+        let batches = run.history(&format!("reward/{name}"))?;
+        if let (Some((_, first)), Some((step, last))) = (batches.first(), batches.last()) {
+            println!("{name}: {first:.4} in the first batch, {last:.4} in that of step {step}");
+        }
         let samples = run.history(&format!("sample/{name}"))?;
-        if let (Some((_, before)), Some((_, after))) = (samples.first(), samples.last())
-            && samples.len() > 1
-        {
+        if let [(_, before), .., (_, after)] = samples.as_slice() {
             println!(
                 "{name}: {before:.4} before, {after:.4} after, on {} images of the same prompts and noise",
                 config.run.num_samples

@@ -418,10 +418,8 @@ impl Subject<'_> {
         let unet = &self.pipeline.unet;
 
         let mut adapters = start.clone();
-        let parameters =
-            |adapters: &Adapters| adapters.named_tensors().into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>();
         let config = OptimizerConfig { lr: train.lr, weight_decay: train.weight_decay, ..Default::default() };
-        let mut optimizer = AdamW::new(&config, &parameters(&adapters))?;
+        let mut optimizer = AdamW::new(&config, &adapters.tensors())?;
         for (i, log) in train.log.iter().enumerate() {
             let trajectory = rollout(unet, &plan.steps, x_t.get(i)?, &prompting, &adapters, |_| {
                 anyhow::bail!("no noise is recorded for these steps")
@@ -448,7 +446,7 @@ impl Subject<'_> {
             )?;
             let mut gradients = sum.finish(&adapters)?;
             let norm = clip_grad_norm(&mut gradients, train.max_grad_norm)?;
-            let updated = optimizer.update(&parameters(&adapters), &gradients, train.lr)?;
+            let updated = optimizer.update(&adapters.tensors(), &gradients, train.lr)?;
             adapters = adapters.with_tensors(updated)?;
 
             let case = format!("train3, step {i}");

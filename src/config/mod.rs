@@ -51,7 +51,7 @@ use table;
 pub struct Config {
     pub model: ModelConfig,
     pub lora: LoraConfig,
-    pub sampling: SamplingConfig,
+    pub sampler: SamplerConfig,
     pub truncation: Truncation,
     pub reward: RewardsConfig,
     pub prompts: PromptsConfig,
@@ -113,8 +113,8 @@ impl LoraConfig {
 }
 
 table! {
-    /// `[sampling]`: how images are made, in training and in evaluation.
-    pub struct SamplingConfig {
+    /// `[sampler]`: how images are made, in training and in evaluation.
+    pub struct SamplerConfig {
         /// Denoising steps of one image; 1 or more. Time grows in proportion.
         num_inference_steps: usize = 50,
         /// Classifier-free guidance; 0 or more. 1 or less turns it off and halves the work.
@@ -132,7 +132,7 @@ table! {
 
 /// `[truncation]`: which denoising steps keep their gradient. `rule` names the variant, the other keys are its fields.
 ///
-/// T is `sampling.num_inference_steps`. Steps are counted in sampling order: step 0 is the noisiest, step T-1 the last.
+/// T is `sampler.num_inference_steps`. Steps are counted in sampling order: step 0 is the noisiest, step T-1 the last.
 /// "K steps" are always the last K.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(tag = "rule", rename_all = "kebab-case", deny_unknown_fields)]
@@ -214,6 +214,21 @@ pub struct RewardsConfig {
 }
 
 impl RewardsConfig {
+    /// Only the named kinds; one that has no table gets its defaults.
+    pub fn select(&self, kinds: &[String]) -> Self {
+        let wanted = |kind: &str| kinds.iter().any(|name| name == kind);
+        fn pick<T: Clone + Default>(wanted: bool, table: &Option<T>) -> Option<T> {
+            wanted.then(|| table.clone().unwrap_or_default())
+        }
+        Self {
+            aesthetic: pick(wanted("aesthetic"), &self.aesthetic),
+            clip_head: pick(wanted("clip-head"), &self.clip_head),
+            hps: pick(wanted("hps"), &self.hps),
+            clip_score: pick(wanted("clip-score"), &self.clip_score),
+            pickscore: pick(wanted("pickscore"), &self.pickscore),
+        }
+    }
+
     /// The configured rewards: kind and weight, in the order of [`REWARD_KINDS`].
     pub fn weights(&self) -> Vec<(&'static str, f64)> {
         let weights = [
@@ -441,7 +456,7 @@ mod tests {
             config.require_trained().unwrap();
             assert_eq!(config.train.batch_size * config.train.gradient_accumulation_steps, 128);
             assert_eq!(config.optimizer, OptimizerConfig::default());
-            assert_eq!(config.sampling, SamplingConfig::default());
+            assert_eq!(config.sampler, SamplerConfig::default());
             assert_eq!(config.lora, LoraConfig::default());
             assert_eq!(config.run.dir, Path::new("runs").join(name));
             let truncation = if name.ends_with("-k1") { Truncation::Fixed { k: 1 } } else { Truncation::default() };
@@ -475,7 +490,7 @@ mod tests {
             variant = "fp16"
             [lora]
             alpha = 8
-            [sampling]
+            [sampler]
             height = 64
             width = 96
             negative_prompt = "line\nbreak"
@@ -510,7 +525,7 @@ mod tests {
     fn to_toml_has_its_tables_in_order() {
         let text = Config::parse("reward.hps = {}", "x.toml", &[]).unwrap().to_toml().unwrap();
         let tables: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
-        let order = "[model] [lora] [sampling] [truncation] [reward.hps] [prompts] [optimizer] [train] [run]";
+        let order = "[model] [lora] [sampler] [truncation] [reward.hps] [prompts] [optimizer] [train] [run]";
         assert_eq!(tables.join(" "), order, "{text}");
         assert!(text.contains("betas = [0.9, 0.999]\n"), "{text}");
     }

@@ -523,7 +523,7 @@ mod tests {
                 "optimizer.lr=1e-4",
                 "model.path=some/folder",
                 "run.dir=2024-01-01",
-                "sampling.negative_prompt=7",
+                "sampler.negative_prompt=7",
                 "run.precision=bf16",
                 "optimizer.betas=[0.8, 0.9]",
                 "reward.hps.weight=0.5",
@@ -534,7 +534,7 @@ mod tests {
         assert_eq!(config.optimizer.lr, 1e-4);
         assert_eq!(config.model.path, "some/folder");
         assert_eq!(config.run.dir, Path::new("2024-01-01"));
-        assert_eq!(config.sampling.negative_prompt, "7");
+        assert_eq!(config.sampler.negative_prompt, "7");
         assert_eq!(config.run.precision, Precision::Bf16);
         assert_eq!(config.optimizer.betas, [0.8, 0.9]);
         assert_eq!(config.reward.hps, Some(HpsConfig { weight: 0.5, ..Default::default() }));

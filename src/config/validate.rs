@@ -4,16 +4,22 @@ use anyhow::{Result, bail, ensure};
 
 use super::{Config, HeadLayer, REWARD_KINDS, RewardsConfig, Truncation};
 
+/// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
+const MAX_SIDE: usize = 16_384;
+const MAX_RANK: usize = 4096;
+const MAX_BATCH: usize = 1 << 20;
+
 impl Config {
     /// Checks the ranges and what one table demands of another. What only the model knows (its image size, its
     /// layers) is checked where the model is loaded.
     pub fn validate(&self) -> Result<()> {
-        let Config { model, lora, sampling, truncation, reward, prompts, optimizer, train, run } = self;
+        let Config { model, lora, sampler, truncation, reward, prompts, optimizer, train, run } = self;
 
         ensure!(!model.path.is_empty(), "model.path is empty: give a folder or a hub id");
         ensure!(model.variant.as_deref() != Some(""), "model.variant is empty: leave it out for the plain files");
 
         at_least_one("lora.rank", lora.rank)?;
+        ensure!(lora.rank <= MAX_RANK, "lora.rank = {}: at most {MAX_RANK}; ranks of 4 to 128 are usual", lora.rank);
         if let Some(alpha) = lora.alpha {
             more_than_zero("lora.alpha", alpha)?;
         }
@@ -23,14 +29,15 @@ impl Config {
             "lora.target_modules = {targets:?}: name at least one layer, for example \"to_q\""
         );
 
-        at_least_one("sampling.num_inference_steps", sampling.num_inference_steps)?;
-        zero_or_more("sampling.guidance_scale", sampling.guidance_scale)?;
-        let eta = sampling.eta;
-        ensure!((0.0..=1.0).contains(&eta), "sampling.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
-        for (key, size) in [("sampling.height", sampling.height), ("sampling.width", sampling.width)] {
+        at_least_one("sampler.num_inference_steps", sampler.num_inference_steps)?;
+        zero_or_more("sampler.guidance_scale", sampler.guidance_scale)?;
+        let eta = sampler.eta;
+        ensure!((0.0..=1.0).contains(&eta), "sampler.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
+        for (key, size) in [("sampler.height", sampler.height), ("sampler.width", sampler.width)] {
             ensure!(size != Some(0), "{key} = 0: give pixels, or leave it out for the model's own size");
+            ensure!(size.is_none_or(|n| n <= MAX_SIDE), "{key} = {}: at most {MAX_SIDE} pixels", size.unwrap_or(0));
         }
-        truncation.validate(sampling.num_inference_steps)?;
+        truncation.validate(sampler.num_inference_steps)?;
         reward.validate()?;
         prompts.validate()?;
 
@@ -52,6 +59,13 @@ impl Config {
         at_least_one("train.steps", train.steps)?;
         at_least_one("train.batch_size", train.batch_size)?;
         at_least_one("train.gradient_accumulation_steps", train.gradient_accumulation_steps)?;
+        let batch = train.batch_size.checked_mul(train.gradient_accumulation_steps);
+        ensure!(
+            batch.is_some_and(|batch| batch <= MAX_BATCH),
+            "train.batch_size = {} and train.gradient_accumulation_steps = {}: at most {MAX_BATCH} images a step",
+            train.batch_size,
+            train.gradient_accumulation_steps
+        );
         ensure!(
             optimizer.warmup_steps <= train.steps,
             "optimizer.warmup_steps = {} but train.steps = {}: the warm-up would not end",
@@ -93,7 +107,7 @@ impl Truncation {
     fn validate(&self, num_inference_steps: usize) -> Result<()> {
         let total = num_inference_steps;
         let against =
-            |key: &str, value: String| format!("truncation.{key} = {value} but sampling.num_inference_steps = {total}");
+            |key: &str, value: String| format!("truncation.{key} = {value} but sampler.num_inference_steps = {total}");
         let ordered = |lo: usize, hi: usize| {
             ensure!(lo <= hi, "truncation.lo = {lo} is more than truncation.hi = {hi}: swap them");
             Ok(())
@@ -228,11 +242,11 @@ mod tests {
             ("lora.rank = 0", "lora.rank = 0: must be 1 or more"),
             ("lora.alpha = 0.0", "lora.alpha = 0: must be a finite number, more than 0"),
             ("lora.target_modules = []", "lora.target_modules = []: name at least one layer"),
-            ("sampling.num_inference_steps = 0", "sampling.num_inference_steps = 0: must be 1"),
-            ("sampling.guidance_scale = nan", "sampling.guidance_scale = NaN: must be"),
-            ("sampling.eta = -0.1", "sampling.eta = -0.1: must be from 0"),
-            ("sampling.eta = 1.1", "sampling.eta = 1.1: must be from 0"),
-            ("sampling.height = 0", "sampling.height = 0: give pixels"),
+            ("sampler.num_inference_steps = 0", "sampler.num_inference_steps = 0: must be 1"),
+            ("sampler.guidance_scale = nan", "sampler.guidance_scale = NaN: must be"),
+            ("sampler.eta = -0.1", "sampler.eta = -0.1: must be from 0"),
+            ("sampler.eta = 1.1", "sampler.eta = 1.1: must be from 0"),
+            ("sampler.height = 0", "sampler.height = 0: give pixels"),
             ("reward.hps.weight = inf", "reward.hps.weight = inf: must be a finite number"),
             ("reward.hps.file = ''", "reward.hps.file is empty"),
             ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
@@ -262,18 +276,18 @@ mod tests {
     fn truncation_fits_the_steps() {
         for (text, start) in [
             ("rule = 'fixed', k = 0", "truncation.k = 0: must be 1 or more"),
-            ("rule = 'fixed', k = 60", "truncation.k = 60 but sampling.num_inference_steps = 50: only as"),
-            ("rule = 'drtune', k = 51", "truncation.k = 51 but sampling.num_inference_steps = 50: only as"),
-            ("rule = 'gaussian', mean = 50, std = 5", "truncation.mean = 50 but sampling.num_inference"),
+            ("rule = 'fixed', k = 60", "truncation.k = 60 but sampler.num_inference_steps = 50: only as"),
+            ("rule = 'drtune', k = 51", "truncation.k = 51 but sampler.num_inference_steps = 50: only as"),
+            ("rule = 'gaussian', mean = 50, std = 5", "truncation.mean = 50 but sampler.num_inference"),
             ("rule = 'gaussian', mean = 42, std = -5", "truncation.std = -5: must be"),
             ("rule = 'per-step', lo = 3, hi = 2", "truncation.lo = 3 is more than truncation.hi = 2: swap"),
-            ("rule = 'per-step', lo = 3, hi = 51", "truncation.hi = 51 but sampling.num_inference_steps = 50"),
-            ("rule = 'per-step', lo = 50, hi = 50", "truncation.lo = 50 but sampling.num_inference_steps = 50"),
+            ("rule = 'per-step', lo = 3, hi = 51", "truncation.hi = 51 but sampler.num_inference_steps = 50"),
+            ("rule = 'per-step', lo = 50, hi = 50", "truncation.lo = 50 but sampler.num_inference_steps = 50"),
             ("rule = 'steps', steps = []", "truncation.steps is empty"),
-            ("rule = 'steps', steps = [50]", "truncation.steps = [50] but sampling.num_inference_steps = 50"),
+            ("rule = 'steps', steps = [50]", "truncation.steps = [50] but sampler.num_inference_steps = 50"),
             ("rule = 'steps', steps = [1, 1]", "truncation.steps names 1 twice"),
             ("rule = 'draft-lv', n = 0", "truncation.n = 0: must be 1 or more"),
-            ("rule = 'refl', lo = 30, hi = 50", "truncation.hi = 50 but sampling.num_inference_steps = 50"),
+            ("rule = 'refl', lo = 30, hi = 50", "truncation.hi = 50 but sampler.num_inference_steps = 50"),
             ("rule = 'refl', lo = 3, hi = 2", "truncation.lo = 3 is more than truncation.hi = 2: swap"),
         ] {
             let error = error(&format!("truncation = {{ {text} }}"));

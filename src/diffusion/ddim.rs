@@ -19,8 +19,6 @@ use crate::models::Source;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct SchedulerConfig {
-    #[serde(rename = "_class_name")]
-    pub class_name: Option<String>,
     pub num_train_timesteps: usize,
     pub beta_start: f64,
     pub beta_end: f64,
@@ -38,7 +36,6 @@ pub struct SchedulerConfig {
 impl Default for SchedulerConfig {
     fn default() -> Self {
         Self {
-            class_name: None,
             num_train_timesteps: 1000,
             beta_start: 1e-4,
             beta_end: 0.02,
@@ -107,14 +104,14 @@ impl DdimSchedule {
     pub fn new(config: &SchedulerConfig, num_inference_steps: usize, eta: f64) -> Result<Self> {
         let train = config.num_train_timesteps;
         if num_inference_steps == 0 || num_inference_steps > train {
-            bail!("sampling.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
+            bail!("sampler.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
         }
-        // diffusers' DDIMScheduler clips where its config does not say; other schedulers have no such key
-        let is_ddim = config.class_name.as_deref().is_none_or(|name| name == "DDIMScheduler");
-        if config.clip_sample.unwrap_or(is_ddim) || config.thresholding {
-            bail!(
-                "scheduler_config.json asks for clip_sample or thresholding, which latent diffusion does not use; set both to false in it"
-            );
+        // clipping is meant for pixels; diffusers' Stable Diffusion pipeline turns it off, too
+        if config.clip_sample == Some(true) {
+            eprintln!("warning: scheduler_config.json has clip_sample = true, which latents do not use; it is ignored");
+        }
+        if config.thresholding {
+            bail!("scheduler_config.json asks for thresholding, which latent diffusion does not use; set it to false");
         }
         let prediction = match config.prediction_type.as_str() {
             "epsilon" => Prediction::Epsilon,
@@ -126,6 +123,12 @@ impl DdimSchedule {
         };
         let alphas_cumprod = alphas_cumprod(config)?;
         let timesteps = timesteps(config, num_inference_steps)?;
+        if prediction == Prediction::Epsilon && timesteps.iter().any(|t| alphas_cumprod[*t] < 1e-12) {
+            bail!(
+                "scheduler_config.json: rescale_betas_zero_snr leaves no signal at timestep {}, from which epsilon prediction cannot tell the image; it goes with v_prediction",
+                timesteps[0]
+            );
+        }
         let last = if config.set_alpha_to_one { 1.0 } else { alphas_cumprod[0] };
         let stride = train / num_inference_steps;
         let steps = timesteps
@@ -203,18 +206,13 @@ fn alphas_cumprod(config: &SchedulerConfig) -> Result<Vec<f64>> {
     };
     let betas = if config.rescale_betas_zero_snr { zero_terminal_snr(&betas) } else { betas };
     let mut product = 1f64;
-    let mut alphas: Vec<f64> = betas
+    let alphas: Vec<f64> = betas
         .iter()
         .map(|beta| {
             product *= f64::from(1.0 - beta);
             f64::from(product as f32)
         })
         .collect();
-    if config.rescale_betas_zero_snr
-        && let Some(last) = alphas.last_mut()
-    {
-        *last = f64::from(2f32.powi(-24)); // as diffusers: close to zero, but finite
-    }
     Ok(alphas)
 }
 
@@ -256,9 +254,17 @@ fn timesteps(config: &SchedulerConfig, n: usize) -> Result<Vec<usize>> {
                 .map(|i| if n == 1 { 0 } else { (i as f64 * (last / (n - 1) as f64)).round_ties_even() as usize })
                 .collect()
         }
-        "trailing" => (0..n)
-            .map(|i| (train as f64 - i as f64 * (train as f64 / n as f64)).round_ties_even() as usize - 1)
-            .collect(),
+        "trailing" => {
+            // numpy's arange fills with (start + step) - start, and its length rounds up
+            let (start, step) = (train as f64, -(train as f64 / n as f64));
+            let delta = (start + step) - start;
+            if (-start / step).ceil() as usize != n {
+                bail!(
+                    "{n} steps do not divide {train} timesteps evenly with timestep_spacing `trailing`; take another number of steps"
+                );
+            }
+            (0..n).map(|i| (start + i as f64 * delta).round_ties_even() as usize - 1).collect()
+        }
         other => bail!("scheduler_config.json: timestep_spacing `{other}` is not known (leading, trailing, linspace)"),
     };
     match steps.iter().find(|t| **t >= train) {
@@ -292,6 +298,7 @@ mod tests {
         assert_eq!(at("leading", 7), [853, 711, 569, 427, 285, 143, 1]);
         assert_eq!(at("linspace", 10), [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]);
         assert_eq!(at("trailing", 6), [999, 832, 666, 499, 332, 166]);
+        assert_eq!(at("trailing", 48)[..4], [999, 978, 957, 936]);
     }
 
     #[test]
@@ -339,7 +346,13 @@ mod tests {
             let message = DdimSchedule::new(&config, n, 0.0).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         };
-        refuse(SchedulerConfig { clip_sample: Some(true), ..stable_diffusion() }, 5, "clip_sample");
+        refuse(SchedulerConfig { thresholding: true, ..stable_diffusion() }, 5, "thresholding");
+        refuse(SchedulerConfig { timestep_spacing: "trailing".into(), ..stable_diffusion() }, 61, "61 steps");
+        refuse(
+            SchedulerConfig { rescale_betas_zero_snr: true, timestep_spacing: "trailing".into(), ..stable_diffusion() },
+            5,
+            "v_prediction",
+        );
         refuse(SchedulerConfig { prediction_type: "flow".into(), ..stable_diffusion() }, 5, "`flow`");
         refuse(SchedulerConfig { timestep_spacing: "karras".into(), ..stable_diffusion() }, 5, "`karras`");
         refuse(stable_diffusion(), 1001, "1 to 1000");
@@ -347,16 +360,13 @@ mod tests {
 
     #[test]
     fn zero_terminal_snr_ends_near_zero() {
-        let schedule = DdimSchedule::new(
-            &SchedulerConfig {
-                rescale_betas_zero_snr: true,
-                timestep_spacing: "trailing".into(),
-                ..stable_diffusion()
-            },
-            4,
-            0.0,
-        )
-        .unwrap();
+        let config = SchedulerConfig {
+            rescale_betas_zero_snr: true,
+            timestep_spacing: "trailing".into(),
+            prediction_type: "v_prediction".into(),
+            ..stable_diffusion()
+        };
+        let schedule = DdimSchedule::new(&config, 4, 0.0).unwrap();
         assert!(schedule.add_noise(0).0 < 1e-3);
     }
 }

@@ -21,6 +21,8 @@ pub enum Stream {
     Renoise = 6,
     /// The fixed latents of sample grids and evaluation.
     Evaluation = 7,
+    /// The noise of each DDIM step with eta > 0 of those.
+    EvaluationVariance = 8,
 }
 
 /// The source of all randomness of a run.

@@ -26,6 +26,7 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 
 use super::{Adapters, Factor};
+use crate::ops::is_finite;
 
 /// Where diffusers looks for the `LoraConfig` in a safetensors header.
 const CONFIG_KEY: &str = "lora_adapter_metadata";
@@ -99,6 +100,9 @@ pub fn save(adapters: &Adapters, metadata: &HashMap<String, String>, path: &Path
 // ---------------------------------------------------------------------------------------------------- reading
 
 fn find_file(path: &Path) -> Result<PathBuf> {
+    if !path.exists() {
+        bail!("there is no LoRA file {}; check the path", path.display());
+    }
     if !path.is_dir() {
         return Ok(path.to_path_buf());
     }
@@ -122,8 +126,16 @@ fn read(file: &Path) -> Result<LoadedLora> {
         None => read_adapter_config(file)?,
     };
     let (layers, format, ignored) = group_by_layer(tensors)?;
-    let factors =
+    let factors: Vec<Factor> =
         layers.into_iter().map(|(module, parts)| parts.into_factor(module, &alphas)).collect::<Result<_>>()?;
+    for factor in &factors {
+        if !factor.alpha.is_finite() || !is_finite(&factor.a)? || !is_finite(&factor.b)? {
+            bail!(
+                "not a number: the factors of `{}` are not finite; the training that made this file had failed",
+                factor.module
+            );
+        }
+    }
     Ok(LoadedLora { adapters: Adapters::new(factors)?, metadata, format, ignored })
 }
 

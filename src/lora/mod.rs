@@ -164,6 +164,11 @@ impl Adapters {
             .collect()
     }
 
+    /// The tensors alone, in that order.
+    pub fn tensors(&self) -> Vec<Tensor> {
+        self.factors.iter().flat_map(|f| [f.a.clone(), f.b.clone()]).collect()
+    }
+
     /// The same adapters with other tensors, in the order of [`Self::named_tensors`].
     ///
     /// # Errors

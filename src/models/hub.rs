@@ -83,11 +83,19 @@ impl Source {
     /// Reads and parses a JSON file.
     ///
     /// # Errors
-    /// As [`Source::require`]; a parse error names file, line and column.
+    /// As [`Source::require`]; a parse error names file, line and column, a value of the wrong type its key.
+    ///
+    /// A null counts as absent, as Python's configs mean it.
     pub fn read_json<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
         let path = self.require(file)?;
         let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        serde_json::from_slice(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        drop_nulls(&mut json);
+        serde_path_to_error::deserialize(json).map_err(|e| match e.path().to_string() {
+            key if key == "." => anyhow!("{}: {}", path.display(), e.inner()),
+            key => anyhow!("{}: `{key}`: {}", path.display(), e.inner()),
+        })
     }
 
     /// The folder, or `owner/name[@revision][:folder]`: for messages.
@@ -117,6 +125,18 @@ impl Source {
                 _ => anyhow!("{what} not found in {label} on the hub"),
             },
         }
+    }
+}
+
+/// Takes the null entries out of all objects.
+fn drop_nulls(json: &mut serde_json::Value) {
+    match json {
+        serde_json::Value::Object(map) => {
+            map.retain(|_, value| !value.is_null());
+            map.values_mut().for_each(drop_nulls);
+        }
+        serde_json::Value::Array(list) => list.iter_mut().for_each(drop_nulls),
+        _ => {}
     }
 }
 

@@ -99,7 +99,7 @@ impl Pipeline {
             if side == 0 || side % factor != 0 {
                 let nearest = (side + factor / 2).max(factor) / factor * factor;
                 bail!(
-                    "sampling.{name} = {side}: this model makes images whose sides are multiples of {factor}; the nearest is {nearest}"
+                    "sampler.{name} = {side}: this model makes images whose sides are multiples of {factor}; the nearest is {nearest}"
                 );
             }
         }

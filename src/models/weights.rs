@@ -44,13 +44,11 @@ struct Entry {
 
 enum Place {
     /// Bytes `start..end` of a memory-mapped safetensors file.
-    Mapped {
-        map: usize,
-        dtype: Dtype,
-        start: usize,
-        end: usize,
+    Mapped { map: usize, dtype: Dtype, start: usize, end: usize },
+    Pickled {
+        /// Its name inside the file.
+        key: String,
     },
-    Pickled,
 }
 
 impl Weights {
@@ -191,7 +189,7 @@ impl Weights {
     pub fn get_any(&self, name: &str) -> Result<Tensor> {
         let key = self.key(name);
         let entry = self.files.entries.get(&key).ok_or_else(|| self.files.missing(&key))?;
-        self.files.read(&key, entry).with_context(|| format!("{}: reading `{key}`", self.file()))
+        self.files.read(entry).with_context(|| format!("{}: reading `{key}`", self.file()))
     }
 
     /// The `__metadata__` of a safetensors file (of the first shard); empty for pickles.
@@ -234,13 +232,22 @@ impl Files {
     }
 
     fn add_pickle(&mut self, path: &Path) -> Result<()> {
-        let tensors =
-            PthTensors::new(path, Some("state_dict")).or_else(|_| PthTensors::new(path, None)).with_context(|| {
+        // a bare state dict, or one under the names that training scripts give it
+        let nested = ["state_dict", "model", "module"].map(Some).into_iter().chain([None]);
+        let mut opened = nested.map(|name| PthTensors::new(path, name));
+        let tensors = match opened.find(|found| found.as_ref().is_ok_and(|tensors| !tensors.tensor_infos().is_empty()))
+        {
+            Some(tensors) => tensors?,
+            None => PthTensors::new(path, None).with_context(|| {
                 format!("{} is truncated or not a PyTorch weight file; download or save it again", path.display())
-            })?;
+            })?,
+        };
+        // DistributedDataParallel's wrapper
+        let prefix = if tensors.tensor_infos().keys().all(|key| key.starts_with("module.")) { "module." } else { "" };
         for (key, info) in tensors.tensor_infos() {
             let shape = info.layout.dims().to_vec();
-            self.entries.insert(key.clone(), Entry { shape, place: Place::Pickled });
+            let name = key.strip_prefix(prefix).unwrap_or(key).to_owned();
+            self.entries.insert(name, Entry { shape, place: Place::Pickled { key: key.clone() } });
         }
         if self.entries.is_empty() {
             bail!("{} holds no named tensors; save a model's state_dict", path.display());
@@ -249,13 +256,13 @@ impl Files {
         Ok(())
     }
 
-    fn read(&self, key: &str, entry: &Entry) -> Result<Tensor> {
-        match entry.place {
-            Place::Mapped { map, dtype, start, end } => {
+    fn read(&self, entry: &Entry) -> Result<Tensor> {
+        match &entry.place {
+            &Place::Mapped { map, dtype, start, end } => {
                 let values = to_f32(dtype, &self.maps[map][start..end])?;
                 Ok(Tensor::from_vec(values, &*entry.shape, &Device::Cpu)?)
             }
-            Place::Pickled => {
+            Place::Pickled { key } => {
                 let found = self.pickle.as_ref().map(|p| p.get(key)).transpose()?.flatten();
                 let found = found.context("the file changed since it was opened")?;
                 match found.dtype() {

@@ -10,6 +10,7 @@
 pub mod activation;
 pub mod attention;
 pub mod conv2d;
+pub mod finite;
 pub mod geglu;
 pub mod group_norm;
 mod host;
@@ -21,6 +22,7 @@ pub(crate) mod testing;
 pub mod upsample;
 pub(crate) mod vector;
 
+pub use finite::is_finite;
 pub use host::Real;
 pub(crate) use host::{Host, SharedMut, per_dtype, tensor_from};
 

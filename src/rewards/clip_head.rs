@@ -125,6 +125,7 @@ fn head(weights: &Weights, layers: &[HeadLayer], mut features: usize) -> Result<
                 let w = weights.pp(name);
                 let shape = w.shape("weight").with_context(|| format!("{} has no layer `{name}`; it has {}", weights.file(), weights.names().join(", ")))?;
                 let [outputs, inputs] = shape[..] else { bail!("`{name}.weight` in {} is no matrix: {shape:?}", weights.file()) };
+                ensure!(outputs > 0, "`{name}.weight` in {} is empty", weights.file());
                 ensure!(
                     inputs == features,
                     "the head in {} does not fit: `{name}` takes {inputs} features and gets {features} (the CLIP it was trained on is another?)",

@@ -146,20 +146,6 @@ impl Rewards {
         self.0.iter()
     }
 
-    /// Only the named ones.
-    ///
-    /// # Errors
-    /// A name that is not configured.
-    pub fn select(self, names: &[String]) -> Result<Self> {
-        if let Some(unknown) = names.iter().find(|name| !self.0.iter().any(|r| r.name == **name)) {
-            bail!(
-                "the config has no reward `{unknown}`, only {}; add its table [reward.{unknown}]",
-                self.names().join(", ")
-            );
-        }
-        Ok(Self(self.0.into_iter().filter(|r| names.is_empty() || names.iter().any(|name| name == r.name)).collect()))
-    }
-
     /// The weighted loss of the given scores.
     pub fn loss(&self, scores: &[f64]) -> f64 {
         self.0
@@ -172,7 +158,7 @@ impl Rewards {
     /// Scores of one image, (1, 3, H, W), without a gradient.
     pub fn scores(&self, image: &Tensor, prompt: &str) -> Result<Vec<f64>> {
         let (image, prompts) = (Value::constant(image), [prompt.to_owned()]);
-        self.0.iter().map(|r| scalar(&r.reward.score(&image, &prompts)?, r.name)).collect()
+        self.0.iter().map(|r| scalar(&r.reward.score(&image, &prompts)?, r.name)).collect::<Result<_>>()
     }
 
     /// Scores of one image, its loss, and the gradient of `scale · loss` with respect to it.
@@ -210,7 +196,8 @@ impl Rewards {
 
 fn scalar(score: &Value, name: &str) -> Result<f64> {
     match score.tensor().flatten_all()?.to_vec1::<f32>()?.as_slice() {
-        [score] => Ok(f64::from(*score)),
+        [score] if score.is_finite() => Ok(f64::from(*score)),
+        [score] => bail!("not a number: the reward `{name}` gave {score}"),
         other => bail!("the reward `{name}` gave {} scores for one image", other.len()),
     }
 }

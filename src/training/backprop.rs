@@ -3,13 +3,14 @@
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 
-use super::rollout::{Prompting, Trajectory, is_finite};
+use super::rollout::{Prompting, Trajectory};
 use super::truncation::Plan;
 use crate::config::Checkpointing;
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
+use crate::ops::is_finite;
 use crate::rewards::Rewards;
 
 /// What the rewards say of a batch, and which way the latents should move.
@@ -44,10 +45,9 @@ pub fn reward_cotangent(
         if !is_finite(decoded.image())? {
             bail!("not a number: the VAE's image of `{prompt}` is not finite");
         }
-        let reward = rewards.scores_and_gradient(decoded.image(), prompt, scale)?;
-        for (name, score) in rewards.names().iter().zip(&reward.scores) {
-            ensure!(score.is_finite(), "not a number: the reward `{name}` gave {score} for `{prompt}`");
-        }
+        let reward = rewards
+            .scores_and_gradient(decoded.image(), prompt, scale)
+            .with_context(|| format!("scoring the image of `{prompt}`"))?;
         let d_latents = decoded.pull(&reward.d_image)?;
         if !is_finite(&d_latents)? {
             let room = if is_finite(&reward.d_image)? { "VAE" } else { "reward" };

@@ -65,17 +65,23 @@ impl Checkpoint {
             File::open(unfinished.join(name))?.sync_all()?;
         }
         File::open(&unfinished)?.sync_all()?;
+        let replaced = parent.join(format!(".replaced-{}", folder_name(self.step)));
         if target.exists() {
-            fs::remove_dir_all(target)?;
+            fs::rename(target, &replaced)?;
         }
         fs::rename(&unfinished, target)?;
+        if replaced.exists() {
+            fs::remove_dir_all(&replaced)?;
+        }
         File::open(parent)?.sync_all()?;
         Ok(())
     }
 
     /// Reads a checkpoint folder; the optimizer's hyperparameters come from the config.
     pub fn load(folder: &Path, config: &OptimizerConfig) -> Result<Self> {
-        Self::read(folder, config).with_context(|| format!("reading the checkpoint {}", folder.display()))
+        Self::read(folder, config).with_context(|| {
+            format!("reading the checkpoint {}; remove it to go on from the one before", folder.display())
+        })
     }
 
     fn read(folder: &Path, config: &OptimizerConfig) -> Result<Self> {
@@ -135,7 +141,16 @@ impl Checkpoint {
             return Ok(());
         }
         for old in all.iter().take(all.len().saturating_sub(keep)) {
-            fs::remove_dir_all(old).with_context(|| format!("removing the old checkpoint {}", old.display()))?;
+            // renamed first: a folder that is half removed must not look like a checkpoint
+            let removed = parent.join(".removed");
+            let remove = || -> std::io::Result<()> {
+                if removed.exists() {
+                    fs::remove_dir_all(&removed)?;
+                }
+                fs::rename(old, &removed)?;
+                fs::remove_dir_all(&removed)
+            };
+            remove().with_context(|| format!("removing the old checkpoint {}", old.display()))?;
         }
         Ok(())
     }

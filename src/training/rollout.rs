@@ -9,6 +9,7 @@ use crate::diffusion::guidance::{guide, guide_bwd, halves};
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::nn::lora::LoraGradients;
+use crate::ops::is_finite;
 
 /// What the UNet is told: embeddings of the prompts and of what guidance moves away from.
 #[derive(Clone)]
@@ -116,11 +117,4 @@ pub fn rollout(
         inputs.push(std::mem::replace(&mut x, next));
     }
     Ok(Trajectory { inputs, latents: x })
-}
-
-/// Whether every number is finite.
-pub(crate) fn is_finite(t: &Tensor) -> Result<bool> {
-    // one NaN or infinity makes the sum of x·0 a NaN
-    let sum = (t * 0.0)?.sum_all()?.to_scalar::<f32>()?;
-    Ok(sum == 0.0)
 }

@@ -20,6 +20,16 @@ impl RunFolder {
     /// # Errors
     /// The folder holds a run already.
     pub fn create(dir: &Path, config_toml: &str) -> Result<Self> {
+        Self::check_free(dir)?;
+        let run = Self { dir: dir.to_owned() };
+        fs::create_dir_all(dir).with_context(|| format!("making the run folder {}", dir.display()))?;
+        run.save_config(config_toml)?;
+        Ok(run)
+    }
+
+    /// # Errors
+    /// The folder holds a run, or cannot be one.
+    pub fn check_free(dir: &Path) -> Result<()> {
         let run = Self { dir: dir.to_owned() };
         if run.config().exists() || run.metrics().exists() {
             bail!(
@@ -28,9 +38,10 @@ impl RunFolder {
                 dir.display()
             );
         }
-        fs::create_dir_all(dir).with_context(|| format!("making the run folder {}", dir.display()))?;
-        run.save_config(config_toml)?;
-        Ok(run)
+        if dir.exists() && !dir.is_dir() {
+            bail!("{} is a file; choose a folder for the run by `--set run.dir=DIR`", dir.display());
+        }
+        Ok(())
     }
 
     /// An existing run.
@@ -116,8 +127,8 @@ fn step_of(line: &str) -> Option<usize> {
     Some(row.get("step")?.as_u64()? as usize)
 }
 
-/// Replaces a text file whole.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
+/// Writes or replaces a text file whole.
+pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let write = || -> Result<()> {
         let mut file = tempfile::Builder::new().prefix(".run-").make_in(folder, |path| fs::File::create(path))?;

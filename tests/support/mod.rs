@@ -131,7 +131,7 @@ impl Experiment {
             prompts.list = ["a cat", "a red dog", "two foxes in the snow"]
             [model]
             path = '{model}'
-            [sampling]
+            [sampler]
             num_inference_steps = 3
             guidance_scale = 5.0
             eta = 0.5

@@ -4,10 +4,11 @@
     python tools/emoji/make.py all --out ~/emoji-train --tokenizer CLIP_TOKENIZER
 
 CLIP_TOKENIZER is the folder of the CLIP tokenizer of Stable Diffusion 1.5 (vocab.json, merges.txt). A stage can be run
-alone (`make.py vae --minutes 10`), and continues from its checkpoint in --out where there is one; `export` writes the
-weights, in f16, to assets/. `unet` goes on from the latents and caption features of `latents`, so more minutes of `vae` and
-`clip` after that stage change the rewards, not emoji-sd. Stages have budgets in minutes, not in steps, so that the whole fits an afternoon of two
-cores: numbers differ from machine to machine. The log of the committed weights is log.jsonl.
+alone (`make.py unet --minutes 30`), and continues from its checkpoint in --out where there is one. The stage `latents`
+fixes what the UNet learns on: after it, more minutes of `vae` train the decoder alone, and more minutes of `clip` the
+reward but not the text encoder of emoji-sd. `head` belongs after the last minutes of `clip` and `unet`; `export` writes
+the weights, in f16, to assets/. Budgets are minutes, not steps, so numbers differ from machine to machine; log.jsonl is
+the log of the committed weights.
 """
 import argparse, os
 import torch

@@ -35,6 +35,10 @@ def train(folder, minutes, log):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average.weights, average.steps, step = saved["average"], saved["step"], saved["step"]
+        if os.path.exists(os.path.join(folder, "latents.npy")):  # a UNet lives on these latents: only the decoder may go on learning
+            model.load_state_dict(saved["average"])
+            for part in (model.encoder, model.quant_conv):
+                part.requires_grad_(False)
     rng, clock, first, sums = np.random.default_rng(step + 1), Clock(minutes), step, []
 
     def report():

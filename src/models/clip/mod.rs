@@ -171,8 +171,6 @@ pub struct Clip {
     pub vision: VisionTower,
     /// Absent where only the vision tower was loaded.
     pub text: Option<TextTower>,
-    /// The learned temperature, as stored (a logarithm).
-    pub logit_scale: Option<f64>,
 }
 
 impl Clip {
@@ -210,7 +208,7 @@ impl Clip {
                 .with_context(|| format!("loading the text tower of {}", source.label()))?,
             ),
         };
-        Ok(Self { vision, text, logit_scale: logit_scale(&weights)? })
+        Ok(Self { vision, text })
     }
 
     /// The vision tower of CLIP ViT-L/14, 768 features, alone.
@@ -231,7 +229,7 @@ impl Clip {
             config.patch_size,
             768,
         )?;
-        Ok(Self { vision, text: None, logit_scale: None })
+        Ok(Self { vision, text: None })
     }
 
     /// An open_clip model; `weights` has its `state_dict`'s keys.
@@ -281,7 +279,6 @@ impl Clip {
                 Some(config.embed_dim),
                 None,
             )?),
-            logit_scale: logit_scale(weights)?,
         })
     }
 
@@ -298,14 +295,6 @@ impl Clip {
         let tower = self.text.as_ref().context("this CLIP model was loaded without its text tower")?;
         Ok(unit_norm(&Value::from(tower.pooled(ids)?))?.into_tensor())
     }
-}
-
-fn logit_scale(weights: &Weights) -> Result<Option<f64>> {
-    if !weights.contains("logit_scale") {
-        return Ok(None);
-    }
-    let scale = weights.get_any("logit_scale")?.flatten_all()?.to_vec1::<f32>()?;
-    Ok(scale.first().map(|s| f64::from(*s)))
 }
 
 fn activation(name: &str) -> Result<Activation> {

@@ -107,6 +107,9 @@ impl UnetConfig {
                 self.up_block_types.len()
             );
         }
+        if self.downsample_padding != 1 {
+            bail!("unet/config.json: `downsample_padding` = {} is not supported (only 1)", self.downsample_padding);
+        }
         self.layers_per_block.check(blocks, "layers_per_block")?;
         self.transformer_layers_per_block.check(blocks, "transformer_layers_per_block")?;
         self.cross_attention_dim.check(blocks, "cross_attention_dim")?;
@@ -145,6 +148,8 @@ impl UnetConfig {
             if let Some(found) = self.rest.get(key)
                 && !found.is_null()
                 && *found != supported
+                && !(supported == Json::from("silu") && *found == Json::from("swish"))
+                && !((supported.is_null() || supported == Json::from(false)) && all_false(found))
             {
                 bail!(
                     "unet/config.json: `{key}` = {found} is not supported (only {supported}): this is not a Stable Diffusion 1.x or 2.x UNet"
@@ -159,5 +164,13 @@ impl UnetConfig {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether an option is off, for all blocks or block by block.
+fn all_false(value: &Json) -> bool {
+    match value {
+        Json::Array(list) => list.iter().all(all_false),
+        other => *other == Json::from(false),
     }
 }

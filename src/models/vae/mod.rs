@@ -35,7 +35,6 @@ pub struct VaeConfig {
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
     pub act_fn: String,
-    pub sample_size: Option<usize>,
 }
 
 impl Default for VaeConfig {
@@ -53,7 +52,6 @@ impl Default for VaeConfig {
             use_post_quant_conv: true,
             mid_block_add_attention: true,
             act_fn: "silu".into(),
-            sample_size: None,
         }
     }
 }

@@ -1,0 +1,45 @@
+//! Whether every number of a tensor is finite.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::vector::vectorised;
+use super::{Host, Real, per_dtype};
+
+const BLOCK: usize = 1 << 16;
+
+/// Whether no element is a NaN or an infinity.
+pub fn is_finite(x: &Tensor) -> Result<bool> {
+    per_dtype!(x, is_finite_cpu(x))
+}
+
+fn is_finite_cpu<T: Real>(x: &Tensor) -> Result<bool> {
+    let x = x.contiguous()?;
+    let data = Host::<T>::read(&x)?;
+    let data: &[T] = &data;
+    // x - x is zero for numbers and NaN for the rest
+    Ok(data
+        .par_chunks(BLOCK)
+        .all(|block| vectorised(|| block.iter().fold(true, |finite, x| finite & (*x - *x == T::zero())))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn one_bad_number_among_many_is_found() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for place in [0, 17, 199_999] {
+                let mut data = vec![1e30f32; 200_000];
+                let good = Tensor::from_vec(data.clone(), data.len(), &Device::Cpu).unwrap();
+                assert!(is_finite(&good).unwrap());
+                data[place] = bad;
+                let n = data.len();
+                assert!(!is_finite(&Tensor::from_vec(data, n, &Device::Cpu).unwrap()).unwrap());
+            }
+        }
+        assert!(is_finite(&Tensor::from_vec(Vec::<f32>::new(), 0, &Device::Cpu).unwrap()).unwrap());
+    }
+}

@@ -374,7 +374,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 15);
+        assert_eq!(count, 17);
     }
 
     #[test]

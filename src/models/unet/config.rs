@@ -148,8 +148,8 @@ impl UnetConfig {
             if let Some(found) = self.rest.get(key)
                 && !found.is_null()
                 && *found != supported
-                && !(supported == Json::from("silu") && *found == Json::from("swish"))
-                && !((supported.is_null() || supported == Json::from(false)) && all_false(found))
+                && !(supported == "silu" && *found == "swish")
+                && !((supported.is_null() || supported == false) && all_false(found))
             {
                 bail!(
                     "unet/config.json: `{key}` = {found} is not supported (only {supported}): this is not a Stable Diffusion 1.x or 2.x UNet"
@@ -171,6 +171,6 @@ impl UnetConfig {
 fn all_false(value: &Json) -> bool {
     match value {
         Json::Array(list) => list.iter().all(all_false),
-        other => *other == Json::from(false),
+        other => *other == false,
     }
 }

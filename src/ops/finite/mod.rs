@@ -17,10 +17,7 @@ fn is_finite_cpu<T: Real>(x: &Tensor) -> Result<bool> {
     let x = x.contiguous()?;
     let data = Host::<T>::read(&x)?;
     let data: &[T] = &data;
-    // x - x is zero for numbers and NaN for the rest
-    Ok(data
-        .par_chunks(BLOCK)
-        .all(|block| vectorised(|| block.iter().fold(true, |finite, x| finite & (*x - *x == T::zero())))))
+    Ok(data.par_chunks(BLOCK).all(|block| vectorised(|| block.iter().fold(true, |finite, x| finite & x.is_finite()))))
 }
 
 #[cfg(test)]

@@ -68,7 +68,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub dry_run: bool,
 
-    /// cpu, cuda or cuda:N; instead of run.device
+    /// cpu (this build has no GPU kernels yet); instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
 
@@ -111,7 +111,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 
-    /// cpu, cuda or cuda:N; instead of run.device
+    /// cpu (this build has no GPU kernels yet); instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
 }
@@ -212,7 +212,7 @@ pub struct SampleArgs {
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
 
-    /// cpu, cuda or cuda:N; instead of run.device
+    /// cpu (this build has no GPU kernels yet); instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
 }
@@ -221,7 +221,7 @@ pub struct SampleArgs {
 #[command(after_help = "\
 Examples:
   alignprop verify fixtures
-  alignprop verify fixtures --device cuda --precision bf16 --json")]
+  alignprop verify fixtures --json")]
 pub struct VerifyArgs {
     /// Folder with models and recorded numbers
     #[arg(value_name = "DIR")]
@@ -231,7 +231,7 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE")]
     pub head: Option<PathBuf>,
 
-    /// cpu, cuda or cuda:N
+    /// cpu (this build has no GPU kernels yet)
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: String,
 

@@ -1,3 +1,34 @@
+//! Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
+//!
+//! ```text
+//! prompts -> models::{tokenizer, text_encoder} -> prompt embeddings
+//!   -> training::rollout          x_T ... x_0 by DDIM with guidance, no gradient, only the latents are kept
+//!   -> models::vae -> rewards     one image at a time: image, scores, loss
+//!   <- training::reward_cotangent d loss / d x_0
+//!   <- training::backprop         for each step of the plan, newest first: the UNet again, recorded;
+//!                                 the cotangent goes back to x_t and into the LoRA factors
+//!   -> optim                      clip, AdamW -> lora::Adapters -> training::checkpoint
+//! ```
+//!
+//! Imports only go down:
+//!
+//! ```text
+//! commands     train, eval, soup, sample, verify, bench: recipes, read from top to bottom
+//! cli          the command line
+//! training     rollout, backprop, truncation (which steps keep their gradient), checkpoint, run folder
+//! rewards      the trait, CLIP heads, text-image cosines, preprocessing
+//! diffusion    DDIM schedule, guidance, counted noise
+//! models       hub, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
+//! nn           the tape, layers over frozen weights, adapters as values
+//! optim        AdamW, clipping, learning-rate schedules
+//! lora         factors, file formats, soups
+//! config       the experiment file: plain data that any room may read
+//! ops          forward and backward kernels on tensors
+//! ```
+//!
+//! The loop is `run` and `Trainer::step` in `commands/train.rs`. Contracts and decisions are in `docs/architecture.md`,
+//! the backward passes in `docs/backward.md`.
+
 pub mod cli;
 pub mod commands;
 pub mod config;

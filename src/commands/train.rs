@@ -55,8 +55,10 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let trainer = Trainer { config: &config, model: &model, rewards: &rewards, prompts: &prompts, noise: &noise };
     let save = |state: &Checkpoint| state.save(&run.checkpoints(), &metadata(&config, &rewards, state.step));
     let progress = progress_bar(&config, state.step);
-    if state.step == 0 {
+    if args.resume.is_none() {
         save(&state)?; // so that a run can be resumed from its first moment on
+    }
+    if trainer.samples_due(state.step) && !trainer.has_samples(&run, state.step)? {
         trainer.draw_samples(&run, &state)?;
     }
 
@@ -79,7 +81,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         if due(config.run.save_every) || state.step == end {
             save(&state)?;
         }
-        if due(config.run.sample_every) || (state.step == end && config.run.sample_every > 0) {
+        if trainer.samples_due(state.step) {
             trainer.draw_samples(&run, &state)?;
         }
     }
@@ -264,12 +266,22 @@ impl Trainer<'_> {
         Ok(credit)
     }
 
+    /// Whether a sample grid belongs to this step.
+    fn samples_due(&self, step: usize) -> bool {
+        let every = self.config.run.sample_every;
+        every > 0 && (step.is_multiple_of(every) || step == self.config.train.steps)
+    }
+
+    /// Whether the step's grid and scores are there: a run may have been killed before them.
+    fn has_samples(&self, run: &RunFolder, step: usize) -> Result<bool> {
+        let name = self.rewards.names().into_iter().next().unwrap_or_default();
+        let scored = run.history(&format!("sample/{name}"))?.iter().any(|(at, _)| *at == step);
+        Ok(scored && run.samples(step).is_file())
+    }
+
     /// A grid of images on fixed prompts and noise, and their scores in the metrics.
     fn draw_samples(&self, run: &RunFolder, state: &Checkpoint) -> Result<()> {
         let run_config = &self.config.run;
-        if run_config.sample_every == 0 {
-            return Ok(());
-        }
         let prompts: Vec<String> = self.prompts.iter().cycle().take(run_config.num_samples).cloned().collect();
         let (mut images, mut scores) = (Vec::new(), Vec::new());
         for (number, prompt) in (0..).zip(&prompts) {

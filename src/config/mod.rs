@@ -302,7 +302,7 @@ table! {
         file: String = "HPS_v2_compressed.pt".into(),
         /// Path of an `open_clip_config.json`. Absent: ViT-H-14.
         config: Option<String> = None,
-        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: CLIP's own tokenizer.
+        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the pipeline's.
         tokenizer: Option<String> = None,
     }
 }
@@ -316,7 +316,8 @@ table! {
         preprocess: Preprocess = Preprocess::Alignprop,
         /// A folder or a hub id.
         model: String = "openai/clip-vit-large-patch14".into(),
-        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the model's.
+        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the one beside the
+        /// model, else the pipeline's.
         tokenizer: Option<String> = None,
     }
 }
@@ -330,21 +331,22 @@ table! {
         preprocess: Preprocess = Preprocess::Alignprop,
         /// A folder or a hub id.
         model: String = "yuvalkirstain/PickScore_v1".into(),
-        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the model's.
+        /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the one beside the
+        /// model, else the pipeline's.
         tokenizer: Option<String> = None,
     }
 }
 
-/// How an image in [0, 1] becomes the 224 by 224 input of a reward model. Scores made differently do not compare.
+/// How an image in [0, 1] becomes the square input of a reward model, 224 by 224 for most. Scores made differently do not compare.
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preprocess {
-    /// Short side to 224, antialiased bilinear, then the centre: what AlignProp trains with.
+    /// Short side to the tower's size, antialiased bilinear, then the centre: what AlignProp trains with.
     #[default]
     Alignprop,
-    /// Longest side to 224, bicubic, zeros around: what HPSv2 reports its scores with.
+    /// Longest side to the tower's size, bicubic, zeros around: what HPSv2 reports its scores with.
     Hpsv2Official,
-    /// Both sides to 224, whatever the aspect ratio.
+    /// Both sides to the tower's size, whatever the aspect ratio.
     Squash,
 }
 
@@ -414,7 +416,7 @@ table! {
         dir: PathBuf = "runs/alignprop".into(),
         /// Every random number of the run follows from it; up to 2^63 - 1, the largest TOML integer.
         seed: u64 = 0,
-        /// `cpu`, `cuda` or `cuda:N`.
+        /// `cpu`; `cuda` and `cuda:N` are for builds with GPU kernels, which this version is not.
         device: String = "cpu".into(),
         /// Weights and activations; LoRA factors, optimizer and rewards stay in f32.
         precision: Precision = Precision::F32,

@@ -100,7 +100,7 @@ impl DdimSchedule {
     }
 
     /// # Errors
-    /// More inference than training steps, or a scheduler that samples differently (clipping, thresholding).
+    /// More inference than training steps, or a scheduler that samples differently (thresholding).
     pub fn new(config: &SchedulerConfig, num_inference_steps: usize, eta: f64) -> Result<Self> {
         let train = config.num_train_timesteps;
         if num_inference_steps == 0 || num_inference_steps > train {

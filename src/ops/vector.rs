@@ -1,7 +1,7 @@
 //! Elementwise mathematics that the compiler can vectorise.
 //!
 //! The standard library's `exp` and a scalar `erf` cost a call an element; attention and the gates of the feed-forward
-//! are made of them. Here they are polynomials without branches, exact to about one unit in the last place of f32
+//! are made of them. Here they are polynomials without branches, exact to one or two units in the last place of f32
 //! (tested below); f64, which only tests use, takes the library's.
 
 use super::Real;

@@ -6,7 +6,7 @@ use crate::ops::gemm::{Threads, View, ViewMut, gemm, scaled_gemm};
 use crate::ops::vector::{max_of, sum_of, vectorised};
 use crate::ops::{Host, Real, SharedMut, tensor_from};
 
-/// Scores that exist at a time: a tile of queries against all keys, 1 MiB in f32.
+/// Scores that one task holds at a time, a tile of queries against all keys: 1 MiB in f32, twice that in the backward.
 const TILE_SCORES: usize = 1 << 18;
 
 struct Shape {

@@ -5,8 +5,8 @@ use super::Kernel;
 use crate::ops::gemm::{Threads, View, ViewMut, gemm};
 use crate::ops::{Host, Real, SharedMut, tensor_from};
 
-/// Bytes of a tile's gathered taps: half of a usual second-level cache (1 MiB), the other half is for the kernel.
-const TILE_BYTES: usize = 512 * 1024;
+/// Bytes of a tile's gathered taps: large enough that packing the kernel for each tile's product is paid back.
+const TILE_BYTES: usize = 1024 * 1024;
 
 /// Which source pixel a tap reads: `position` along one axis of the destination, `None` outside the image.
 #[derive(Clone, Copy)]

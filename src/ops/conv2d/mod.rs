@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Both are gathered products: for a tile of output pixels the taps that each needs are copied side by side into a
-//! buffer that stays in cache, and one matrix product per tile finishes the work. There is no whole-image im2col and
-//! the kernel is frozen: it has no gradient.
+//! buffer, and matrix products finish the tile: one in the forward, one a tap in the backward. There is no whole-image
+//! im2col and the kernel is frozen: it has no gradient.
 
 mod cpu;
 

@@ -77,6 +77,16 @@ impl LoraGradients {
         Ok(())
     }
 
+    /// Adds the sums of another backward pass over the same adapters.
+    pub fn merge(&mut self, other: Self) -> Result<()> {
+        for (slot, gradient) in other.sums.iter().enumerate() {
+            if let Some(gradient) = gradient {
+                self.add(slot, gradient)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether no gradient has arrived at all: every step was detached.
     pub fn is_empty(&self) -> bool {
         self.sums.iter().all(Option::is_none)

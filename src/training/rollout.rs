@@ -5,7 +5,7 @@ use candle_core::Tensor;
 
 use crate::config::Checkpointing;
 use crate::diffusion::DdimStep;
-use crate::diffusion::guidance::{guide, guide_bwd, halves};
+use crate::diffusion::guidance::{guide, guide_bwd};
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::nn::lora::LoraGradients;
@@ -34,21 +34,15 @@ impl Prompting {
     fn guided(&self) -> bool {
         self.guidance_scale > 1.0
     }
-    fn context(&self) -> Result<Tensor> {
-        Ok(if self.guided() {
-            Tensor::cat(&[&self.negative_prompt_embeds, &self.prompt_embeds], 0)?
-        } else {
-            self.prompt_embeds.clone()
-        })
-    }
 
-    /// The guided prediction at x_t, (B, C, h, w).
+    /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side.
     pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
+        let branch = |embeds: &Tensor| unet.forward(x_t, timestep, embeds, adapters);
         if !self.guided() {
-            return unet.forward(x_t, timestep, &self.prompt_embeds, adapters);
+            return branch(&self.prompt_embeds);
         }
-        let both = unet.forward(&Tensor::cat(&[x_t, x_t], 0)?, timestep, &self.context()?, adapters)?;
-        Ok(guide(&both, self.guidance_scale)?)
+        let (uncond, cond) = rayon::join(|| branch(&self.negative_prompt_embeds), || branch(&self.prompt_embeds));
+        Ok(guide(&uncond?, &cond?, self.guidance_scale)?)
     }
 
     /// Pulls the guided prediction's cotangent back through both branches: the gradient with respect to x_t; those of
@@ -64,20 +58,23 @@ impl Prompting {
         checkpointing: Checkpointing,
         sum: &mut LoraGradients,
     ) -> Result<Tensor> {
+        let branch = |embeds: &Tensor, cotangent: &Tensor| -> Result<(Tensor, LoraGradients)> {
+            let mut sum = LoraGradients::new(adapters);
+            let d_x = unet.vjp(x_t, timestep, embeds, adapters, cotangent, checkpointing, &mut sum)?;
+            Ok((d_x, sum))
+        };
         if !self.guided() {
-            return unet.vjp(x_t, timestep, &self.prompt_embeds, adapters, cotangent, checkpointing, sum);
+            let (d_x, gradients) = branch(&self.prompt_embeds, cotangent)?;
+            sum.merge(gradients)?;
+            return Ok(d_x);
         }
-        let cotangent = guide_bwd(cotangent, self.guidance_scale)?;
-        let d_both = unet.vjp(
-            &Tensor::cat(&[x_t, x_t], 0)?,
-            timestep,
-            &self.context()?,
-            adapters,
-            &cotangent,
-            checkpointing,
-            sum,
-        )?;
-        let [d_uncond, d_cond] = halves(&d_both)?;
+        let [d_uncond, d_cond] = guide_bwd(cotangent, self.guidance_scale)?;
+        let (uncond, cond) =
+            rayon::join(|| branch(&self.negative_prompt_embeds, &d_uncond), || branch(&self.prompt_embeds, &d_cond));
+        let ((d_uncond, uncond), (d_cond, cond)) = (uncond?, cond?);
+        // always in this order: the sums do not depend on which branch was faster
+        sum.merge(uncond)?;
+        sum.merge(cond)?;
         Ok((d_uncond + d_cond)?)
     }
 }

@@ -7,6 +7,14 @@ BOS_TEXT, EOS_TEXT = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 32  # tokens of a caption, the two special ones included
 
 
+def rounded(value):
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
 class Log:
     """JSON lines: one file for all stages."""
 
@@ -14,8 +22,7 @@ class Log:
         self.path, self.start = path, time.time()
 
     def __call__(self, **record):
-        record = {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
-        line = json.dumps(record)
+        line = json.dumps(rounded(record))
         print(line, flush=True)
         with open(self.path, "a") as f:
             f.write(line + "\n")

@@ -37,7 +37,8 @@ fn check_device(device: &str, precision: Precision) -> Result<()> {
     }
     if precision != Precision::F32 {
         bail!(
-            "precision {precision:?} is for GPUs; the CPU computes in f32 (half-precision weight files are read all the same): use --precision f32"
+            "precision {}: this build computes in f32 (half-precision weight files are read all the same); use --precision f32",
+            format!("{precision:?}").to_lowercase()
         );
     }
     Ok(())

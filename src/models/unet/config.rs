@@ -121,6 +121,7 @@ impl UnetConfig {
             bail!("unet/config.json: `attention_head_dim` (the number of heads) contains 0");
         }
         let plain = [
+            ("_class_name", Json::from("UNet2DConditionModel")),
             ("act_fn", Json::from("silu")),
             ("addition_embed_type", Json::Null),
             ("attention_type", Json::from("default")),

@@ -118,7 +118,9 @@ impl Unet {
         if let PerBlock::One(expected) = self.config.cross_attention_dim
             && expected != context_dim
         {
-            bail!("the UNet attends to text of {expected} features, the text encoder gives {context_dim}");
+            bail!(
+                "the UNet attends to text of {expected} features, the text encoder gives {context_dim}: they belong to different models"
+            );
         }
         let embedding = timestep_embedding(
             timestep,

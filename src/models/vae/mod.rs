@@ -23,6 +23,8 @@ use crate::ops::attention::Heads;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct VaeConfig {
+    #[serde(rename = "_class_name")]
+    pub class_name: Option<String>,
     pub latent_channels: usize,
     pub out_channels: usize,
     pub block_out_channels: Vec<usize>,
@@ -40,6 +42,7 @@ pub struct VaeConfig {
 impl Default for VaeConfig {
     fn default() -> Self {
         Self {
+            class_name: None,
             latent_channels: 4,
             out_channels: 3,
             block_out_channels: vec![64],
@@ -141,6 +144,9 @@ impl Vae {
     }
 
     pub fn new(config: VaeConfig, w: &Weights) -> Result<Self> {
+        if let Some(class) = config.class_name.as_deref().filter(|class| *class != "AutoencoderKL") {
+            bail!("vae/config.json: a {class} is not supported; Stable Diffusion 1.x and 2.x have an AutoencoderKL");
+        }
         if config.act_fn != "silu"
             || config.latents_mean.is_some()
             || config.shift_factor.is_some_and(|shift| shift != 0.0)

@@ -502,7 +502,9 @@ fn sample_grids_are_on_fixed_noise() {
     assert!(grid(&one, 1) != grid(&other, 1));
     // and on the same noise after every step: where the adapters hardly move, so do the pictures
     let still = Experiment::trained(&[&settings[..], &["optimizer.lr=1e-9"]].concat());
-    assert!(grid(&still, 1) == grid(&still, 0));
+    let pixels = |step| image::load_from_memory(&grid(&still, step)).unwrap().to_rgb8().into_raw();
+    // a value on the border of two bytes may fall to either side
+    assert!(pixels(0).iter().zip(&pixels(1)).all(|(a, b)| a.abs_diff(*b) <= 1));
 }
 
 #[test]

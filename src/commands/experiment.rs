@@ -113,10 +113,13 @@ pub(super) fn counter(step: u64, place: usize) -> u64 {
     step << 16 | place as u64
 }
 
-/// The config of `--config`, or the defaults, with `--set` applied.
+/// The experiment that runs without `--config`: the small model that the repository carries.
+const DEFAULT: &str = include_str!("../../configs/emoji.toml");
+
+/// The config of `--config`, or the default experiment, with `--set` applied.
 pub(super) fn config_of(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
     match path {
         Some(path) => Config::load(path, overrides),
-        None => Config::parse("", "the defaults", overrides),
+        None => Config::parse(DEFAULT, "configs/emoji.toml, the default", overrides),
     }
 }

@@ -784,3 +784,18 @@ fn bad_soups_are_named_and_write_nothing() {
     }
     assert_fails(folder.path(), &["soup", &part("1"), "-o", "no/such/soup.safetensors"], &["no/such/soup.safetensors"]);
 }
+
+#[test]
+fn without_a_config_the_embedded_model_trains() {
+    let temporary = tempfile::tempdir().unwrap();
+    let run = temporary.path().join("run");
+    let settings =
+        ["train.steps=1", "train.batch_size=1", "sampler.num_inference_steps=2", "truncation.k=1", "run.num_samples=1"];
+    let mut command = alignprop(Path::new(env!("CARGO_MANIFEST_DIR")));
+    command.args(["train", "--set", &format!("run.dir={}", run.display())]);
+    settings.iter().for_each(|setting| {
+        command.args(["--set", setting]);
+    });
+    command.assert().success().stdout(contains("clip-score"));
+    assert!(run.join("pytorch_lora_weights.safetensors").is_file());
+}

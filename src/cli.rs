@@ -33,7 +33,7 @@ pub enum Command {
 /// Where the experiment's settings come from.
 #[derive(Args, Debug)]
 pub struct ConfigArgs {
-    /// The experiment file; without it, configs/emoji.toml: the repository's own small model
+    /// The experiment file; without it, the defaults, and for train configs/emoji.toml: the repository's small model
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 

@@ -7,7 +7,7 @@ use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use super::experiment::{Model, config_of};
+use super::experiment::{DEFAULTS, Model, config_of};
 use super::{check_device, pictures};
 use crate::cli::EvalArgs;
 use crate::config::{Config, PromptsConfig};
@@ -184,7 +184,7 @@ fn resolve(args: &EvalArgs) -> Result<(Config, PathBuf, PathBuf)> {
     let in_run = checkpoint.ancestors().find(|folder| folder.file_name().is_some_and(|name| name == "checkpoints"));
     let run_config = in_run.and_then(Path::parent).map(|run| run.join("config.toml")).filter(|path| path.is_file());
     let path: Option<&Path> = args.config.config.as_deref().or(run_config.as_deref());
-    Ok((config_of(path, &args.config.set)?, checkpoint.to_owned(), PathBuf::from("eval")))
+    Ok((config_of(path, &args.config.set, DEFAULTS)?, checkpoint.to_owned(), PathBuf::from("eval")))
 }
 
 /// Rows of base images, each with the tuned ones under it.

@@ -113,13 +113,16 @@ pub(super) fn counter(step: u64, place: usize) -> u64 {
     step << 16 | place as u64
 }
 
-/// The experiment that runs without `--config`: the small model that the repository carries.
-const DEFAULT: &str = include_str!("../../configs/emoji.toml");
-
-/// The config of `--config`, or the default experiment, with `--set` applied.
-pub(super) fn config_of(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
+/// The config of `--config`, or `fallback` (its text and its name), with `--set` applied.
+pub(super) fn config_of(path: Option<&Path>, overrides: &[String], fallback: (&str, &str)) -> Result<Config> {
     match path {
         Some(path) => Config::load(path, overrides),
-        None => Config::parse(DEFAULT, "configs/emoji.toml, the default", overrides),
+        None => Config::parse(fallback.0, fallback.1, overrides),
     }
 }
+
+/// Every key at its default.
+pub(super) const DEFAULTS: (&str, &str) = ("", "the defaults");
+
+/// The experiment that trains without a config: the small model that the repository carries.
+pub(super) const EMBEDDED: (&str, &str) = (include_str!("../../configs/emoji.toml"), "configs/emoji.toml, the default");

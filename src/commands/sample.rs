@@ -2,13 +2,13 @@
 
 use anyhow::Result;
 
-use super::experiment::{Model, config_of};
+use super::experiment::{DEFAULTS, Model, config_of};
 use super::{check_device, pictures};
 use crate::cli::SampleArgs;
 use crate::lora::Adapters;
 
 pub fn run(args: &SampleArgs) -> Result<()> {
-    let mut config = config_of(args.config.config.as_deref(), &args.config.set)?;
+    let mut config = config_of(args.config.config.as_deref(), &args.config.set, DEFAULTS)?;
     if let Some(model) = &args.model {
         config.model.path.clone_from(model);
     }

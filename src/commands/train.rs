@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value as Json, json};
 
-use super::experiment::{Model, config_of, counter};
+use super::experiment::{EMBEDDED, Model, config_of, counter};
 use super::{check_device, pictures};
 use crate::cli::TrainArgs;
 use crate::config::Config;
@@ -326,7 +326,7 @@ fn resolve_config(args: &TrainArgs) -> Result<Config> {
             config.run.dir.clone_from(dir); // the folder may have been moved
             config
         }
-        (None, path) => config_of(path.as_deref(), set)?,
+        (None, path) => config_of(path.as_deref(), set, EMBEDDED)?,
     };
     if let Some(device) = &args.device {
         config.run.device.clone_from(device);

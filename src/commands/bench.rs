@@ -198,16 +198,7 @@ struct Subject {
 impl Subject {
     fn load(args: &BenchArgs) -> Result<Self> {
         let random = Weights::random(0);
-        let scheduler = SchedulerConfig {
-            beta_start: 0.00085,
-            beta_end: 0.012,
-            beta_schedule: "scaled_linear".into(),
-            clip_sample: Some(false),
-            set_alpha_to_one: false,
-            steps_offset: 1,
-            ..Default::default()
-        };
-        let schedule = DdimSchedule::new(&scheduler, args.steps, 0.0)?;
+        let schedule = DdimSchedule::new(&SchedulerConfig::stable_diffusion(), args.steps, 0.0)?;
         let (name, unet, vae) = match (&args.model, args.arch) {
             (Some(path), _) => {
                 let source = Source::open(path)?;

@@ -52,6 +52,21 @@ impl Default for SchedulerConfig {
     }
 }
 
+impl SchedulerConfig {
+    /// Stable Diffusion 1.x's own.
+    pub fn stable_diffusion() -> Self {
+        Self {
+            beta_start: 0.00085,
+            beta_end: 0.012,
+            beta_schedule: "scaled_linear".into(),
+            clip_sample: Some(false),
+            set_alpha_to_one: false,
+            steps_offset: 1,
+            ..Default::default()
+        }
+    }
+}
+
 /// What the UNet's output means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Prediction {
@@ -278,15 +293,7 @@ mod tests {
     use super::*;
 
     fn stable_diffusion() -> SchedulerConfig {
-        SchedulerConfig {
-            beta_start: 0.00085,
-            beta_end: 0.012,
-            beta_schedule: "scaled_linear".into(),
-            clip_sample: Some(false),
-            set_alpha_to_one: false,
-            steps_offset: 1,
-            ..Default::default()
-        }
+        SchedulerConfig::stable_diffusion()
     }
 
     #[test]

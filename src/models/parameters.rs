@@ -15,7 +15,7 @@ pub(super) fn linear(w: &Weights, inputs: usize, outputs: usize, bias: bool) -> 
     } else {
         w.get("weight", &[outputs, inputs])?
     };
-    Ok(Linear { weight, bias: bias.then(|| w.get("bias", &[outputs])).transpose()? })
+    Ok(Linear::new(&weight, bias.then(|| w.get("bias", &[outputs])).transpose()?)?)
 }
 
 /// `weight` (out, in, k, k) and `bias` (out), if there is one.

@@ -11,12 +11,16 @@ use crate::ops::attention::{Heads, attention_bwd, attention_fwd};
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// (out, in)
-    pub weight: Tensor,
+    weight: ops::linear::Weight,
     /// (out)
-    pub bias: Option<Tensor>,
+    bias: Option<Tensor>,
 }
 
 impl Linear {
+    /// weight (out, in), bias (out).
+    pub fn new(weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
+        Ok(Self { weight: ops::linear::Weight::new(weight)?, bias })
+    }
     /// x (..., in) -> (..., out).
     pub fn forward(&self, x: &Value) -> Result<Value> {
         let y = ops::linear::linear_fwd(x.tensor(), &self.weight, self.bias.as_ref())?;
@@ -24,10 +28,10 @@ impl Linear {
         Ok(Value::step([x], y, move |d| Ok([Some(ops::linear::linear_bwd(d, &weight)?)])))
     }
     pub fn in_features(&self) -> usize {
-        self.weight.dims()[1]
+        self.weight.in_features()
     }
     pub fn out_features(&self) -> usize {
-        self.weight.dims()[0]
+        self.weight.out_features()
     }
 }
 

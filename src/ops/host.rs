@@ -16,6 +16,9 @@ pub trait Real: WithDType + Float + std::ops::AddAssign + std::iter::Sum + 'stat
     fn normal(self) -> (Self, Self);
     fn lit(value: f64) -> Self;
     fn f64(self) -> f64;
+    /// The slice itself where the type is f32.
+    fn as_f32(data: &[Self]) -> Option<&[f32]>;
+    fn as_f32_mut(data: &mut [Self]) -> Option<&mut [f32]>;
 }
 
 impl Real for f32 {
@@ -41,6 +44,12 @@ impl Real for f32 {
     fn f64(self) -> f64 {
         self.into()
     }
+    fn as_f32(data: &[f32]) -> Option<&[f32]> {
+        Some(data)
+    }
+    fn as_f32_mut(data: &mut [f32]) -> Option<&mut [f32]> {
+        Some(data)
+    }
 }
 
 impl Real for f64 {
@@ -64,6 +73,12 @@ impl Real for f64 {
     #[inline(always)]
     fn f64(self) -> f64 {
         self
+    }
+    fn as_f32(_: &[f64]) -> Option<&[f32]> {
+        None
+    }
+    fn as_f32_mut(_: &mut [f64]) -> Option<&mut [f32]> {
+        None
     }
 }
 

@@ -11,6 +11,7 @@ pub mod activation;
 pub mod attention;
 pub mod conv2d;
 pub mod finite;
+pub(crate) mod frozen;
 pub mod geglu;
 pub mod group_norm;
 mod host;

@@ -85,10 +85,8 @@ pub(super) fn aesthetic_shapes(clip: Rc<Clip>, weights: &Weights, target: f64) -
     let mut features = clip.vision.embed_dim();
     for (place, outputs) in [(0, 1024), (2, 128), (4, 64), (6, 16), (7, 1)] {
         let w = weights.pp(format!("layers.{place}"));
-        head.push(Layer::Linear(Linear {
-            weight: w.get("weight", &[outputs, features])?,
-            bias: Some(w.get("bias", &[outputs])?),
-        }));
+        let bias = w.get("bias", &[outputs])?;
+        head.push(Layer::Linear(Linear::new(&w.get("weight", &[outputs, features])?, Some(bias))?));
         features = outputs;
     }
     Ok(Box::new(ClipHead {
@@ -133,7 +131,7 @@ fn head(weights: &Weights, layers: &[HeadLayer], mut features: usize) -> Result<
                 );
                 features = outputs;
                 let bias = w.contains("bias").then(|| w.get("bias", &[outputs])).transpose()?;
-                Layer::Linear(Linear { weight: w.get("weight", &[outputs, inputs])?, bias })
+                Layer::Linear(Linear::new(&w.get("weight", &[outputs, inputs])?, bias)?)
             }
         });
     }

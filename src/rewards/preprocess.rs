@@ -104,11 +104,11 @@ fn resize(x: &Value, height: usize, width: usize, filter: Filter) -> Result<Valu
     let (_, _, h, w) = x.tensor().dims4()?;
     let mut x = x.clone();
     if w != width {
-        x = Linear { weight: resize_matrix(w, width, filter)?, bias: None }.forward(&x)?;
+        x = Linear::new(&resize_matrix(w, width, filter)?, None)?.forward(&x)?;
     }
     if h != height {
         x = x.permute(&[0, 1, 3, 2])?;
-        x = Linear { weight: resize_matrix(h, height, filter)?, bias: None }.forward(&x)?;
+        x = Linear::new(&resize_matrix(h, height, filter)?, None)?.forward(&x)?;
         x = x.permute(&[0, 1, 3, 2])?;
     }
     Ok(x)

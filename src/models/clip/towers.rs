@@ -90,10 +90,7 @@ impl Layer {
                 let (weight, bias) =
                     (attention.get("in_proj_weight", &[3 * c, c])?, attention.get("in_proj_bias", &[3 * c])?);
                 let part = |i: usize| -> Result<Linear> {
-                    Ok(Linear {
-                        weight: weight.narrow(0, i * c, c)?.contiguous()?,
-                        bias: Some(bias.narrow(0, i * c, c)?.contiguous()?),
-                    })
+                    Ok(Linear::new(&weight.narrow(0, i * c, c)?, Some(bias.narrow(0, i * c, c)?.contiguous()?))?)
                 };
                 Ok(Self {
                     norm1: layer_norm(&w.pp("ln_1"), c, eps)?,
@@ -123,7 +120,7 @@ fn projection(
         Layout::Transformers => w.get(&format!("{transformers_name}.weight"), &[dim, width])?,
         Layout::OpenClip => w.get(open_clip_name, &[width, dim])?.t()?.contiguous()?,
     };
-    Ok(Linear { weight, bias: None })
+    Ok(Linear::new(&weight, None)?)
 }
 
 /// Token ids to hidden states, and to one embedding of the whole text.
@@ -269,10 +266,10 @@ impl VisionTower {
                 Ok(Self {
                     image_size,
                     patch_size,
-                    patch_embedding: Linear {
-                        weight: m.get("embeddings.patch_embedding.weight", &kernel)?.reshape(flat)?,
-                        bias: None,
-                    },
+                    patch_embedding: Linear::new(
+                        &m.get("embeddings.patch_embedding.weight", &kernel)?.reshape(flat)?,
+                        None,
+                    )?,
                     class_embedding: m.get("embeddings.class_embedding", &[c])?,
                     positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?,
                     pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
@@ -286,7 +283,7 @@ impl VisionTower {
                 Ok(Self {
                     image_size,
                     patch_size,
-                    patch_embedding: Linear { weight: m.get("conv1.weight", &kernel)?.reshape(flat)?, bias: None },
+                    patch_embedding: Linear::new(&m.get("conv1.weight", &kernel)?.reshape(flat)?, None)?,
                     class_embedding: m.get("class_embedding", &[c])?,
                     positions: m.get("positional_embedding", &[patches + 1, c])?,
                     pre_norm: layer_norm(&m.pp("ln_pre"), c, config.eps)?,

@@ -5,22 +5,26 @@
 //! d_x[b, k, l, c]  = sum_{u, v, o} d_y[b, (k + p - u) / s, (l + p - v) / s, o] K[u, v, c, o]   where s divides
 //! ```
 //!
-//! Both are gathered products: for a tile of output pixels the taps that each needs are copied side by side into a
-//! buffer, and matrix products finish the tile: one in the forward, one a tap in the backward. There is no whole-image
-//! im2col and the kernel is frozen: it has no gradient.
+//! Both are products over taps (`ops::frozen`): an output pixel meets, for each tap, the channels of the source pixel that
+//! the tap reads. There is no whole-image im2col, and the kernel is frozen: it has no gradient.
 
 mod cpu;
 
 use candle_core::{Result, Tensor, bail};
 
+use super::frozen::Frozen;
 use super::per_dtype;
 use cpu::{conv2d_bwd as conv2d_bwd_cpu, conv2d_fwd as conv2d_fwd_cpu};
 
 /// A frozen kernel with its geometry.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    /// (kh, kw, in, out): the layout in which a tile's taps meet it as one matrix.
-    weight: Tensor,
+    /// (out, kh kw, in)
+    weight: Frozen,
+    /// (kh, kw)
+    sides: (usize, usize),
+    inputs: usize,
+    outputs: usize,
     bias: Option<Tensor>,
     stride: usize,
     padding: usize,
@@ -29,7 +33,7 @@ pub struct Kernel {
 impl Kernel {
     /// From PyTorch's layout: weight (out, in, kh, kw), bias (out). `padding` is symmetric.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, stride: usize, padding: usize) -> Result<Self> {
-        let (out, _, _, _) = weight.dims4()?;
+        let (out, inputs, kh, kw) = weight.dims4()?;
         if stride == 0 {
             bail!("conv2d: the stride must be at least 1");
         }
@@ -38,13 +42,14 @@ impl Kernel {
         {
             bail!("conv2d: a bias of shape {:?} for {out} output channels", bias.dims());
         }
-        Ok(Self { weight: weight.permute((2, 3, 1, 0))?.contiguous()?, bias, stride, padding })
+        let weight = Frozen::new(&weight.permute((0, 2, 3, 1))?.reshape((out, kh * kw, inputs))?)?;
+        Ok(Self { weight, sides: (kh, kw), inputs, outputs: out, bias, stride, padding })
     }
     pub fn in_channels(&self) -> usize {
-        self.weight.dims()[2]
+        self.inputs
     }
     pub fn out_channels(&self) -> usize {
-        self.weight.dims()[3]
+        self.outputs
     }
     /// Side of the output along an axis of `n` pixels whose kernel side is `k`.
     fn out_side(&self, n: usize, k: usize) -> Result<usize> {
@@ -52,11 +57,6 @@ impl Kernel {
             bail!("conv2d: an image side of {n} pixels is smaller than the kernel's {k}");
         }
         Ok((n + 2 * self.padding - k) / self.stride + 1)
-    }
-    #[cfg(test)]
-    fn to_dtype(&self, dtype: candle_core::DType) -> Result<Self> {
-        let bias = self.bias.as_ref().map(|b| b.to_dtype(dtype)).transpose()?;
-        Ok(Self { weight: self.weight.to_dtype(dtype)?, bias, ..*self })
     }
 }
 
@@ -90,14 +90,17 @@ mod tests {
             (4, 4, 3, 3, 1, 1, 0),
             (9, 6, 2, 2, 5, 1, 2),
             (40, 33, 5, 6, 3, 1, 1),
+            (12, 9, 20, 50, 3, 1, 1),
+            (8, 8, 35, 17, 3, 2, 1),
         ] {
             let weight = Case::normal(&[o, i, k, k], 1);
             let bias = Case::normal(&[o], 2);
-            let kernel = Kernel::new(&weight, Some(bias.clone()), s, p).unwrap();
+            let kernel =
+                |like: &Tensor| Kernel::new(&weight.to_dtype(like.dtype())?, Some(bias.to_dtype(like.dtype())?), s, p);
             check(
                 &[Case::normal(&[2, h, w, i], 3)],
-                |x| conv2d_fwd(&x[0], &kernel.to_dtype(x[0].dtype())?),
-                |x, dy| Ok(vec![conv2d_bwd(dy, &kernel.to_dtype(x[0].dtype())?, h, w)?]),
+                |x| conv2d_fwd(&x[0], &kernel(&x[0])?),
+                |_, dy| Ok(vec![conv2d_bwd(dy, &kernel(dy)?, h, w)?]),
                 |x| reference(&x[0], &weight.to_dtype(x[0].dtype())?, &bias.to_dtype(x[0].dtype())?, s, p),
             );
         }

@@ -1,7 +1,7 @@
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
-use super::rows_of;
+use super::{Weight, rows_of};
+use crate::ops::frozen::Same;
 use crate::ops::gemm::{Threads, View, ViewMut, gemm, scaled_gemm};
 use crate::ops::{Host, Real, tensor_from};
 
@@ -13,39 +13,22 @@ fn with_last(x: &Tensor, last: usize) -> Vec<usize> {
     dims
 }
 
-pub(super) fn linear_fwd<T: Real>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (rows, inputs) = rows_of(x)?;
-    let outputs = weight.dims()[0];
-    let (x_data, w) = (Host::<T>::read(x)?, Host::<T>::read(weight)?);
+pub(super) fn linear_fwd<T: Real>(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, _) = rows_of(x)?;
+    let outputs = weight.outputs;
+    let x_data = Host::<T>::read(x)?;
+    let bias = bias.map(Host::<T>::read).transpose()?;
     let mut y = vec![T::zero(); rows * outputs];
-    if let Some(bias) = bias {
-        let bias = Host::<T>::read(bias)?;
-        y.par_chunks_mut(outputs * 64)
-            .for_each(|rows| rows.chunks_mut(outputs).for_each(|row| row.copy_from_slice(&bias)));
-    }
-    gemm(
-        View::rows(&x_data, rows, inputs),
-        View::rows(&w, outputs, inputs).t(),
-        ViewMut::rows(&mut y, rows, outputs),
-        bias.is_some(),
-        Threads::All,
-    );
+    weight.frozen.forward(&x_data, &Same, rows, bias.as_deref(), &mut y)?;
     tensor_from(y, with_last(x, outputs))
 }
 
-pub(super) fn linear_bwd<T: Real>(cotangent: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (rows, outputs) = rows_of(cotangent)?;
-    let inputs = weight.dims()[1];
-    let (dy, w) = (Host::<T>::read(cotangent)?, Host::<T>::read(weight)?);
-    let mut dx = vec![T::zero(); rows * inputs];
-    gemm(
-        View::rows(&dy, rows, outputs),
-        View::rows(&w, outputs, inputs),
-        ViewMut::rows(&mut dx, rows, inputs),
-        false,
-        Threads::All,
-    );
-    tensor_from(dx, with_last(cotangent, inputs))
+pub(super) fn linear_bwd<T: Real>(cotangent: &Tensor, weight: &Weight) -> Result<Tensor> {
+    let (rows, _) = rows_of(cotangent)?;
+    let dy = Host::<T>::read(cotangent)?;
+    let mut dx = vec![T::zero(); rows * weight.inputs];
+    weight.frozen.backward(&dy, &Same, rows, &mut dx)?;
+    tensor_from(dx, with_last(cotangent, weight.inputs))
 }
 
 pub(super) fn lora_fwd<T: Real>(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64, y: &Tensor) -> Result<Tensor> {

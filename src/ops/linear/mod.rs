@@ -14,22 +14,49 @@ mod cpu;
 
 use candle_core::{Result, Tensor, bail};
 
+use super::frozen::Frozen;
 use super::per_dtype;
 
+/// A frozen weight (out, in), stored for products in both directions.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    frozen: Frozen,
+    outputs: usize,
+    inputs: usize,
+}
+
+impl Weight {
+    /// From (out, in).
+    pub fn new(weight: &Tensor) -> Result<Self> {
+        let (outputs, inputs) = weight.dims2()?;
+        Ok(Self { frozen: Frozen::new(&weight.reshape((outputs, 1, inputs))?)?, outputs, inputs })
+    }
+    pub fn in_features(&self) -> usize {
+        self.inputs
+    }
+    pub fn out_features(&self) -> usize {
+        self.outputs
+    }
+}
+
 /// `x Wᵀ + b`: x (..., in), weight (out, in), bias (out) -> (..., out).
-pub fn linear_fwd(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn linear_fwd(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
     let (_, inputs) = rows_of(x)?;
-    if weight.dims2()?.1 != inputs {
-        bail!("linear: {inputs} features for a weight of shape {:?}", weight.dims());
+    if weight.inputs != inputs {
+        bail!("linear: {inputs} features for a weight of shape ({}, {})", weight.outputs, weight.inputs);
     }
     per_dtype!(x, linear_fwd_cpu(x, weight, bias))
 }
 
 /// The gradient of the input: cotangent (..., out) -> (..., in).
-pub fn linear_bwd(cotangent: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn linear_bwd(cotangent: &Tensor, weight: &Weight) -> Result<Tensor> {
     let (_, outputs) = rows_of(cotangent)?;
-    if weight.dims2()?.0 != outputs {
-        bail!("linear: a cotangent of {outputs} features for a weight of shape {:?}", weight.dims());
+    if weight.outputs != outputs {
+        bail!(
+            "linear: a cotangent of {outputs} features for a weight of shape ({}, {})",
+            weight.outputs,
+            weight.inputs
+        );
     }
     per_dtype!(cotangent, linear_bwd_cpu(cotangent, weight))
 }
@@ -71,13 +98,19 @@ mod tests {
 
     #[test]
     fn linear_agrees_with_autograd_and_finite_differences() {
-        for (rows, inputs, outputs) in [(1, 1, 1), (3, 5, 7), (33, 64, 17)] {
+        for (rows, inputs, outputs) in [(1, 1, 1), (3, 5, 7), (33, 64, 17), (130, 40, 70)] {
             let weight = Case::normal(&[outputs, inputs], 1);
             let bias = Case::normal(&[outputs], 2);
             check(
                 &[Case::normal(&[2, rows, inputs], 3)],
-                |x| linear_fwd(&x[0], &weight.to_dtype(x[0].dtype())?, Some(&bias.to_dtype(x[0].dtype())?)),
-                |x, dy| Ok(vec![linear_bwd(dy, &weight.to_dtype(x[0].dtype())?)?]),
+                |x| {
+                    linear_fwd(
+                        &x[0],
+                        &Weight::new(&weight.to_dtype(x[0].dtype())?)?,
+                        Some(&bias.to_dtype(x[0].dtype())?),
+                    )
+                },
+                |x, dy| Ok(vec![linear_bwd(dy, &Weight::new(&weight.to_dtype(x[0].dtype())?)?)?]),
                 |x| {
                     let weight = weight.to_dtype(x[0].dtype())?.t()?;
                     x[0].broadcast_matmul(&weight)?.broadcast_add(&bias.to_dtype(x[0].dtype())?)

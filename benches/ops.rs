@@ -3,6 +3,7 @@
 //! `cargo bench --bench ops`; the rate is 10⁹ floating point operations a second, as the products count them. The first
 //! line, a square product of the `gemm` crate, is the yardstick.
 
+use alignprop::ops::attention::{Heads, attention_bwd, attention_fwd};
 use alignprop::ops::conv2d::{Kernel, conv2d_bwd, conv2d_fwd};
 use alignprop::ops::linear::{Weight, linear_bwd, linear_fwd};
 use candle_core::{Device, Tensor};
@@ -62,4 +63,32 @@ fn conv2d_backward(bencher: Bencher, (batch, side, inputs, outputs): (usize, usi
     let dy = normal(&[batch, side, side, outputs]);
     let count = ItemsCount::new(18 * batch * side * side * inputs * outputs);
     bencher.counter(count).bench(|| conv2d_bwd(&dy, &kernel, side, side).unwrap());
+}
+
+/// (batch, queries, keys, heads, head dimension)
+const ATTENTION: [(usize, usize, usize, usize, usize); 6] = [
+    (1, 1024, 1024, 8, 40),
+    (1, 1024, 77, 8, 40),
+    (1, 1024, 1024, 8, 10),
+    (1, 257, 257, 16, 64),
+    (4, 64, 64, 4, 32),
+    (1, 1024, 1024, 1, 512),
+];
+
+fn attention_inputs((batch, n, m, heads, dim): (usize, usize, usize, usize, usize)) -> ([Tensor; 3], Heads, usize) {
+    let c = heads * dim;
+    let tensors = [normal(&[batch, n, c]), normal(&[batch, m, c]), normal(&[batch, m, c])];
+    (tensors, Heads { count: heads, causal: false }, 2 * batch * n * m * c)
+}
+
+#[divan::bench(args = ATTENTION)]
+fn attention_forward(bencher: Bencher, shape: (usize, usize, usize, usize, usize)) {
+    let ([q, k, v], heads, product) = attention_inputs(shape);
+    bencher.counter(ItemsCount::new(2 * product)).bench(|| attention_fwd(&q, &k, &v, heads).unwrap());
+}
+
+#[divan::bench(args = ATTENTION)]
+fn attention_backward(bencher: Bencher, shape: (usize, usize, usize, usize, usize)) {
+    let ([q, k, v], heads, product) = attention_inputs(shape);
+    bencher.counter(ItemsCount::new(5 * product)).bench(|| attention_bwd(&q, &q, &k, &v, heads).unwrap());
 }

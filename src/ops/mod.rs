@@ -20,6 +20,9 @@ pub mod linear;
 pub mod sum;
 #[cfg(test)]
 pub(crate) mod testing;
+/// Register tiles of matrix products for AVX-512.
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tiles;
 pub mod upsample;
 pub(crate) mod vector;
 

@@ -2,19 +2,23 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::Heads;
+#[cfg(target_arch = "x86_64")]
+use super::tiled;
 use crate::ops::gemm::{Threads, View, ViewMut, gemm, scaled_gemm};
+#[cfg(target_arch = "x86_64")]
+use crate::ops::tiles;
 use crate::ops::vector::{max_of, sum_of, vectorised};
 use crate::ops::{Host, Real, SharedMut, tensor_from};
 
 /// Scores that one task holds at a time, a tile of queries against all keys: 1 MiB in f32, twice that in the backward.
 const TILE_SCORES: usize = 1 << 18;
 
-struct Shape {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    channels: usize,
-    heads: Heads,
+pub(super) struct Shape {
+    pub(super) batch: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    pub(super) channels: usize,
+    pub(super) heads: Heads,
 }
 
 impl Shape {
@@ -22,17 +26,17 @@ impl Shape {
         let (batch, queries, channels) = q.dims3()?;
         Ok(Self { batch, queries, keys: k.dims()[1], channels, heads })
     }
-    fn dim(&self) -> usize {
+    pub(super) fn dim(&self) -> usize {
         self.channels / self.heads.count
     }
     fn tile(&self) -> usize {
         (TILE_SCORES / self.keys).clamp(16, 256)
     }
-    fn scale<T: Real>(&self) -> T {
+    pub(super) fn scale<T: Real>(&self) -> T {
         T::lit(1.0 / (self.dim() as f64).sqrt())
     }
     /// Offset of row `row` of head `head` of image `image` in a (B, rows, C) buffer.
-    fn offset(&self, image: usize, rows: usize, row: usize, head: usize) -> usize {
+    pub(super) fn offset(&self, image: usize, rows: usize, row: usize, head: usize) -> usize {
         (image * rows + row) * self.channels + head * self.dim()
     }
     /// The rows `first..first + rows` of one head as a matrix (rows, d), of a buffer with `total` rows an image.
@@ -70,6 +74,13 @@ pub(super) fn attention_fwd<T: Real>(q: &Tensor, k: &Tensor, v: &Tensor, heads: 
     let (q, k, v) = (Host::<T>::read(q)?, Host::<T>::read(k)?, Host::<T>::read(v)?);
     let (q, k, v): (&[T], &[T], &[T]) = (&q, &k, &v);
     let mut out = vec![T::zero(); q.len()];
+    #[cfg(target_arch = "x86_64")]
+    if let (true, Some(q), Some(k), Some(v), Some(out_f32)) =
+        (tiles::available(), T::as_f32(q), T::as_f32(k), T::as_f32(v), T::as_f32_mut(&mut out))
+    {
+        tiled::forward(&shape, q, k, v, out_f32);
+        return tensor_from(out, dims);
+    }
     let target = SharedMut::new(&mut out);
     let tile = shape.tile();
     let tiles = shape.queries.div_ceil(tile);
@@ -102,6 +113,20 @@ pub(super) fn attention_bwd<T: Real>(
     let (dout, q, k, v) = (Host::<T>::read(cotangent)?, Host::<T>::read(q)?, Host::<T>::read(k)?, Host::<T>::read(v)?);
     let (dout, q, k, v): (&[T], &[T], &[T], &[T]) = (&dout, &q, &k, &v);
     let (mut dq, mut dk, mut dv) = (vec![T::zero(); q.len()], vec![T::zero(); k.len()], vec![T::zero(); v.len()]);
+    #[cfg(target_arch = "x86_64")]
+    if let (true, Some(dout), Some(q), Some(k), Some(v), Some(dq_f32), Some(dk_f32), Some(dv_f32)) = (
+        tiles::available(),
+        T::as_f32(dout),
+        T::as_f32(q),
+        T::as_f32(k),
+        T::as_f32(v),
+        T::as_f32_mut(&mut dq),
+        T::as_f32_mut(&mut dk),
+        T::as_f32_mut(&mut dv),
+    ) {
+        tiled::backward(&shape, dout, q, k, v, dq_f32, dk_f32, dv_f32);
+        return Ok((tensor_from(dq, q_dims)?, tensor_from(dk, k_dims)?, tensor_from(dv, k_dims)?));
+    }
     let (dq_target, dk_target, dv_target) = (SharedMut::new(&mut dq), SharedMut::new(&mut dk), SharedMut::new(&mut dv));
     let tile = shape.tile();
     let tasks = shape.batch * heads.count;

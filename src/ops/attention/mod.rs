@@ -13,6 +13,8 @@
 //! at a time (Rabe & Staats 2021; Dao et al. 2022); the backward computes them again from Q and K.
 
 mod cpu;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
 
 use candle_core::{Result, Tensor, bail};
 

@@ -10,8 +10,6 @@
 //! In f32 on a CPU with AVX-512 the matrix is packed once into panels that serve both directions (`panels`). Elsewhere
 //! (f64, other CPUs) rows are gathered and the `gemm` crate multiplies (`gathered`).
 
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 mod gathered;
 #[cfg(target_arch = "x86_64")]
 mod panels;
@@ -63,7 +61,7 @@ impl Frozen {
     pub(crate) fn new(weight: &Tensor) -> Result<Self> {
         let shape = weight.dims3()?;
         #[cfg(target_arch = "x86_64")]
-        if weight.dtype() == candle_core::DType::F32 && weight.device().is_cpu() && panels::available() {
+        if weight.dtype() == candle_core::DType::F32 && weight.device().is_cpu() && crate::ops::tiles::available() {
             let weight = weight.contiguous()?;
             let panels = Panels::pack(&Host::<f32>::read(&weight)?, shape);
             return Ok(Self { shape, store: Store::Panels(Arc::new(panels)) });

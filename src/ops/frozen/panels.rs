@@ -10,10 +10,9 @@ use std::sync::atomic::Ordering;
 use rayon::prelude::*;
 
 use super::Taps;
-pub(super) use super::avx512::available;
-use super::avx512::{Block, LANES, ROWS, Segment, Segments, rows_to_lanes, tile, tile_transposed};
 use crate::ops::SharedMut;
 use crate::ops::gemm::FLOPS;
+use crate::ops::tiles::{Block, LANES, ROWS, Segment, Segments, each_height, rows_to_lanes, tile, tile_transposed};
 
 /// Outputs of a panel; the last one may have 16.
 const PANEL: usize = 2 * LANES;
@@ -25,19 +24,6 @@ const TASK_LANE_BYTES: usize = 1 << 19;
 const SHARED_LANE_BYTES: usize = 1 << 24;
 /// Operations under which a product is not worth a second thread.
 const SERIAL: usize = 1 << 21;
-
-/// Runs `body` with the constant `$R` equal to `$height`, which is 1 to 12.
-macro_rules! each_height {
-    ($height:expr, $R:ident => $body:block) => {
-        each_height!(@ $height, $R, $body, 1 2 3 4 5 6 7 8 9 10 11 12)
-    };
-    (@ $height:expr, $R:ident, $body:block, $($n:literal)*) => {
-        match $height {
-            $($n => { const $R: usize = $n; $body })*
-            other => unreachable!("a tile of {other} rows"),
-        }
-    };
-}
 
 /// W (outputs, taps, channels) in panels.
 pub(super) struct Panels {

@@ -6,18 +6,33 @@
 use std::arch::x86_64::*;
 
 /// Lanes of a vector.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// Rows of a tile at most.
-pub(super) const ROWS: usize = 12;
+pub(crate) const ROWS: usize = 12;
+
+/// Runs `body` with the constant `$R` equal to `$height`, which is 1 to 12.
+macro_rules! each_height {
+    ($height:expr, $R:ident => $body:block) => {
+        each_height!(@ $height, $R, $body, 1 2 3 4 5 6 7 8 9 10 11 12)
+    };
+    (@ $height:expr, $R:ident, $body:block, $($n:literal)*) => {
+        match $height {
+            $($n => { const $R: usize = $n; $body })*
+            other => unreachable!("a tile of {other} rows"),
+        }
+    };
+}
+
+pub(crate) use each_height;
 
 /// Whether this CPU has what the kernels here need.
-pub(super) fn available() -> bool {
+pub(crate) fn available() -> bool {
     is_x86_feature_detected!("avx512f")
 }
 
 /// A stretch of the reduction: `depth` numbers of each row, and as many vectors of lanes.
 #[derive(Clone, Copy)]
-pub(super) struct Segment<const R: usize> {
+pub(crate) struct Segment<const R: usize> {
     /// Where each row's numbers start, contiguous.
     pub rows: [*const f32; R],
     pub depth: usize,
@@ -28,7 +43,7 @@ pub(super) struct Segment<const R: usize> {
 }
 
 /// The stretches of one tile's reduction.
-pub(super) trait Segments<const R: usize> {
+pub(crate) trait Segments<const R: usize> {
     fn count(&self) -> usize;
     /// Implementations are `#[inline(always)]`: behind a call the accumulators would leave their registers.
     fn get(&self, index: usize) -> Segment<R>;
@@ -74,7 +89,7 @@ unsafe fn reduce<const R: usize, const V: usize>(
 /// The CPU has AVX-512. Segments point to readable memory: `depth` numbers at each row pointer, 16 V numbers at each
 /// step's lanes. The destination is writable and exclusive.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn tile<const R: usize, const V: usize>(
+pub(crate) unsafe fn tile<const R: usize, const V: usize>(
     segments: &impl Segments<R>,
     bias: *const f32,
     destination: *mut f32,
@@ -101,7 +116,7 @@ pub(super) unsafe fn tile<const R: usize, const V: usize>(
 
 /// A stretch of the transposed reduction: a panel's `depth` outputs of R channels, 32 numbers apart, against rows as lanes.
 #[derive(Clone, Copy)]
-pub(super) struct Block {
+pub(crate) struct Block {
     /// Those of the first channel of all.
     pub numbers: *const f32,
     pub depth: usize,
@@ -115,7 +130,7 @@ pub(super) struct Block {
 /// The CPU has AVX-512. Blocks point to readable memory: `depth` numbers for each of R channels from `channel` on, and
 /// `lanes_of_rows` has 16 V lanes for each of their steps. The destination is writable and exclusive.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn tile_transposed<const R: usize, const V: usize>(
+pub(crate) unsafe fn tile_transposed<const R: usize, const V: usize>(
     blocks: &[Block],
     channel: usize,
     lanes_of_rows: *const f32,
@@ -158,6 +173,129 @@ pub(super) unsafe fn tile_transposed<const R: usize, const V: usize>(
     }
 }
 
+/// A tile that is added to what is at the destination (or replaces it): rows are R neighbouring numbers of each step.
+///
+/// ```text
+/// destination[r row_stride + lane] += sum_{k < depth} numbers[k step + r] lanes[k stride + lane]
+/// ```
+///
+/// # Safety
+/// As for [`tile`].
+#[allow(clippy::too_many_arguments)]
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn tile_columns<const R: usize, const V: usize>(
+    mut numbers: *const f32,
+    step: usize,
+    mut vectors: *const f32,
+    stride: usize,
+    depth: usize,
+    destination: *mut f32,
+    row_stride: usize,
+    lanes: usize,
+    replace: bool,
+) {
+    let masks: [__mmask16; V] = std::array::from_fn(|j| mask(lanes.saturating_sub(LANES * j)));
+    let mut acc = [[_mm512_setzero_ps(); V]; R];
+    // SAFETY: the caller's promises; masked lanes are not touched.
+    unsafe {
+        for _ in 0..depth {
+            let v: [__m512; V] = std::array::from_fn(|j| _mm512_loadu_ps(vectors.add(LANES * j)));
+            for r in 0..R {
+                let a = _mm512_set1_ps(*numbers.add(r));
+                for j in 0..V {
+                    acc[r][j] = _mm512_fmadd_ps(a, v[j], acc[r][j]);
+                }
+            }
+            numbers = numbers.wrapping_add(step);
+            vectors = vectors.wrapping_add(stride);
+        }
+        for (r, row) in acc.iter().enumerate() {
+            for j in 0..V {
+                let target = destination.wrapping_add(r * row_stride + LANES * j);
+                let sum = if replace { row[j] } else { _mm512_add_ps(row[j], _mm512_maskz_loadu_ps(masks[j], target)) };
+                _mm512_mask_storeu_ps(target, masks[j], sum);
+            }
+        }
+    }
+}
+
+/// x = exp(scale (x - max x)) in place; the sum of all. `x` is not empty.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn exponentials(x: &mut [f32], scale: f32) -> f32 {
+    let full = x.len() / LANES * LANES;
+    let tail = mask(x.len() - full);
+    let negative = _mm512_set1_ps(f32::NEG_INFINITY);
+    let p = x.as_mut_ptr();
+    // SAFETY: whole vectors lie below `full`, and the tail's mask ends at the slice's length.
+    unsafe {
+        let mut max = [_mm512_mask_loadu_ps(negative, tail, p.add(full)); 4];
+        for i in (0..full).step_by(LANES) {
+            let lane = i / LANES % 4;
+            max[lane] = _mm512_max_ps(max[lane], _mm512_loadu_ps(p.add(i)));
+        }
+        let max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3])));
+        let (max, scale) = (_mm512_set1_ps(max), _mm512_set1_ps(scale));
+        let mut sum = _mm512_setzero_ps();
+        for i in (0..full).step_by(LANES) {
+            let e = exp(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(p.add(i)), max), scale));
+            _mm512_storeu_ps(p.add(i), e);
+            sum = _mm512_add_ps(sum, e);
+        }
+        let e = exp(_mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(tail, p.add(full)), max), scale));
+        _mm512_mask_storeu_ps(p.add(full), tail, e);
+        sum = _mm512_mask_add_ps(sum, tail, sum, e);
+        _mm512_reduce_add_ps(sum)
+    }
+}
+
+/// eˣ as in [`super::vector::exp_f32`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp(x: __m512) -> __m512 {
+    let c = |value: f32| _mm512_set1_ps(value);
+    // the operand order keeps NaN
+    let x = _mm512_max_ps(c(-104.0), x);
+    let n = _mm512_roundscale_ps::<0x08>(_mm512_mul_ps(x, c(std::f32::consts::LOG2_E)));
+    let r = _mm512_fnmadd_ps(n, c(1.428_606_8e-6), _mm512_fnmadd_ps(n, c(0.693_145_75), x));
+    let mut q = c(1.989_299_2e-4);
+    for term in [1.393_545_2e-3, 8.333_309e-3, 4.166_645e-2, 0.166_666_67, 0.5] {
+        q = _mm512_fmadd_ps(q, r, c(term));
+    }
+    let e = _mm512_add_ps(c(1.0), _mm512_fmadd_ps(_mm512_mul_ps(r, r), q, r));
+    _mm512_scalef_ps(e, n)
+}
+
+/// The softmax's backward in place: d_p = scale inverse p (d_p - inverse <p, d_p>), p = inverse p.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn softmax_backward(p: &mut [f32], d_p: &mut [f32], inverse: f32, scale: f32) {
+    assert_eq!(p.len(), d_p.len());
+    let full = p.len() / LANES * LANES;
+    let tail = mask(p.len() - full);
+    let (p, d) = (p.as_mut_ptr(), d_p.as_mut_ptr());
+    // SAFETY: as in `exponentials`; both slices have the same length.
+    unsafe {
+        let mut dot = [_mm512_setzero_ps(); 4];
+        for i in (0..full).step_by(LANES) {
+            let lane = i / LANES % 4;
+            dot[lane] = _mm512_fmadd_ps(_mm512_loadu_ps(p.add(i)), _mm512_loadu_ps(d.add(i)), dot[lane]);
+        }
+        let (a, b) = (_mm512_maskz_loadu_ps(tail, p.add(full)), _mm512_maskz_loadu_ps(tail, d.add(full)));
+        dot[0] = _mm512_fmadd_ps(a, b, dot[0]);
+        let dot = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(dot[0], dot[1]), _mm512_add_ps(dot[2], dot[3])));
+        let (dot, inverse, scale) = (_mm512_set1_ps(dot * inverse), _mm512_set1_ps(inverse), _mm512_set1_ps(scale));
+        let step = |mask: __mmask16, i: usize| {
+            let probability = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, p.add(i)), inverse);
+            let gradient = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, d.add(i)), dot);
+            _mm512_mask_storeu_ps(p.add(i), mask, probability);
+            _mm512_mask_storeu_ps(d.add(i), mask, _mm512_mul_ps(_mm512_mul_ps(probability, scale), gradient));
+        };
+        for i in (0..full).step_by(LANES) {
+            step(!0, i);
+        }
+        step(tail, full);
+    }
+}
+
 /// Sixteen rows of sixteen numbers to sixteen columns.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -197,7 +335,7 @@ fn transpose(r: [__m512; LANES]) -> [__m512; LANES] {
 /// The CPU has AVX-512; rows that are not null have `depth` readable numbers; `target` has room for
 /// `depth * rows.len()` numbers, and `rows.len()` is a multiple of 16.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn rows_to_lanes(rows: &[*const f32], depth: usize, target: *mut f32) {
+pub(crate) unsafe fn rows_to_lanes(rows: &[*const f32], depth: usize, target: *mut f32) {
     let lanes = rows.len();
     for (group, rows) in rows.chunks_exact(LANES).enumerate() {
         for k in (0..depth).step_by(LANES) {

@@ -1,0 +1,287 @@
+//! The f32 kernels on AVX-512 tiles: scores of a block of queries against all keys stay in the cache.
+
+use rayon::prelude::*;
+
+use super::cpu::Shape;
+use crate::ops::SharedMut;
+use crate::ops::gemm::FLOPS;
+use crate::ops::tiles::{
+    LANES, ROWS, Segment, Segments, each_height, exponentials, rows_to_lanes, softmax_backward, tile, tile_columns,
+};
+
+/// Lanes of a wide panel.
+const WIDE: usize = 2 * LANES;
+/// Scores that a block of queries holds in the backward: 256 KiB, and as much for their gradients.
+const BLOCK_SCORES: usize = 1 << 16;
+
+/// Rows of one head, (row, d) at distance `stride`.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    data: &'a [f32],
+    stride: usize,
+    rows: usize,
+    dim: usize,
+}
+
+impl<'a> Head<'a> {
+    fn of(shape: &Shape, data: &'a [f32], image: usize, rows: usize, head: usize) -> Self {
+        let data = &data[shape.offset(image, rows, 0, head)..];
+        assert!(data.len() >= (rows - 1) * shape.channels + shape.dim());
+        Self { data, stride: shape.channels, rows, dim: shape.dim() }
+    }
+    fn row(&self, row: usize) -> *const f32 {
+        self.data[row * self.stride..][..self.dim].as_ptr()
+    }
+}
+
+/// Panels of 32 lanes, each (depth, 32).
+struct Panels {
+    data: Vec<f32>,
+    depth: usize,
+    lanes: usize,
+}
+
+impl Panels {
+    /// Rows as lanes: for S = Q Kᵀ.
+    fn of_rows(head: Head) -> Self {
+        let count = head.rows.div_ceil(WIDE);
+        let mut data = vec![0f32; count * WIDE * head.dim];
+        for (p, panel) in data.chunks_mut(WIDE * head.dim).enumerate() {
+            let rows: [*const f32; WIDE] = std::array::from_fn(|lane| {
+                let row = p * WIDE + lane;
+                if row < head.rows { head.row(row) } else { std::ptr::null() }
+            });
+            // SAFETY: rows have `dim` numbers; the panel has 32 lanes for each. The CPU was asked (`tiles::available`).
+            unsafe { rows_to_lanes(&rows, head.dim, panel.as_mut_ptr()) };
+        }
+        Self { data, depth: head.dim, lanes: head.rows }
+    }
+    /// Channels as lanes: for P V.
+    fn of_channels(head: Head) -> Self {
+        let count = head.dim.div_ceil(WIDE);
+        let mut data = vec![0f32; count * WIDE * head.rows];
+        for (p, panel) in data.chunks_mut(WIDE * head.rows).enumerate() {
+            let channels = p * WIDE..head.dim.min((p + 1) * WIDE);
+            for (row, lanes) in panel.chunks_mut(WIDE).enumerate() {
+                lanes[..channels.len()].copy_from_slice(&head.data[row * head.stride..][channels.clone()]);
+            }
+        }
+        Self { data, depth: head.rows, lanes: head.dim }
+    }
+    fn count(&self) -> usize {
+        self.lanes.div_ceil(WIDE)
+    }
+    fn panel(&self, p: usize) -> (*const f32, usize) {
+        (self.data[p * WIDE * self.depth..][..WIDE * self.depth].as_ptr(), (self.lanes - p * WIDE).min(WIDE))
+    }
+}
+
+/// One stretch: rows at a distance, all their numbers.
+struct Strided {
+    first: *const f32,
+    stride: usize,
+    depth: usize,
+    lanes: *const f32,
+}
+
+impl<const R: usize> Segments<R> for Strided {
+    fn count(&self) -> usize {
+        1
+    }
+    #[inline(always)]
+    fn get(&self, _: usize) -> Segment<R> {
+        Segment {
+            rows: std::array::from_fn(|r| self.first.wrapping_add(r * self.stride)),
+            depth: self.depth,
+            lanes: self.lanes,
+            stride: WIDE,
+        }
+    }
+}
+
+/// `destination[r, lane] = sum_k rows[r][k] panels[k][lane]`; at most 12 rows at a distance of `stride`.
+///
+/// # Safety
+/// The CPU has AVX-512, `rows` rows of `panels.depth` numbers are readable, the destination's rows (`row_stride` apart)
+/// are writable and exclusive.
+unsafe fn product(
+    first: *const f32,
+    stride: usize,
+    rows: usize,
+    panels: &Panels,
+    destination: *mut f32,
+    row_stride: usize,
+) {
+    for p in 0..panels.count() {
+        let (lanes, count) = panels.panel(p);
+        let segment = Strided { first, stride, depth: panels.depth, lanes };
+        let target = destination.wrapping_add(p * WIDE);
+        each_height!(rows, R => {
+            // SAFETY: the caller's promises.
+            unsafe {
+                if count > LANES {
+                    tile::<R, 2>(&segment, std::ptr::null(), target, row_stride, count)
+                } else {
+                    tile::<R, 1>(&segment, std::ptr::null(), target, row_stride, count)
+                }
+            }
+        });
+    }
+}
+
+/// `destination[key, lane] += sum_q numbers[q, key] panels[q][lane]` for all keys; `replace` instead of adding.
+///
+/// # Safety
+/// As for [`product`]; `numbers` has `depth` rows of `keys`, panels' steps from `step` on.
+#[allow(clippy::too_many_arguments)]
+unsafe fn transposed_product(
+    numbers: &[f32],
+    keys: usize,
+    depth: usize,
+    panels: &Panels,
+    step: usize,
+    destination: *mut f32,
+    row_stride: usize,
+    replace: bool,
+) {
+    assert!(numbers.len() >= depth * keys && step + depth <= panels.depth);
+    let blocks = keys.div_ceil(ROWS);
+    for block in (0..blocks).map(|b| keys * b / blocks..keys * (b + 1) / blocks) {
+        for p in 0..panels.count() {
+            let (lanes, count) = panels.panel(p);
+            let (numbers, lanes) = (numbers.as_ptr().wrapping_add(block.start), lanes.wrapping_add(step * WIDE));
+            let target = destination.wrapping_add(block.start * row_stride + p * WIDE);
+            each_height!(block.len(), R => {
+                // SAFETY: the caller's promises.
+                unsafe {
+                    if count > LANES {
+                        tile_columns::<R, 2>(numbers, keys, lanes, WIDE, depth, target, row_stride, count, replace)
+                    } else {
+                        tile_columns::<R, 1>(numbers, keys, lanes, WIDE, depth, target, row_stride, count, replace)
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// In how many parts the queries of a head are divided, so that few heads keep several threads busy; a function of the
+/// shape alone, as sums depend on it.
+fn parts(shape: &Shape) -> usize {
+    let heads = shape.batch * shape.heads.count;
+    if heads >= 4 { 1 } else { (4 / heads).min(shape.queries.div_ceil(64)) }
+}
+
+fn count_flops(shape: &Shape, products: usize) {
+    let work = shape.batch * shape.heads.count * shape.queries * shape.keys * shape.dim();
+    FLOPS.fetch_add((2 * products * work) as u64, std::sync::atomic::Ordering::Relaxed);
+}
+
+/// exp of the scaled scores of one row of queries, zero where the key is hidden; the inverse of their sum.
+fn row_exponentials(shape: &Shape, query: usize, scores: &mut [f32]) -> f32 {
+    let visible = if shape.heads.causal { query + 1 } else { shape.keys };
+    let (scores, hidden) = scores.split_at_mut(visible);
+    hidden.fill(0.0);
+    // SAFETY: the CPU was asked before this module's kernels were chosen.
+    1.0 / unsafe { exponentials(scores, shape.scale()) }
+}
+
+pub(super) fn forward(shape: &Shape, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) {
+    count_flops(shape, 2);
+    let (heads, parts) = (shape.heads.count, parts(shape));
+    let target = SharedMut::new(out);
+    (0..shape.batch * heads * parts).into_par_iter().for_each(|task| {
+        let (image, head, part) = (task / (heads * parts), task / parts % heads, task % parts);
+        let q = Head::of(shape, q, image, shape.queries, head);
+        let keys = Panels::of_rows(Head::of(shape, k, image, shape.keys, head));
+        let values = Panels::of_channels(Head::of(shape, v, image, shape.keys, head));
+        let mut scores = vec![0f32; ROWS * shape.keys];
+        let mine = shape.queries * part / parts..shape.queries * (part + 1) / parts;
+        let blocks = mine.len().div_ceil(ROWS);
+        for block in (0..blocks).map(|b| mine.len() * b / blocks..mine.len() * (b + 1) / blocks) {
+            let (first, rows) = (mine.start + block.start, block.len());
+            let o = target.at(shape.offset(image, shape.queries, first, head));
+            // SAFETY: the heads' rows were checked; a task writes its own (image, head, rows) block of the output.
+            unsafe {
+                product(q.row(first), q.stride, rows, &keys, scores.as_mut_ptr(), shape.keys);
+                let mut inverses = [0f32; ROWS];
+                for (r, scores) in scores.chunks_mut(shape.keys).enumerate().take(rows) {
+                    inverses[r] = row_exponentials(shape, first + r, scores);
+                }
+                product(scores.as_ptr(), shape.keys, rows, &values, o, shape.channels);
+                for (r, inverse) in inverses.iter().enumerate().take(rows) {
+                    let row = std::slice::from_raw_parts_mut(o.add(r * shape.channels), shape.dim());
+                    row.iter_mut().for_each(|x| *x *= inverse);
+                }
+            }
+        }
+    });
+}
+
+/// Gradients into dq, dk, dv.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward(
+    shape: &Shape,
+    dout: &[f32],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    dq: &mut [f32],
+    dk: &mut [f32],
+    dv: &mut [f32],
+) {
+    count_flops(shape, 5);
+    let (heads, parts) = (shape.heads.count, parts(shape));
+    // parts of a head's queries beyond the first sum into buffers of their own
+    let size = dk.len();
+    let (mut more_dk, mut more_dv) = (vec![0f32; (parts - 1) * size], vec![0f32; (parts - 1) * size]);
+    let dq_target = SharedMut::new(dq);
+    let dk_targets: Vec<_> = std::iter::once(&mut *dk).chain(more_dk.chunks_mut(size)).map(SharedMut::new).collect();
+    let dv_targets: Vec<_> = std::iter::once(&mut *dv).chain(more_dv.chunks_mut(size)).map(SharedMut::new).collect();
+    let block_rows = (BLOCK_SCORES / shape.keys / ROWS * ROWS).clamp(ROWS, 8 * ROWS);
+    (0..shape.batch * heads * parts).into_par_iter().for_each(|task| {
+        let (image, head, part) = (task / (heads * parts), task / parts % heads, task % parts);
+        let q = Head::of(shape, q, image, shape.queries, head);
+        let d_o = Head::of(shape, dout, image, shape.queries, head);
+        let k = Head::of(shape, k, image, shape.keys, head);
+        let v = Head::of(shape, v, image, shape.keys, head);
+        let (keys, values, key_channels) = (Panels::of_rows(k), Panels::of_rows(v), Panels::of_channels(k));
+        let (queries, cotangents) = (Panels::of_channels(q), Panels::of_channels(d_o));
+        let mut scores = vec![0f32; block_rows * shape.keys];
+        let mut d_scores = vec![0f32; block_rows * shape.keys];
+        let mine = shape.queries * part / parts..shape.queries * (part + 1) / parts;
+        let dk = dk_targets[part].at(shape.offset(image, shape.keys, 0, head));
+        let dv = dv_targets[part].at(shape.offset(image, shape.keys, 0, head));
+        for start in mine.clone().step_by(block_rows) {
+            let depth = block_rows.min(mine.end - start);
+            let blocks = depth.div_ceil(ROWS);
+            for block in (0..blocks).map(|b| depth * b / blocks..depth * (b + 1) / blocks) {
+                let (first, rows) = (start + block.start, block.len());
+                let range = block.start * shape.keys..block.end * shape.keys;
+                let (p, d_p) = (&mut scores[range.clone()], &mut d_scores[range]);
+                // SAFETY: the heads' rows were checked; a task writes its own (image, head, rows) block of dq.
+                unsafe {
+                    product(q.row(first), q.stride, rows, &keys, p.as_mut_ptr(), shape.keys);
+                    product(d_o.row(first), d_o.stride, rows, &values, d_p.as_mut_ptr(), shape.keys);
+                    for (r, (p, d_p)) in p.chunks_mut(shape.keys).zip(d_p.chunks_mut(shape.keys)).enumerate() {
+                        let inverse = row_exponentials(shape, first + r, p);
+                        softmax_backward(p, d_p, inverse, shape.scale());
+                    }
+                    let dq = dq_target.at(shape.offset(image, shape.queries, first, head));
+                    product(d_p.as_ptr(), shape.keys, rows, &key_channels, dq, shape.channels);
+                }
+            }
+            let replace = start == mine.start;
+            // SAFETY: a task writes its own (image, head) block of its part's dk and dv.
+            unsafe {
+                transposed_product(&scores, shape.keys, depth, &cotangents, start, dv, shape.channels, replace);
+                transposed_product(&d_scores, shape.keys, depth, &queries, start, dk, shape.channels, replace);
+            }
+        }
+    });
+    for (sum, more) in [(dk, &more_dk), (dv, &more_dv)] {
+        for part in more.chunks(size) {
+            sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+        }
+    }
+}

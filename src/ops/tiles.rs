@@ -49,7 +49,7 @@ pub(crate) trait Segments<const R: usize> {
     fn get(&self, index: usize) -> Segment<R>;
 }
 
-fn mask(lanes: usize) -> __mmask16 {
+pub(crate) fn mask(lanes: usize) -> __mmask16 {
     if lanes >= LANES { !0 } else { (1u16 << lanes) - 1 }
 }
 

@@ -1,6 +1,6 @@
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
-use super::Kernel;
+use super::{Kernel, Weight};
 use crate::ops::frozen::Taps;
 use crate::ops::{Host, Real, tensor_from};
 
@@ -67,7 +67,14 @@ pub(super) fn conv2d_fwd<T: Real>(x: &Tensor, kernel: &Kernel) -> Result<Tensor>
     let window = Window { y: axis(height, out_h, kh), x: axis(width, out_w, kw) };
     let rows = batch * out_h * out_w;
     let mut y = vec![T::zero(); rows * kernel.outputs];
-    kernel.weight.forward(&x, &window, rows, bias.as_deref(), &mut y)?;
+    match &kernel.weight {
+        Weight::Taps(weight) => weight.forward(&x, &window, rows, bias.as_deref(), &mut y)?,
+        #[cfg(target_arch = "x86_64")]
+        Weight::Winograd(winograd) => match (T::as_f32(&x), T::as_f32_mut(&mut y)) {
+            (Some(x), Some(y)) => winograd.forward(x, (batch, height, width), bias.as_deref().and_then(T::as_f32), y),
+            _ => bail!("a convolution of {:?} with a kernel packed in f32", T::DTYPE),
+        },
+    }
     tensor_from(y, (batch, out_h, out_w, kernel.outputs))
 }
 
@@ -86,6 +93,13 @@ pub(super) fn conv2d_bwd<T: Real>(cotangent: &Tensor, kernel: &Kernel, height: u
     let window = Window { y: axis(out_h, height, kh), x: axis(out_w, width, kw) };
     let rows = batch * height * width;
     let mut dx = vec![T::zero(); rows * kernel.inputs];
-    kernel.weight.backward(&dy, &window, rows, &mut dx)?;
+    match &kernel.weight {
+        Weight::Taps(weight) => weight.backward(&dy, &window, rows, &mut dx)?,
+        #[cfg(target_arch = "x86_64")]
+        Weight::Winograd(winograd) => match (T::as_f32(&dy), T::as_f32_mut(&mut dx)) {
+            (Some(dy), Some(dx)) => winograd.backward(dy, (batch, height, width), dx),
+            _ => bail!("a convolution of {:?} with a kernel packed in f32", T::DTYPE),
+        },
+    }
     tensor_from(dx, (batch, height, width, kernel.inputs))
 }

@@ -12,7 +12,7 @@
 
 mod gathered;
 #[cfg(target_arch = "x86_64")]
-mod panels;
+pub(in crate::ops) mod panels;
 
 use std::sync::Arc;
 

@@ -15,7 +15,7 @@ use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{Block, LANES, ROWS, Segment, Segments, each_height, rows_to_lanes, tile, tile_transposed};
 
 /// Outputs of a panel; the last one may have 16.
-const PANEL: usize = 2 * LANES;
+pub(in crate::ops) const PANEL: usize = 2 * LANES;
 /// Rows that a task of the forward takes through one panel after the other.
 const TASK_ROWS: usize = 32 * ROWS;
 /// Bytes of rows turned into lanes at a time in the backward, by one task (half of a second-level cache) and by all
@@ -26,7 +26,7 @@ const SHARED_LANE_BYTES: usize = 1 << 24;
 const SERIAL: usize = 1 << 21;
 
 /// W (outputs, taps, channels) in panels.
-pub(super) struct Panels {
+pub(in crate::ops) struct Panels {
     data: Vec<f32>,
     outputs: usize,
     taps: usize,
@@ -35,7 +35,7 @@ pub(super) struct Panels {
 
 impl Panels {
     /// From (outputs, taps, channels), contiguous.
-    pub(super) fn pack(weight: &[f32], (outputs, taps, channels): (usize, usize, usize)) -> Self {
+    pub(in crate::ops) fn pack(weight: &[f32], (outputs, taps, channels): (usize, usize, usize)) -> Self {
         let depth = taps * channels;
         let mut data = vec![0.0; outputs.next_multiple_of(PANEL) * depth];
         data.par_chunks_mut((PANEL * depth).max(1)).enumerate().for_each(|(p, panel)| {
@@ -48,20 +48,27 @@ impl Panels {
         Self { data, outputs, taps, channels }
     }
 
-    fn panels(&self) -> usize {
+    pub(in crate::ops) fn panels(&self) -> usize {
         self.outputs.div_ceil(PANEL)
     }
     fn depth(&self) -> usize {
         self.taps * self.channels
     }
     /// A panel's numbers, (tap, channel, lane), and how many of its lanes are outputs.
-    fn panel(&self, p: usize) -> (&[f32], usize) {
+    pub(in crate::ops) fn panel(&self, p: usize) -> (&[f32], usize) {
         let size = PANEL * self.depth();
         (&self.data[p * size..][..size], (self.outputs - p * PANEL).min(PANEL))
     }
 
     /// y (rows, outputs) = start + the product. `bias` (outputs) is the start; without it, zero.
-    pub(super) fn forward(&self, x: &[f32], taps: &impl Taps, rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+    pub(in crate::ops) fn forward(
+        &self,
+        x: &[f32],
+        taps: &impl Taps,
+        rows: usize,
+        bias: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
         assert_eq!(y.len(), rows * self.outputs);
         assert_eq!(taps.count(), self.taps);
         assert!(bias.is_none_or(|bias| bias.len() == self.outputs));
@@ -145,7 +152,7 @@ impl Panels {
     }
 
     /// dx (rows, channels): the product with the transpose.
-    pub(super) fn backward(&self, dy: &[f32], taps: &impl Taps, rows: usize, dx: &mut [f32]) {
+    pub(in crate::ops) fn backward(&self, dy: &[f32], taps: &impl Taps, rows: usize, dx: &mut [f32]) {
         assert_eq!(dx.len(), rows * self.channels);
         assert_eq!(taps.count(), self.taps);
         if dx.is_empty() {
@@ -303,7 +310,7 @@ struct SharedTarget(*mut f32);
 unsafe impl Sync for SharedTarget {}
 
 /// Part `index` of `parts` nearly equal parts of 0..total.
-fn share(total: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+pub(in crate::ops) fn share(total: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
     total * index / parts..total * (index + 1) / parts
 }
 
@@ -315,7 +322,7 @@ fn groups(panels: usize, chunks: usize, work: usize) -> usize {
     (4 * rayon::current_num_threads()).div_ceil(chunks).min(panels)
 }
 
-fn parallel(tasks: usize, task: impl Fn(usize) + Send + Sync) {
+pub(in crate::ops) fn parallel(tasks: usize, task: impl Fn(usize) + Send + Sync) {
     if tasks == 1 {
         task(0);
     } else {

@@ -5,7 +5,12 @@ use clap::Parser;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// `mi_option_purge_delay`, which the crate has no name for.
+const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+
 fn main() -> ExitCode {
+    // SAFETY: the option is a plain number that the allocator reads; no thread but this one runs yet.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
     let cli = alignprop::cli::Cli::parse();
     match alignprop::commands::run(cli) {
         Ok(true) => ExitCode::SUCCESS,

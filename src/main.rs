@@ -9,8 +9,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
 fn main() -> ExitCode {
-    // SAFETY: the option is a plain number that the allocator reads; no thread but this one runs yet.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+    if std::env::var_os("MIMALLOC_PURGE_DELAY").is_none() {
+        // SAFETY: the option is a plain number that the allocator reads; no thread but this one runs yet.
+        unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+    }
     let cli = alignprop::cli::Cli::parse();
     match alignprop::commands::run(cli) {
         Ok(true) => ExitCode::SUCCESS,

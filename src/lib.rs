@@ -23,6 +23,7 @@
 //! optim        AdamW, clipping, learning-rate schedules
 //! lora         factors, file formats, soups
 //! config       the experiment file: plain data that any room may read
+//! files        pickles read safely, files and folders written whole or not at all
 //! ops          forward and backward kernels on tensors
 //! ```
 //!
@@ -33,6 +34,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod diffusion;
+pub mod files;
 pub mod lora;
 pub mod models;
 pub mod nn;

@@ -27,7 +27,7 @@ pub(super) struct Model {
 
 impl Model {
     pub fn load(config: &Config) -> Result<Self> {
-        let pipeline = Pipeline::load(&config.model.path, config.model.variant.as_deref())?;
+        let pipeline = Pipeline::load(&config.model)?;
         let sampler = &config.sampler;
         let schedule = DdimSchedule::load(&pipeline.source, sampler.num_inference_steps, sampler.eta)?;
         let (height, width) = pipeline.default_size();
@@ -97,13 +97,7 @@ impl Model {
             .adapters
             .check_fits(&self.pipeline.unet.targets())
             .with_context(|| format!("{} does not fit {}", path.display(), self.pipeline.source.label()))?;
-        if !loaded.ignored.is_empty() {
-            eprintln!(
-                "warning: {}: {} text-encoder tensors are ignored, only the UNet is adapted",
-                path.display(),
-                loaded.ignored.len()
-            );
-        }
+        loaded.warn(path);
         Ok(loaded)
     }
 }

@@ -26,6 +26,7 @@ pub fn run(args: &SoupArgs) -> Result<()> {
     let mut base_models = Vec::new();
     for (path, weight) in &args.parts {
         let loaded = formats::load(path)?;
+        loaded.warn(path);
         base_models.extend(loaded.metadata.get("base_model").cloned());
         parts.push((loaded.adapters, *weight));
     }

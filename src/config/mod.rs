@@ -84,13 +84,37 @@ impl Config {
 }
 
 table! {
-    /// `[model]`: the Stable Diffusion pipeline to train, in the folder layout of diffusers.
+    /// `[model]`: the Stable Diffusion pipeline to train, in the folder layout of diffusers or in a single file.
     pub struct ModelConfig {
-        /// A local folder, or a model id on the hub.
+        /// A local folder or a model id on the hub; or a single file in the original layout (.safetensors, .ckpt), local or
+        /// on the hub as `owner/name:file`.
         path: String = "stable-diffusion-v1-5/stable-diffusion-v1-5".into(),
         /// The weight files' variant, as in diffusers: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
         variant: Option<String> = None,
+        /// For a single file: a folder or hub id whose configs (and tokenizer) count, as `config` of diffusers'
+        /// `from_single_file`. Absent: what the file's shapes say.
+        config: Option<String> = None,
+        /// For a single file: a folder or hub id with a CLIP tokenizer. Absent: the one of `config`, else one beside the
+        /// file, else CLIP's own from the hub.
+        tokenizer: Option<String> = None,
+        /// For a single file: `epsilon` or `v_prediction`. Absent: what the file says, else epsilon for 1.x and v for 2.x.
+        prediction_type: Option<PredictionType> = None,
     }
+}
+
+impl ModelConfig {
+    /// The pipeline at a path, a hub id or in a file, with the other keys at their defaults.
+    pub fn at(path: impl Into<String>) -> Self {
+        Self { path: path.into(), ..Self::default() }
+    }
+}
+
+/// What the UNet's output means.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum PredictionType {
+    Epsilon,
+    VPrediction,
 }
 
 table! {

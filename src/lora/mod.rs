@@ -21,6 +21,8 @@ pub struct Factor {
     pub b: Tensor,
     /// The product B A is scaled by `alpha / rank`.
     pub alpha: f64,
+    /// The layer is a 1x1 convolution (proj_in and proj_out of Stable Diffusion 1.x): files hold its factors as kernels.
+    pub convolution: bool,
 }
 
 impl Factor {
@@ -29,7 +31,9 @@ impl Factor {
     pub fn new(module: impl Into<String>, a: Tensor, b: Tensor, alpha: f64) -> Result<Self> {
         let module = module.into();
         match (a.dims(), b.dims()) {
-            ([rank, _], [_, rank_b]) if rank == rank_b && *rank > 0 => Ok(Self { module, a, b, alpha }),
+            ([rank, _], [_, rank_b]) if rank == rank_b && *rank > 0 => {
+                Ok(Self { module, a, b, alpha, convolution: false })
+            }
             (a, b) => bail!(
                 "the LoRA factors of `{module}` do not fit together: A is {a:?}, B is {b:?}; expected A (rank, in) and B (out, rank)"
             ),
@@ -56,6 +60,8 @@ pub struct Target {
     pub module: String,
     pub in_features: usize,
     pub out_features: usize,
+    /// A 1x1 convolution, applied as a linear layer.
+    pub convolution: bool,
 }
 
 impl Target {
@@ -106,7 +112,7 @@ impl Adapters {
         for wanted in target_modules {
             if !targets.iter().any(|target| target.matches(std::slice::from_ref(wanted))) {
                 bail!(
-                    "lora.target_modules: no layer of this UNet ends in `{wanted}`; its attention layers end in to_q, to_k, to_v, to_out.0"
+                    "lora.target_modules: no layer of this UNet that can be adapted ends in `{wanted}`; the layers of its attention end in to_q, to_k, to_v, to_out.0, the others in ff.net.0.proj, ff.net.2, proj_in, proj_out"
                 );
             }
         }
@@ -120,7 +126,8 @@ impl Adapters {
             let a: Vec<f32> = normal(i, rank * target.in_features).into_iter().map(|x| x / rank as f32).collect();
             let a = Tensor::from_vec(a, (rank, target.in_features), &Device::Cpu)?;
             let b = Tensor::zeros((target.out_features, rank), candle_core::DType::F32, &Device::Cpu)?;
-            factors.push(Factor::new(target.module.clone(), a, b, alpha)?);
+            let factor = Factor::new(target.module.clone(), a, b, alpha)?;
+            factors.push(Factor { convolution: target.convolution, ..factor });
         }
         Self::new(factors)
     }

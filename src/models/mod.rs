@@ -4,6 +4,7 @@ pub mod clip;
 pub mod hub;
 mod parameters;
 pub mod pipeline;
+mod single_file;
 mod staged;
 pub mod text_encoder;
 pub mod tokenizer;

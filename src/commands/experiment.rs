@@ -92,10 +92,10 @@ impl Model {
 
     /// Reads a LoRA and checks that it belongs to this UNet.
     pub fn load_lora(&self, path: &Path) -> Result<LoadedLora> {
-        let loaded = formats::load(path)?;
-        loaded
+        let mut loaded = formats::load(path)?;
+        loaded.adapters = loaded
             .adapters
-            .check_fits(&self.pipeline.unet.targets())
+            .fitted(&self.pipeline.unet.targets())
             .with_context(|| format!("{} does not fit {}", path.display(), self.pipeline.source.label()))?;
         loaded.warn(path);
         Ok(loaded)

@@ -3,4 +3,4 @@
 pub mod pickle;
 mod write;
 
-pub use write::{SafetensorsEntry, new_folder, replace_file, write_safetensors};
+pub use write::{SafetensorsEntry, float_bytes, new_folder, replace_file, save_tensors, write_safetensors};

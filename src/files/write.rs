@@ -6,7 +6,9 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Map, json};
 
@@ -121,4 +123,46 @@ pub fn write_safetensors<'a>(
         out.write_all(&bytes)?;
     }
     Ok(())
+}
+
+/// Replaces a safetensors file by these tensors, as f32, f16 or bf16.
+///
+/// # Errors
+/// As [`replace_file`] and [`float_bytes`].
+pub fn save_tensors(
+    path: &Path,
+    metadata: &BTreeMap<String, String>,
+    tensors: &[(String, Tensor)],
+    dtype: DType,
+) -> Result<()> {
+    let stored = match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        other => bail!("tensors cannot be saved as {other:?}"),
+    };
+    let entry = |(name, tensor): &(String, Tensor)| SafetensorsEntry {
+        name: name.clone(),
+        dtype: stored,
+        shape: tensor.dims().to_vec(),
+    };
+    let entries: Vec<_> = tensors.iter().map(entry).collect();
+    replace_file(path, |out| {
+        write_safetensors(out, metadata, &entries, |i| Ok(Cow::Owned(float_bytes(&tensors[i].1, dtype)?)))
+    })
+}
+
+/// The elements of a tensor in the order of its axes, converted and little-endian.
+///
+/// # Errors
+/// `dtype` is none of f32, f16, bf16 and f64.
+pub fn float_bytes(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
+    let values = tensor.flatten_all()?.to_dtype(dtype)?;
+    Ok(match dtype {
+        DType::F32 => values.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect(),
+        DType::F16 => values.to_vec1::<f16>()?.into_iter().flat_map(f16::to_le_bytes).collect(),
+        DType::BF16 => values.to_vec1::<bf16>()?.into_iter().flat_map(bf16::to_le_bytes).collect(),
+        DType::F64 => values.to_vec1::<f64>()?.into_iter().flat_map(f64::to_le_bytes).collect(),
+        other => bail!("floats cannot be written as {other:?}"),
+    })
 }

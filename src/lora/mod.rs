@@ -3,12 +3,15 @@
 //! An adapter on a linear layer with weight W (out, in) adds `alpha / rank * B A` to it, A (rank, in), B (out, rank).
 
 pub mod formats;
+mod init_from;
 pub mod soup;
 
 use std::collections::HashMap;
 
 use anyhow::{Result, bail};
 use candle_core::{Device, Tensor};
+
+pub use init_from::take_over;
 
 /// The two factors of one adapted layer, f32.
 #[derive(Clone, Debug)]
@@ -196,6 +199,28 @@ impl Adapters {
             }
         }
         Ok(replaced)
+    }
+
+    /// `4`, or `2 to 8`: for messages.
+    pub fn ranks(&self) -> String {
+        let ranks = || self.factors.iter().map(Factor::rank);
+        match (ranks().min().unwrap_or(0), ranks().max().unwrap_or(0)) {
+            (low, high) if low == high => low.to_string(),
+            (low, high) => format!("{low} to {high}"),
+        }
+    }
+
+    /// The same adapters as those of this UNet's layers, which are linear or convolutions whatever a file held.
+    ///
+    /// # Errors
+    /// As [`Self::check_fits`].
+    pub fn fitted(mut self, targets: &[Target]) -> Result<Self> {
+        self.check_fits(targets)?;
+        let known: HashMap<&str, &Target> = targets.iter().map(|t| (t.module.as_str(), t)).collect();
+        for factor in &mut self.factors {
+            factor.convolution = known.get(factor.module.as_str()).is_some_and(|target| target.convolution);
+        }
+        Ok(self)
     }
 
     /// Checks that every adapter belongs to a layer of this UNet and has its shape.

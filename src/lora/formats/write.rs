@@ -1,18 +1,16 @@
 //! Writing LoRA files. The same input gives the same bytes, and a file appears whole or not at all.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
-use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::{CONFIG_KEY, keys};
 use crate::config::Precision;
-use crate::files::{SafetensorsEntry, new_folder, replace_file, write_safetensors};
+use crate::files::{new_folder, save_tensors};
 use crate::lora::{Adapters, Factor};
 
 /// Writes the diffusers format in f32: what `load_lora_weights` and [`super::load`] read with the same alpha.
@@ -37,7 +35,7 @@ pub fn save_diffusers(
         let mut header: BTreeMap<String, String> = metadata.clone().into_iter().collect();
         header.insert("format".into(), "pt".into());
         header.insert(CONFIG_KEY.into(), Value::Object(config).to_string());
-        write_file(path, &header, &named(adapters, "unet.")?, precision)
+        save_tensors(path, &header, &named(adapters, "unet.")?, dtype(precision))
     };
     write().with_context(|| format!("writing the LoRA file {}", path.display()))
 }
@@ -77,7 +75,7 @@ pub fn save_peft(
         let tensors = named(adapters, "base_model.model.")?;
         new_folder(folder, |folder| {
             fs::write(folder.join("adapter_config.json"), serde_json::to_string_pretty(&json)?)?;
-            write_file(&folder.join("adapter_model.safetensors"), &header, &tensors, precision)
+            save_tensors(&folder.join("adapter_model.safetensors"), &header, &tensors, dtype(precision))
         })
     };
     write().with_context(|| format!("writing the adapter folder {}", folder.display()))
@@ -152,7 +150,7 @@ pub fn save_kohya(
             tensors.push((format!("{name}.lora_down.weight"), a));
             tensors.push((format!("{name}.lora_up.weight"), b));
         }
-        write_file(path, &header, &tensors, precision)
+        save_tensors(path, &header, &tensors, dtype(precision))
     };
     write().with_context(|| format!("writing the LoRA file {}", path.display()))
 }
@@ -212,32 +210,10 @@ fn most_common<T: PartialEq>(values: impl Iterator<Item = T>) -> Option<T> {
     counts.into_iter().rev().max_by_key(|&(_, count)| count).map(|(value, _)| value)
 }
 
-fn write_file(
-    path: &Path,
-    header: &BTreeMap<String, String>,
-    tensors: &[(String, Tensor)],
-    precision: Precision,
-) -> Result<()> {
-    let (dtype, to) = match precision {
-        Precision::F32 => (Dtype::F32, DType::F32),
-        Precision::F16 => (Dtype::F16, DType::F16),
-        Precision::Bf16 => (Dtype::BF16, DType::BF16),
-    };
-    let entry = |(name, tensor): &(String, Tensor)| SafetensorsEntry {
-        name: name.clone(),
-        dtype,
-        shape: tensor.dims().to_vec(),
-    };
-    let entries: Vec<_> = tensors.iter().map(entry).collect();
-    replace_file(path, |out| {
-        write_safetensors(out, header, &entries, |i| {
-            let values = tensors[i].1.flatten_all()?.to_dtype(to)?;
-            let bytes: Vec<u8> = match precision {
-                Precision::F32 => values.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-                Precision::F16 => values.to_vec1::<half::f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-                Precision::Bf16 => values.to_vec1::<half::bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            };
-            Ok(Cow::Owned(bytes))
-        })
-    })
+fn dtype(precision: Precision) -> DType {
+    match precision {
+        Precision::F32 => DType::F32,
+        Precision::F16 => DType::F16,
+        Precision::Bf16 => DType::BF16,
+    }
 }

@@ -121,12 +121,8 @@ mod tests {
     #[test]
     fn what_the_config_says_must_be_true_of_the_file() {
         let file = [("a.to_q", 8, 4.0), ("b.to_q", 8, 4.0)];
-        let same = LoraConfig {
-            rank: Some(8),
-            alpha: Some(4.0),
-            target_modules: names(&["to_q"]),
-            ..LoraConfig::default()
-        };
+        let same =
+            LoraConfig { rank: Some(8), alpha: Some(4.0), target_modules: names(&["to_q"]), ..LoraConfig::default() };
         assert_eq!(take(same.clone(), &file).unwrap(), same);
         let e = take(LoraConfig { rank: Some(4), ..same.clone() }, &file).unwrap_err();
         assert!(e.contains("lora.rank = 4") && e.contains("x.safetensors has rank 8"), "{e}");

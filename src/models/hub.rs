@@ -143,6 +143,33 @@ impl Source {
         self.find(file)?.ok_or_else(|| self.missing(&format!("`{file}`")))
     }
 
+    /// Whether there is such a text, a file or a config that a single file stands for.
+    ///
+    /// # Errors
+    /// As [`Source::find`].
+    pub(super) fn has_text(&self, file: &str) -> Result<bool> {
+        Ok(self.config_of_single_file(file).is_some() || self.find(file)?.is_some())
+    }
+
+    /// A text file as it is.
+    ///
+    /// # Errors
+    /// As [`Source::require`], and when it cannot be read.
+    pub(super) fn read_text(&self, file: &str) -> Result<String> {
+        if let Some(config) = self.config_of_single_file(file) {
+            return Ok(serde_json::to_string_pretty(config)?);
+        }
+        let path = self.require(file)?;
+        std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    fn config_of_single_file(&self, file: &str) -> Option<&serde_json::Value> {
+        match &self.root {
+            Root::File(single) => single.config(&format!("{}{file}", self.prefix)),
+            _ => None,
+        }
+    }
+
     /// Reads and parses a JSON file.
     ///
     /// # Errors
@@ -150,12 +177,9 @@ impl Source {
     ///
     /// A null counts as absent, as Python's configs mean it.
     pub fn read_json<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
-        if let Root::File(single) = &self.root
-            && let Some(config) = single.config(&format!("{}{file}", self.prefix))
-        {
-            let config = config.clone();
-            return serde_path_to_error::deserialize(config)
-                .map_err(|e| anyhow!("{}: `{}`: {}", single.label(), e.path(), e.inner()));
+        if let Some(config) = self.config_of_single_file(file) {
+            return serde_path_to_error::deserialize(config.clone())
+                .map_err(|e| anyhow!("{}: `{}`: {}", self.label(), e.path(), e.inner()));
         }
         let path = self.require(file)?;
         let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;

@@ -2,6 +2,7 @@
 
 pub mod clip;
 pub mod hub;
+pub mod merge;
 mod parameters;
 pub mod pipeline;
 mod single_file;

@@ -207,14 +207,24 @@ impl Weights {
         self.files.read(entry).with_context(|| format!("{}: reading `{key}`", self.file()))
     }
 
-    /// The type of a tensor, its shape, and its elements as little-endian bytes, as the file has them.
+    /// The type and the shape of a tensor in the file.
     ///
     /// # Errors
     /// When the key is missing.
-    pub fn raw(&self, name: &str) -> Result<(Dtype, Vec<usize>, Cow<'_, [u8]>)> {
+    pub fn stored(&self, name: &str) -> Result<(Dtype, Vec<usize>)> {
         let key = self.key(name);
         let entry = self.files.entries.get(&key).ok_or_else(|| self.files.missing(&key))?;
-        Ok((entry.dtype, entry.shape.clone(), self.files.bytes(entry)))
+        Ok((entry.dtype, entry.shape.clone()))
+    }
+
+    /// The elements of a tensor as little-endian bytes of the file's type, in the order of the axes.
+    ///
+    /// # Errors
+    /// When the key is missing.
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let key = self.key(name);
+        let entry = self.files.entries.get(&key).ok_or_else(|| self.files.missing(&key))?;
+        Ok(self.files.bytes(entry))
     }
 
     /// The same tensors, or some of them, under other names. Nothing is read.

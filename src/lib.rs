@@ -13,12 +13,12 @@
 //! Imports only go down:
 //!
 //! ```text
-//! commands     train, eval, soup, sample, verify, bench: recipes, read from top to bottom
+//! commands     train, eval, soup, export, sample, verify, bench: recipes, read from top to bottom
 //! cli          the command line
 //! training     rollout, backprop, truncation (which steps keep their gradient), checkpoint, run folder
 //! rewards      the trait, CLIP heads, text-image cosines, preprocessing
 //! diffusion    DDIM schedule, guidance, counted noise
-//! models       hub, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
+//! models       hub, single files, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
 //! nn           the tape, layers over frozen weights, adapters as values
 //! optim        AdamW, clipping, learning-rate schedules
 //! lora         factors, file formats, soups

@@ -76,8 +76,10 @@ fn a_single_file_is_the_pipeline_that_it_was_made_of() {
         let (whole, _) = sample(folder.path(), &text(&model), &[]);
         let (single, warnings) = sample(folder.path(), "model.safetensors", &["--set", &config]);
         assert_same(&single, &whole);
-        // the tiny models are of no size from which the groups could be told
-        assert!(!warnings.contains("the config counts") || warnings.contains("attention_head_dim"), "{warnings}");
+        // the tiny models have other numbers of heads and groups than their sizes suggest, and no encoder in their VAE
+        let differing = warnings.lines().filter(|line| line.contains("the config counts"));
+        let known = ["`attention_head_dim`", "`norm_num_groups`", "`use_quant_conv`"];
+        assert!(differing.clone().all(|line| known.iter().any(|key| line.contains(key))), "{warnings}");
     }
 }
 

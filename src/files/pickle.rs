@@ -356,3 +356,108 @@ fn check(pickle: &[u8]) -> Result<()> {
         stack.push(item);
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    /// A zip archive without compression: all that PyTorch's format needs.
+    pub(crate) fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
+        let crc = |data: &[u8]| {
+            !data.iter().fold(!0u32, |crc, &byte| {
+                (0..8).fold(crc ^ u32::from(byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
+            })
+        };
+        let (mut out, mut directory) = (Vec::new(), Vec::new());
+        for (name, data) in files {
+            let offset = out.len() as u32;
+            let mut fields = vec![20, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            fields.extend([crc(data), data.len() as u32, data.len() as u32].iter().flat_map(|x| x.to_le_bytes()));
+            fields.extend([name.len() as u8, 0, 0, 0]);
+            out.extend([b"PK\x03\x04", &fields[..], name.as_bytes(), data].concat());
+            directory.extend(
+                [b"PK\x01\x02\x14\x00", &fields[..], &[0; 10], &offset.to_le_bytes(), name.as_bytes()].concat(),
+            );
+        }
+        let n = files.len() as u8;
+        let (size, offset) = (directory.len() as u32, out.len() as u32);
+        out.extend([&directory[..], b"PK\x05\x06\0\0\0\0", &[n, 0, n, 0]].concat());
+        out.extend([&size.to_le_bytes()[..], &offset.to_le_bytes(), &[0, 0]].concat());
+        out
+    }
+
+    /// The opcode for a string.
+    pub(crate) fn text(s: &str) -> Vec<u8> {
+        [b"X", &(s.len() as u32).to_le_bytes()[..], s.as_bytes()].concat()
+    }
+
+    /// {"w": a float tensor of shape (2, 3)}
+    pub(crate) fn state_dict() -> Vec<u8> {
+        tensor(b"K\0", b"K\x02K\x03\x86", b"K\x03K\x01\x86")
+    }
+
+    /// {"w": a float tensor in a storage of six}
+    pub(crate) fn tensor(offset: &[u8], shape: &[u8], stride: &[u8]) -> Vec<u8> {
+        let storage = [&text("storage")[..], b"ctorch\nFloatStorage\n", &text("0"), &text("cpu"), b"K\x06tQ"].concat();
+        let end = b"\x89ccollections\nOrderedDict\n)RtRs";
+        [b"}", &text("w")[..], b"ctorch._utils\n_rebuild_tensor_v2\n((", &storage, offset, shape, stride, end].concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{state_dict, tensor, text, zip};
+    use super::*;
+
+    fn archive(pickle: &[u8]) -> Vec<u8> {
+        let data: Vec<u8> = (0..6u8).flat_map(|i| f32::from(i).to_le_bytes()).collect();
+        zip(&[("archive/data.pkl", &[b"\x80\x02", pickle, b"."].concat()), ("archive/data/0", &data)])
+    }
+
+    fn values(archive: &[u8], tensor: &PickledTensor) -> Vec<f32> {
+        tensor.bytes(archive).as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+    }
+
+    #[test]
+    fn tensors_are_read_whatever_their_stride() {
+        for (offset, shape, stride, expected) in [
+            (&b"K\0"[..], &b"K\x02K\x03\x86"[..], &b"K\x03K\x01\x86"[..], &[0., 1., 2., 3., 4., 5.][..]),
+            (b"K\0", b"K\x03K\x02\x86", b"K\x01K\x03\x86", &[0., 3., 1., 4., 2., 5.]), // a transposed one
+            (b"K\x02", b"K\x02\x85", b"K\x02\x85", &[2., 4.]),
+            (b"K\x05", b")", b")", &[5.]),
+            (b"K\0", b"K\0K\x03\x86", b"K\x03K\x01\x86", &[]),
+        ] {
+            let archive = archive(&tensor(offset, shape, stride));
+            let found = read(&archive).unwrap();
+            assert_eq!(values(&archive, &found.tensors["w"]), expected, "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn what_lies_around_the_state_dict_is_told_apart() {
+        let whole =
+            [b"}", &text("global_step")[..], b"J\x78\x0d\0\0s", &text("state_dict"), &state_dict(), b"s"].concat();
+        let found = read(&archive(&whole)).unwrap();
+        assert_eq!((found.tensors.len(), found.integers["global_step"]), (1, 3448));
+        let e = read(&archive(&[b"}", &text("x")[..], b"K\x01s"].concat())).unwrap_err().to_string();
+        assert!(e.contains("no named tensors"), "{e}");
+    }
+
+    #[test]
+    fn no_change_of_an_archive_makes_it_panic() {
+        let whole = archive(&[b"}", &text("state_dict")[..], &state_dict(), b"s"].concat());
+        let expected = values(&whole, &read(&whole).unwrap().tensors["w"]);
+        assert_eq!(expected, [0., 1., 2., 3., 4., 5.]);
+        let mut refused = 0;
+        for position in 0..whole.len() {
+            for value in [0x00, 0x01, 0x28, 0x52, 0x71, 0x74, 0x7f, 0x80, 0x85, 0xff] {
+                let mut changed = whole.clone();
+                changed[position] = value;
+                match read(&changed) {
+                    Ok(found) => found.tensors.values().for_each(|tensor| drop(tensor.bytes(&changed))),
+                    Err(_) => refused += 1,
+                }
+            }
+            refused += usize::from(read(&whole[..position]).is_err());
+        }
+        assert!(refused > whole.len(), "{refused} of {} changes were refused", whole.len());
+    }
+}

@@ -59,6 +59,9 @@ pub fn save_merged(
             }
             let write = || -> Result<()> {
                 copy_texts(source, part, &["config.json"], folder)?;
+                if let Some(precision) = precision {
+                    set_type(&folder.join(part).join("config.json"), precision)?;
+                }
                 let weights = Weights::open(&from, stem, variant)?;
                 let adapters = (part == "unet").then_some(adapters);
                 write_weights(&weights, adapters, precision, &folder.join(part).join(format!("{stem}.safetensors")))
@@ -84,6 +87,23 @@ fn copy_texts(source: &Source, part: &str, files: &[&str], folder: &Path) -> Res
             fs::write(to.join(file), from.read_text(file)?)?;
         }
     }
+    Ok(())
+}
+
+/// transformers reads weights as the type that the config names.
+fn set_type(path: &Path, precision: Precision) -> Result<()> {
+    let mut config: Json = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let name = match precision {
+        Precision::F32 => "float32",
+        Precision::F16 => "float16",
+        Precision::Bf16 => "bfloat16",
+    };
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(named) = config.get_mut(key) {
+            *named = name.into();
+        }
+    }
+    fs::write(path, serde_json::to_string_pretty(&config)?)?;
     Ok(())
 }
 

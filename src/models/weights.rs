@@ -438,6 +438,8 @@ fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::pickle::testing::{state_dict, text, zip};
+    use candle_core::DType;
     use std::fs;
 
     fn save(path: &Path, tensors: &[(&str, Tensor)]) {
@@ -562,48 +564,11 @@ mod tests {
         assert!(error(Weights::open(&source, "model", None)).contains("`c` should be in model-1.safetensors"));
     }
 
-    /// A zip archive without compression: all that PyTorch's format needs.
-    fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
-        let crc = |data: &[u8]| {
-            !data.iter().fold(!0u32, |crc, &byte| {
-                (0..8).fold(crc ^ u32::from(byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
-            })
-        };
-        let (mut out, mut directory) = (Vec::new(), Vec::new());
-        for (name, data) in files {
-            let offset = out.len() as u32;
-            let mut fields = vec![20, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-            fields.extend([crc(data), data.len() as u32, data.len() as u32].iter().flat_map(|x| x.to_le_bytes()));
-            fields.extend([name.len() as u8, 0, 0, 0]);
-            out.extend([b"PK\x03\x04", &fields[..], name.as_bytes(), data].concat());
-            directory.extend(
-                [b"PK\x01\x02\x14\x00", &fields[..], &[0; 10], &offset.to_le_bytes(), name.as_bytes()].concat(),
-            );
-        }
-        let n = files.len() as u8;
-        let (size, offset) = (directory.len() as u32, out.len() as u32);
-        out.extend([&directory[..], b"PK\x05\x06\0\0\0\0", &[n, 0, n, 0]].concat());
-        out.extend([&size.to_le_bytes()[..], &offset.to_le_bytes(), &[0, 0]].concat());
-        out
-    }
-
     #[test]
     fn pickles_are_read_and_their_state_dict_unwrapped() {
         let dir = tempfile::tempdir().unwrap();
         let data: Vec<u8> = (0..6).flat_map(|i| (i as f32 - 1.5).to_le_bytes()).collect();
-        let text = |s: &str| [b"X", &(s.len() as u32).to_le_bytes()[..], s.as_bytes()].concat();
-        // {"w": a float tensor of shape (2, 3)}
-        let state: Vec<u8> = [
-            b"}",
-            &text("w")[..],
-            b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            &text("storage"),
-            b"ctorch\nFloatStorage\n",
-            &text("0"),
-            &text("cpu"),
-            b"K\x06tQK\0K\x02K\x03\x86K\x03K\x01\x86\x89ccollections\nOrderedDict\n)RtRs",
-        ]
-        .concat();
+        let state = state_dict();
         let nested = [b"}", &text("epoch")[..], b"K\x03s", &text("state_dict"), &state, b"s"].concat();
         for (name, object) in [("pytorch_model.bin", &state), ("nested.pt", &nested)] {
             let pickle = [b"\x80\x02", &object[..], b"."].concat();

@@ -178,10 +178,11 @@ fn peft(key: &str) -> Option<(Format, String, Part)> {
 }
 
 fn without_prefix(key: &str) -> (Format, &str) {
-    match key.strip_prefix("unet.") {
+    let (format, rest) = match key.strip_prefix("unet.") {
         Some(rest) => (Format::Diffusers, rest),
-        None => (Format::Peft, key.strip_prefix("base_model.model.").unwrap_or(key)),
-    }
+        None => (Format::Peft, key),
+    };
+    (format, rest.strip_prefix("base_model.model.").unwrap_or(rest))
 }
 
 /// `to_q.lora_A.default.weight` -> `to_q.lora_A.weight`.
@@ -209,6 +210,7 @@ mod tests {
             (format!("unet.{attn}.to_out.0.lora.up.weight"), Diffusers, "to_out.0", B),
             (format!("unet.{attn}.processor.to_v.lora.down.weight"), Diffusers, "to_v", A),
             (format!("unet.{attn}.to_q.alpha"), Diffusers, "to_q", Alpha),
+            (format!("unet.base_model.model.{attn}.to_q.lora_A.weight"), Diffusers, "to_q", A),
             (format!("{attn}.to_q.lora_B.weight"), Peft, "to_q", B),
             (format!("{attn}.to_q.lora_B.default.weight"), Peft, "to_q", B),
             (format!("base_model.model.{attn}.to_out.0.lora_A.weight"), Peft, "to_out.0", A),

@@ -60,7 +60,12 @@ impl SingleFile {
         if path.extension().is_some_and(|extension| extension == "ckpt") {
             warn_of_pickle(path, &path.with_extension("safetensors").display().to_string());
         }
-        let weights = Weights::open_file(path)?;
+        let weights = Weights::open_file(path).with_context(|| {
+            format!(
+                "`{label}` is a file, so it is read as a single-file model in the original layout of Stable Diffusion; of a \
+                 pipeline in the diffusers layout give the folder"
+            )
+        })?;
         check_is_whole(&weights)?;
         let v2 = has(&weights.pp(OPEN_CLIP));
         let folder = model.config.as_deref().map(Source::open).transpose().context("model.config")?;

@@ -200,7 +200,9 @@ def check(binary, name, model, folder, rows):
 
     # one file
     pipe = load(model)
-    save_file({k: v.contiguous().clone() for k, v in to_original(pipe).items()}, os.path.join(folder, "single.safetensors"))
+    # the tiny pipelines have no encoder in their VAE, and diffusers wants one: zeros, which nobody reads
+    whole = {k: torch.zeros(v.shape) if v.is_meta else v.contiguous().clone() for k, v in to_original(pipe).items()}
+    save_file(whole, os.path.join(folder, "single.safetensors"))
     single = ours("--set", f"model.config={model}", base="single.safetensors")
     row("single file", "alignprop beside the folder", single, base)
     theirs = single_file_by_diffusers(os.path.join(folder, "single.safetensors"), model)

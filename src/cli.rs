@@ -304,7 +304,7 @@ Examples:
   alignprop bench --arch sd15-quarter --random-weights --size 256x256 --steps 10 --backprop-steps 2
   alignprop bench --model some/folder --batch 4 --steps 20 --backprop-steps 5 --json")]
 pub struct BenchArgs {
-    /// A pipeline's folder or hub id
+    /// A pipeline's folder or hub id, or a single file
     #[arg(long, value_name = "DIR_OR_ID", conflicts_with = "arch", required_unless_present = "arch")]
     pub model: Option<String>,
 

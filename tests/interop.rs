@@ -268,6 +268,10 @@ fn every_exported_format_is_the_same_adapter() {
             run_in(folder.path(), &["soup", &format!("{}=1", text(&path)), "-o", "soup.safetensors"]);
             let soup = sample(folder.path(), &model, &["--lora", "soup.safetensors"]).0;
             assert!(distance(&soup, &expected) < 1e-5);
+            let soup = formats::load(&folder.path().join("soup.safetensors")).unwrap().adapters;
+            for (x, y) in soup.factors().iter().zip(adapters.factors()) {
+                assert_eq!((&x.module, x.convolution), (&y.module, y.convolution));
+            }
         }
         assert_eq!(listing(&folder.path().join("export/peft")), ["adapter_config.json", "adapter_model.safetensors"]);
         // smaller, and half as strong

@@ -258,14 +258,14 @@ fn unet_config(w: &Weights, v2: bool) -> Result<Json> {
         "up_block_types": up_block_types,
         "use_linear_projection": w.shape(&format!("{transformer}.proj_in.weight")).is_some_and(|shape| shape.len() == 2),
     });
-    if channels.iter().all(|c| c % 32 == 0) {
+    if channels.iter().all(|c| c.is_multiple_of(32)) {
         config["norm_num_groups"] = 32.into();
     }
     // diffusers calls the number of heads so
-    if !v2 && channels.iter().all(|c| c % 8 == 0) {
+    if !v2 && channels.iter().all(|c| c.is_multiple_of(8)) {
         config["attention_head_dim"] = 8.into();
     }
-    if v2 && channels.iter().all(|c| c % 64 == 0) {
+    if v2 && channels.iter().all(|c| c.is_multiple_of(64)) {
         config["attention_head_dim"] = channels.iter().map(|c| c / 64).collect();
     }
     Ok(config)
@@ -292,7 +292,7 @@ fn vae_config(w: &Weights) -> Result<Json> {
         "use_post_quant_conv": w.contains("post_quant_conv.weight"),
         "use_quant_conv": w.contains("quant_conv.weight"),
     });
-    if channels.iter().all(|c| c % 32 == 0) {
+    if channels.iter().all(|c| c.is_multiple_of(32)) {
         config["norm_num_groups"] = 32.into();
     }
     Ok(config)
@@ -337,7 +337,7 @@ fn text_config(w: &Weights, tokens: &str, positions: &str, layers: usize, mlp: u
         "projection_dim": width,
         "vocab_size": vocabulary,
     });
-    if width % 64 == 0 {
+    if width.is_multiple_of(64) {
         config["num_attention_heads"] = (width / 64).into();
     }
     Ok(config)

@@ -169,7 +169,12 @@ pub(super) fn open_clip(w: &Weights, layers: usize) -> Result<Vec<Renamed>> {
             let from = format!("{old}.attn.in_proj_{tensor}");
             let rows = w.shape(&from).and_then(|shape| shape.first().copied()).unwrap_or(0);
             let third = rows / 3;
-            anyhow::ensure!(third > 0 && rows % 3 == 0, "{}: `{}.{from}` has {rows} rows", w.file(), w.prefix());
+            anyhow::ensure!(
+                third > 0 && rows.is_multiple_of(3),
+                "{}: `{}.{from}` has {rows} rows",
+                w.file(),
+                w.prefix()
+            );
             for (i, projection) in ["q_proj", "k_proj", "v_proj"].into_iter().enumerate() {
                 renamed.push(Renamed {
                     from: from.clone(),

@@ -235,12 +235,12 @@ def main():
     text = "\n".join([*table, "", f"Versions: {versions}."])
     print(text)
     if args.write:
-        begin, end = "<!-- table of tools/interop.py -->\n", "\n<!-- end of table -->"
+        begin, end = "<!-- table of tools/interop.py -->\n", "<!-- end of table -->"
         with open(args.write) as file:
-            document = file.read()
-        head, rest = document.split(begin)
+            head, rest = file.read().split(begin)
+        document = head + begin + text + "\n" + end + rest.split(end)[1]
         with open(args.write, "w") as file:
-            file.write(head + begin + text + end + rest.split(end)[1])
+            file.write(document)
     bad = [row for row in rows if not row[3] < BOUND]
     if bad:
         sys.exit("\n".join(["not the same picture:", *map(str, bad)]))

@@ -1,6 +1,6 @@
 //! PyTorch's zip archives (`.bin`, `.pt`, `.pth`, `.ckpt`): the tensors of a state dict, without running what a pickle says.
 //!
-//! candle's unpickler makes plain objects of the opcodes. It trusts them in three ways, which [`check`] rules out before:
+//! candle's unpickler makes plain objects of the opcodes. It trusts them in three ways, which `check` rules out before:
 //! deep nesting (a recursion that ends the process), objects that copy each other (memory), and lengths without bytes
 //! behind them. The objects are then read with their arity and their ranges checked, so a malformed file is an error.
 

@@ -22,6 +22,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Average LoRAs into one, or mix them with the base model
     Soup(SoupArgs),
+    /// Write a LoRA for another program, or a whole model with the LoRA folded in
+    Export(ExportArgs),
     /// Make images, with or without a LoRA
     Sample(SampleArgs),
     /// Compare this program's numbers with recorded ones of the reference implementation
@@ -157,6 +159,54 @@ pub enum Average {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
+  alignprop export runs/aesthetic --format kohya --out aesthetic.safetensors
+  alignprop export runs/aesthetic --format merged --precision f16 --out models/aesthetic
+  alignprop export lora.safetensors --format peft --lora-scale 0.8 --out adapter")]
+pub struct ExportArgs {
+    /// A run folder (its last checkpoint, its config) or a LoRA file of any format that is read
+    #[arg(value_name = "RUN_OR_FILE")]
+    pub checkpoint: PathBuf,
+
+    /// Who is to read it
+    #[arg(long, value_enum)]
+    pub format: ExportFormat,
+
+    /// The file or folder to write; without it, in `export` in the run's folder or here
+    #[arg(long, value_name = "PATH")]
+    pub out: Option<PathBuf>,
+
+    /// The base model: a folder, a hub id or a single file; instead of model.path
+    #[arg(long, value_name = "DIR_FILE_OR_ID")]
+    pub model: Option<String>,
+
+    /// Strength of the LoRA: 1 is the LoRA as trained
+    #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true, value_parser = finite)]
+    pub lora_scale: f64,
+
+    /// Number format of the file; without it, f32 for a LoRA, and for a merged model its own
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// The formats that `export` writes.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportFormat {
+    /// A file for `load_lora_weights` of diffusers
+    Diffusers,
+    /// A folder for `PeftModel.from_pretrained`
+    Peft,
+    /// A file for AUTOMATIC1111, ComfyUI and kohya's scripts
+    Kohya,
+    /// A whole pipeline in the diffusers layout, the LoRA folded into its UNet
+    Merged,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
   alignprop sample --prompt \"a hippopotamus\" -o out.png
   alignprop sample --prompt \"a cat\" \"a dog\" --lora lora.safetensors --seed 7 -o grid.png
   alignprop sample --prompt \"a cat\" --model some/folder --steps 30 --guidance-scale 5 -o out.png")]
@@ -180,8 +230,8 @@ pub struct SampleArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
 
-    /// The pipeline's folder or hub id; instead of model.path
-    #[arg(long, value_name = "DIR_OR_ID")]
+    /// The pipeline's folder or hub id, or a single file; instead of model.path
+    #[arg(long, value_name = "DIR_FILE_OR_ID")]
     pub model: Option<String>,
 
     /// Denoising steps; instead of sampler.num_inference_steps
@@ -211,6 +261,10 @@ pub struct SampleArgs {
     /// The PNG file to write
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
+
+    /// Also write the initial latents, the embeddings and the unrounded images, as safetensors
+    #[arg(long, value_name = "FILE")]
+    pub save_tensors: Option<PathBuf>,
 
     /// cpu (this build has no GPU kernels yet); instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
@@ -250,7 +304,7 @@ Examples:
   alignprop bench --arch sd15-quarter --random-weights --size 256x256 --steps 10 --backprop-steps 2
   alignprop bench --model some/folder --batch 4 --steps 20 --backprop-steps 5 --json")]
 pub struct BenchArgs {
-    /// A pipeline's folder or hub id
+    /// A pipeline's folder or hub id, or a single file
     #[arg(long, value_name = "DIR_OR_ID", conflicts_with = "arch", required_unless_present = "arch")]
     pub model: Option<String>,
 
@@ -374,7 +428,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 17);
+        assert_eq!(count, 20);
     }
 
     #[test]

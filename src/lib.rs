@@ -13,16 +13,17 @@
 //! Imports only go down:
 //!
 //! ```text
-//! commands     train, eval, soup, sample, verify, bench: recipes, read from top to bottom
+//! commands     train, eval, soup, export, sample, verify, bench: recipes, read from top to bottom
 //! cli          the command line
 //! training     rollout, backprop, truncation (which steps keep their gradient), checkpoint, run folder
 //! rewards      the trait, CLIP heads, text-image cosines, preprocessing
 //! diffusion    DDIM schedule, guidance, counted noise
-//! models       hub, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
+//! models       hub, single files, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
 //! nn           the tape, layers over frozen weights, adapters as values
 //! optim        AdamW, clipping, learning-rate schedules
 //! lora         factors, file formats, soups
 //! config       the experiment file: plain data that any room may read
+//! files        pickles read safely, files and folders written whole or not at all
 //! ops          forward and backward kernels on tensors
 //! ```
 //!
@@ -33,6 +34,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod diffusion;
+pub mod files;
 pub mod lora;
 pub mod models;
 pub mod nn;

@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
-use alignprop::config::{AestheticConfig, Checkpointing, RewardsConfig};
+use alignprop::config::{AestheticConfig, Checkpointing, ModelConfig, RewardsConfig};
 use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
 use alignprop::models::Pipeline;
@@ -93,7 +93,7 @@ struct Chain {
 
 impl Chain {
     fn new() -> Self {
-        let pipeline = Pipeline::load(&text(fixture("tiny-sd15/model")), None).unwrap();
+        let pipeline = Pipeline::load(&ModelConfig::at(text(fixture("tiny-sd15/model")))).unwrap();
         let schedule = DdimSchedule::load(&pipeline.source, STEPS, 0.0).unwrap();
         let noise = Noise::new(0);
         let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use crate::cli::{Architecture, BenchArgs};
-use crate::config::OptimizerConfig;
+use crate::config::{ModelConfig, OptimizerConfig};
 use crate::diffusion::{DdimSchedule, Noise, SchedulerConfig, Stream};
 use crate::lora::Adapters;
 use crate::models::clip::Clip;
@@ -201,7 +201,7 @@ impl Subject {
         let schedule = DdimSchedule::new(&SchedulerConfig::stable_diffusion(), args.steps, 0.0)?;
         let (name, unet, vae) = match (&args.model, args.arch) {
             (Some(path), _) => {
-                let source = Source::open(path)?;
+                let source = Source::pipeline(&ModelConfig::at(path))?;
                 (path.clone(), Unet::load(&source.sub("unet"), None)?, Vae::load(&source.sub("vae"), None)?)
             }
             (None, Some(Architecture::Sd15)) => stable_diffusion_15("sd15", 1, 32, &random)?,

@@ -1,19 +1,19 @@
 //! `alignprop eval`: a checkpoint beside the base model, on the same prompts and noise.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use super::experiment::{DEFAULTS, Model, config_of};
+use super::experiment::{Checkpointed, Model, checkpoint_of};
 use super::{check_device, pictures};
 use crate::cli::EvalArgs;
-use crate::config::{Config, PromptsConfig};
+use crate::config::PromptsConfig;
 use crate::lora::Adapters;
 use crate::rewards::Rewards;
-use crate::training::run_folder::{RunFolder, write_whole};
+use crate::training::run_folder::write_whole;
 
 /// Pairs in one row of the grid.
 const COLUMNS: usize = 8;
@@ -89,7 +89,7 @@ struct Report {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let (config, adapters_path, default_out) = resolve(args)?;
+    let Checkpointed { config, adapters: adapters_path, run, .. } = checkpoint_of(&args.checkpoint, &args.config)?;
     check_device(args.device.as_deref().unwrap_or(&config.run.device), config.run.precision)?;
     let prompts = match &args.prompts {
         Some(file) => PromptsConfig { file: Some(file.clone()), ..Default::default() }.load()?,
@@ -153,7 +153,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         prompts: prompts.len(),
         rewards: reports.collect(),
     };
-    let out = args.out.clone().unwrap_or(default_out);
+    let out = args.out.clone().unwrap_or_else(|| run.map_or("eval".into(), |run| run.join("eval")));
     pictures::save_png(&pairs(shown)?, &out.join("grid.png"))?;
     let json = out.join("eval.json");
     write_whole(&json, &serde_json::to_string_pretty(&report)?)?;
@@ -166,25 +166,6 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     );
     println!("all scores: {}", json.display());
     Ok(())
-}
-
-/// The config, the adapter, and the default folder for the results.
-fn resolve(args: &EvalArgs) -> Result<(Config, PathBuf, PathBuf)> {
-    let checkpoint = args.checkpoint.as_path();
-    let is_run = checkpoint.join("config.toml").is_file();
-    if is_run {
-        let run = RunFolder::open(checkpoint)?;
-        let config = match &args.config.config {
-            Some(path) => Config::load(path, &args.config.set)?,
-            None => Config::load(&run.config(), &args.config.set)?,
-        };
-        return Ok((config, run.last_checkpoint()?, checkpoint.join("eval")));
-    }
-    // RUN/checkpoints/step-NNNNNN, or the adapter in it: the run's config is known
-    let in_run = checkpoint.ancestors().find(|folder| folder.file_name().is_some_and(|name| name == "checkpoints"));
-    let run_config = in_run.and_then(Path::parent).map(|run| run.join("config.toml")).filter(|path| path.is_file());
-    let path: Option<&Path> = args.config.config.as_deref().or(run_config.as_deref());
-    Ok((config_of(path, &args.config.set, DEFAULTS)?, checkpoint.to_owned(), PathBuf::from("eval")))
 }
 
 /// Rows of base images, each with the tuned ones under it.

@@ -1,17 +1,19 @@
 //! What train, eval and sample share: a pipeline with its schedule and image size, ready to make images.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 
+use crate::cli::ConfigArgs;
 use crate::config::Config;
 use crate::diffusion::{DdimSchedule, Noise, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
 use crate::models::Pipeline;
 use crate::ops::is_finite;
+use crate::training::run_folder::RunFolder;
 use crate::training::{Prompting, rollout};
 
 /// A pipeline as an experiment uses it.
@@ -25,9 +27,20 @@ pub(super) struct Model {
     negative_prompt_embeds: Tensor,
 }
 
+/// Images with what they were made from.
+pub(super) struct Drawn {
+    /// x_T (B, C, h, w).
+    pub initial_latents: Tensor,
+    pub prompting: Prompting,
+    /// x_0 (B, C, h, w), in the UNet's scale.
+    pub latents: Tensor,
+    /// (B, 3, H, W), about [-1, 1].
+    pub images: Tensor,
+}
+
 impl Model {
     pub fn load(config: &Config) -> Result<Self> {
-        let pipeline = Pipeline::load(&config.model.path, config.model.variant.as_deref())?;
+        let pipeline = Pipeline::load(&config.model)?;
         let sampler = &config.sampler;
         let schedule = DdimSchedule::load(&pipeline.source, sampler.num_inference_steps, sampler.eta)?;
         let (height, width) = pipeline.default_size();
@@ -60,13 +73,19 @@ impl Model {
 
     /// Images (B, 3, H, W) of the prompts, from the evaluation noise of `seed`; `first` is the first prompt's number.
     pub fn images(&self, prompts: &[String], first: u64, seed: u64, adapters: &Adapters) -> Result<Tensor> {
+        Ok(self.draw(prompts, first, seed, adapters)?.images)
+    }
+
+    /// As [`Self::images`], with what they were made from.
+    pub fn draw(&self, prompts: &[String], first: u64, seed: u64, adapters: &Adapters) -> Result<Drawn> {
         let noise = Noise::new(seed);
         let samples = first..first + prompts.len() as u64;
         let x_t = noise.normal_batch(Stream::Evaluation, 0, samples.clone(), self.latent_shape)?;
         let prompting = self.prompting(prompts)?;
         let variance =
             |i| Ok(noise.normal_batch(Stream::EvaluationVariance, i as u64, samples.clone(), self.latent_shape)?);
-        let latents = rollout(&self.pipeline.unet, self.schedule.steps(), x_t, &prompting, adapters, variance)?.latents;
+        let steps = self.schedule.steps();
+        let latents = rollout(&self.pipeline.unet, steps, x_t.clone(), &prompting, adapters, variance)?.latents;
         let images = (0..prompts.len())
             .map(|row| self.pipeline.vae.decode(&latents.narrow(0, row, 1)?.contiguous()?))
             .collect::<Result<Vec<_>>>()?;
@@ -74,7 +93,7 @@ impl Model {
         if !is_finite(&images)? {
             bail!("not a number: the VAE's image of `{}` is not finite", prompts.join("`, `"));
         }
-        Ok(images)
+        Ok(Drawn { initial_latents: x_t, prompting, latents, images })
     }
 
     /// Prompts that the text encoder will not read to their end, with the number of their tokens.
@@ -92,18 +111,12 @@ impl Model {
 
     /// Reads a LoRA and checks that it belongs to this UNet.
     pub fn load_lora(&self, path: &Path) -> Result<LoadedLora> {
-        let loaded = formats::load(path)?;
-        loaded
+        let mut loaded = formats::load(path)?;
+        loaded.adapters = loaded
             .adapters
-            .check_fits(&self.pipeline.unet.targets())
+            .fitted(&self.pipeline.unet.targets())
             .with_context(|| format!("{} does not fit {}", path.display(), self.pipeline.source.label()))?;
-        if !loaded.ignored.is_empty() {
-            eprintln!(
-                "warning: {}: {} text-encoder tensors are ignored, only the UNet is adapted",
-                path.display(),
-                loaded.ignored.len()
-            );
-        }
+        loaded.warn(path);
         Ok(loaded)
     }
 }
@@ -111,6 +124,37 @@ impl Model {
 /// One counter of (optimizer step, place within it): a chain has fewer than 2¹⁶ steps.
 pub(super) fn counter(step: u64, place: usize) -> u64 {
     step << 16 | place as u64
+}
+
+/// A LoRA with the config that it was trained with, where that is known.
+pub(super) struct Checkpointed {
+    pub config: Config,
+    /// The LoRA file or its folder.
+    pub adapters: PathBuf,
+    /// The run folder that was given.
+    pub run: Option<PathBuf>,
+    /// Whether the config comes from a file and is not the defaults.
+    pub has_config: bool,
+}
+
+/// A run folder (its last checkpoint, its config), a checkpoint in one, or a LoRA from elsewhere.
+pub(super) fn checkpoint_of(checkpoint: &Path, args: &ConfigArgs) -> Result<Checkpointed> {
+    let is_run = checkpoint.join("config.toml").is_file();
+    if is_run {
+        let run = RunFolder::open(checkpoint)?;
+        let config = match &args.config {
+            Some(path) => Config::load(path, &args.set)?,
+            None => Config::load(&run.config(), &args.set)?,
+        };
+        let adapters = run.last_checkpoint()?;
+        return Ok(Checkpointed { config, adapters, run: Some(checkpoint.to_owned()), has_config: true });
+    }
+    // RUN/checkpoints/step-NNNNNN, or the adapter in it: the run's config is known
+    let in_run = checkpoint.ancestors().find(|folder| folder.file_name().is_some_and(|name| name == "checkpoints"));
+    let run_config = in_run.and_then(Path::parent).map(|run| run.join("config.toml")).filter(|path| path.is_file());
+    let path: Option<&Path> = args.config.as_deref().or(run_config.as_deref());
+    let config = config_of(path, &args.set, DEFAULTS)?;
+    Ok(Checkpointed { config, adapters: checkpoint.to_owned(), run: None, has_config: path.is_some() })
 }
 
 /// The config of `--config`, or `fallback` (its text and its name), with `--set` applied.

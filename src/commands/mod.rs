@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod eval;
+pub mod export;
 pub mod sample;
 pub mod soup;
 pub mod train;
@@ -21,6 +22,7 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Train(args) => train::run(&args).map(|()| true),
         Command::Eval(args) => eval::run(&args).map(|()| true),
         Command::Soup(args) => soup::run(&args).map(|()| true),
+        Command::Export(args) => export::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| true),

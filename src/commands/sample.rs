@@ -1,10 +1,15 @@
 //! `alignprop sample`: images of prompts, with or without a LoRA.
 
-use anyhow::Result;
+use std::collections::BTreeMap;
+use std::path::Path;
 
-use super::experiment::{DEFAULTS, Model, config_of};
+use anyhow::{Context, Result};
+use candle_core::{DType, Tensor};
+
+use super::experiment::{DEFAULTS, Drawn, Model, config_of};
 use super::{check_device, pictures};
 use crate::cli::SampleArgs;
+use crate::files;
 use crate::lora::Adapters;
 
 pub fn run(args: &SampleArgs) -> Result<()> {
@@ -35,13 +40,31 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             model.pipeline.tokenizer.max_length()
         );
     }
-    let mut images = Vec::with_capacity(args.prompt.len());
+    let (mut images, mut drawn) = (Vec::with_capacity(args.prompt.len()), Vec::new());
     for (number, prompt) in (0..).zip(&args.prompt) {
-        let image = model.images(std::slice::from_ref(prompt), number, args.seed, &adapters)?;
-        images.push(pictures::to_rgb(&image.get(0)?)?);
+        let one = model.draw(std::slice::from_ref(prompt), number, args.seed, &adapters)?;
+        images.push(pictures::to_rgb(&one.images.get(0)?)?);
+        drawn.push(one);
+    }
+    if let Some(path) = &args.save_tensors {
+        save_tensors(&drawn, path)?;
     }
     let columns = (images.len() as f64).sqrt().ceil() as usize;
     pictures::save_png(&pictures::grid(&images, columns)?, &args.output)?;
     println!("{}", args.output.display());
     Ok(())
+}
+
+/// What the pictures were made from, and they themselves before rounding: for comparing with other programs.
+fn save_tensors(drawn: &[Drawn], path: &Path) -> Result<()> {
+    let all = |pick: &dyn Fn(&Drawn) -> Tensor| Tensor::cat(&drawn.iter().map(pick).collect::<Vec<_>>(), 0);
+    let tensors = [
+        ("images".to_owned(), all(&|one| one.images.clone())?),
+        ("initial_latents".to_owned(), all(&|one| one.initial_latents.clone())?),
+        ("latents".to_owned(), all(&|one| one.latents.clone())?),
+        ("negative_prompt_embeds".to_owned(), all(&|one| one.prompting.negative_prompt_embeds.clone())?),
+        ("prompt_embeds".to_owned(), all(&|one| one.prompting.prompt_embeds.clone())?),
+    ];
+    files::save_tensors(path, &BTreeMap::new(), &tensors, DType::F32)
+        .with_context(|| format!("writing the tensors {}", path.display()))
 }

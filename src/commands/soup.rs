@@ -26,6 +26,7 @@ pub fn run(args: &SoupArgs) -> Result<()> {
     let mut base_models = Vec::new();
     for (path, weight) in &args.parts {
         let loaded = formats::load(path)?;
+        loaded.warn(path);
         base_models.extend(loaded.metadata.get("base_model").cloned());
         parts.push((loaded.adapters, *weight));
     }
@@ -66,10 +67,7 @@ pub fn run(args: &SoupArgs) -> Result<()> {
         metadata.insert("base_model".into(), base_model.clone());
     }
     formats::save(&mixed, &metadata, &args.output)?;
-    let ranks: Vec<usize> = mixed.factors().iter().map(|factor| factor.rank()).collect();
-    let (low, high) = (ranks.iter().min().unwrap_or(&0), ranks.iter().max().unwrap_or(&0));
-    let ranks = if low == high { low.to_string() } else { format!("{low} to {high}") };
-    println!("{}: {} layers of rank {ranks}", args.output.display(), mixed.factors().len());
+    println!("{}: {} layers of rank {}", args.output.display(), mixed.factors().len(), mixed.ranks());
     Ok(())
 }
 

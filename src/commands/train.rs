@@ -14,7 +14,7 @@ use super::{check_device, pictures};
 use crate::cli::TrainArgs;
 use crate::config::Config;
 use crate::diffusion::{Noise, Stream};
-use crate::lora::{Adapters, formats};
+use crate::lora::{Adapters, formats, take_over};
 use crate::nn::lora::LoraGradients;
 use crate::ops::is_finite;
 use crate::optim::{AdamW, clip_grad_norm, learning_rate};
@@ -24,7 +24,7 @@ use crate::training::run_folder::RunFolder;
 use crate::training::{Credit, Plan, Prompting, Trajectory, backprop, reward_cotangent, rollout};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let config = resolve_config(args)?;
+    let mut config = resolve_config(args)?;
     check_device(&config.run.device, config.run.precision)?;
     config.require_trained()?;
     let prompts = config.prompts.load()?;
@@ -36,8 +36,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let noise = Noise::new(config.run.seed);
     let mut state = match &args.resume {
         Some(dir) => resume(dir, &config, &model)?,
-        None => start(&config, &model, &noise)?,
+        None => start(&mut config, &model, &noise)?,
     };
+    let config = config;
     describe(&config, &model, &rewards, &prompts, &state)?;
     if args.dry_run {
         println!("dry run: nothing was trained and nothing was written");
@@ -335,20 +336,37 @@ fn resolve_config(args: &TrainArgs) -> Result<Config> {
     Ok(config)
 }
 
-fn start(config: &Config, model: &Model, noise: &Noise) -> Result<Checkpoint> {
+/// Fresh adapters, or those of `lora.init_from`, whose rank, alpha and layers the config then has.
+fn start(config: &mut Config, model: &Model, noise: &Noise) -> Result<Checkpoint> {
+    let adapters = match &config.lora.init_from.clone() {
+        Some(file) => {
+            let adapters = model.load_lora(file).context("lora.init_from")?.adapters;
+            take_over(&mut config.lora, &adapters, &model.pipeline.unet.targets(), file)?;
+            adapters
+        }
+        None => fresh(config, model, noise)?,
+    };
+    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &adapters.tensors())?, adapters })
+}
+
+fn fresh(config: &Config, model: &Model, noise: &Noise) -> Result<Adapters> {
     let lora = &config.lora;
     let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
-    let adapters =
-        Adapters::init(&model.pipeline.unet.targets(), &lora.target_modules, lora.rank, lora.alpha_or_rank(), normal)?;
-    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &adapters.tensors())?, adapters })
+    let targets = model.pipeline.unet.targets();
+    Adapters::init(&targets, &lora.target_modules_or_default(), lora.rank_or_default(), lora.alpha_or_rank(), normal)
 }
 
 fn resume(dir: &Path, config: &Config, model: &Model) -> Result<Checkpoint> {
     let folder = RunFolder::open(dir)?.last_checkpoint()?;
     let checkpoint = Checkpoint::load(&folder, &config.optimizer)?;
-    checkpoint.adapters.check_fits(&model.pipeline.unet.targets())?;
+    let targets = model.pipeline.unet.targets();
+    checkpoint.adapters.check_fits(&targets)?;
     // the settings must be those of the adapters: a run keeps its shape
-    let fresh = start(config, model, &Noise::new(config.run.seed))?.adapters;
+    if config.lora.init_from.is_some() {
+        take_over(&mut config.lora.clone(), &checkpoint.adapters, &targets, &folder)?;
+        return Ok(checkpoint);
+    }
+    let fresh = fresh(config, model, &Noise::new(config.run.seed))?;
     let shape = |adapters: &Adapters| {
         adapters.factors().iter().map(|f| (f.module.clone(), f.rank(), f.alpha)).collect::<Vec<_>>()
     };
@@ -389,7 +407,7 @@ fn describe(config: &Config, model: &Model, rewards: &Rewards, prompts: &[String
     );
     eprintln!(
         "adapters    rank {} on {} layers, {} parameters",
-        config.lora.rank,
+        state.adapters.ranks(),
         state.adapters.factors().len(),
         state.adapters.parameter_count()
     );

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::check_device;
 use crate::cli::VerifyArgs;
 use crate::config::{
-    AestheticConfig, Checkpointing, ClipScoreConfig, HpsConfig, OptimizerConfig, Preprocess, RewardsConfig,
+    AestheticConfig, Checkpointing, ClipScoreConfig, HpsConfig, ModelConfig, OptimizerConfig, Preprocess, RewardsConfig,
 };
 use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
@@ -167,7 +167,7 @@ pub fn verify(dir: &Path, head: Option<&Path>) -> Result<Report> {
         Some(head) => Some(head.to_owned()),
         None => find_head(dir),
     };
-    let pipeline = Pipeline::load(&dir.join("model").to_string_lossy(), None)?;
+    let pipeline = Pipeline::load(&ModelConfig::at(dir.join("model").to_string_lossy()))?;
     let subject = Subject { dir, reference, pipeline, head };
     let mut report = Report::default();
     subject.parts(&mut report)?;

@@ -72,6 +72,7 @@ impl Config {
     pub fn parse(text: &str, name: &str, overrides: &[String]) -> Result<Config> {
         let mut config = read::read(text, name, overrides)?;
         config.prompts.resolve();
+        config.lora.resolve();
         config.validate().with_context(|| format!("in {name}"))?;
         Ok(config)
     }
@@ -84,31 +85,79 @@ impl Config {
 }
 
 table! {
-    /// `[model]`: the Stable Diffusion pipeline to train, in the folder layout of diffusers.
+    /// `[model]`: the Stable Diffusion pipeline to train, in the folder layout of diffusers or in a single file.
     pub struct ModelConfig {
-        /// A local folder, or a model id on the hub.
+        /// A local folder or a model id on the hub; or a single file in the original layout (.safetensors, .ckpt), local or
+        /// on the hub as `owner/name:file`.
         path: String = "stable-diffusion-v1-5/stable-diffusion-v1-5".into(),
         /// The weight files' variant, as in diffusers: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
         variant: Option<String> = None,
+        /// For a single file: a folder or hub id whose configs (and tokenizer) count, as `config` of diffusers'
+        /// `from_single_file`. Absent: what the file's shapes say.
+        config: Option<String> = None,
+        /// For a single file: a folder or hub id with a CLIP tokenizer. Absent: the one of `config`, else one beside the
+        /// file, else CLIP's own from the hub.
+        tokenizer: Option<String> = None,
+        /// For a single file: `epsilon` or `v_prediction`. Absent: what the file says, else epsilon for 1.x and v for 2.x.
+        prediction_type: Option<PredictionType> = None,
     }
+}
+
+impl ModelConfig {
+    /// The pipeline at a path, a hub id or in a file, with the other keys at their defaults.
+    pub fn at(path: impl Into<String>) -> Self {
+        Self { path: path.into(), ..Self::default() }
+    }
+}
+
+/// What the UNet's output means.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum PredictionType {
+    Epsilon,
+    VPrediction,
 }
 
 table! {
     /// `[lora]`: the factors to train.
     pub struct LoraConfig {
-        /// Rank of each pair of factors; 1 or more. Higher fits more and costs memory in proportion.
-        rank: usize = 4,
-        /// The product of the factors is scaled by alpha / rank; more than 0. Absent: alpha = rank, a scale of 1.
+        /// Rank of each pair of factors; 1 or more. Higher fits more and costs memory in proportion. Absent: 4, or that of
+        /// `init_from`.
+        rank: Option<usize> = None,
+        /// The product of the factors is scaled by alpha / rank; more than 0. Absent: alpha = rank, a scale of 1, or that
+        /// of `init_from`.
         alpha: Option<f64> = None,
-        /// The UNet's linear layers that get factors, by the last parts of their names.
-        target_modules: Vec<String> = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from).to_vec(),
+        /// The layers of the UNet's transformers that get factors, by the last parts of their names: `ff.net.2`, `proj_in`.
+        /// Absent: to_q, to_k, to_v and to_out.0, or those of `init_from`.
+        target_modules: Option<Vec<String>> = None,
+        /// A LoRA, file or folder, that training starts from, in any format that is read; only read when a run begins.
+        /// The keys above must agree with it or be absent. Absent: fresh factors, whose product is 0.
+        init_from: Option<PathBuf> = None,
     }
 }
 
 impl LoraConfig {
-    /// `alpha`, or its default, the rank.
+    /// Fills in what nothing else decides.
+    fn resolve(&mut self) {
+        if self.init_from.is_none() {
+            self.rank = Some(self.rank_or_default());
+            self.target_modules = Some(self.target_modules_or_default());
+        }
+    }
+
+    /// `rank`, or 4.
+    pub fn rank_or_default(&self) -> usize {
+        self.rank.unwrap_or(4)
+    }
+
+    /// `alpha`, or the rank.
     pub fn alpha_or_rank(&self) -> f64 {
-        self.alpha.unwrap_or(self.rank as f64)
+        self.alpha.unwrap_or(self.rank_or_default() as f64)
+    }
+
+    /// `target_modules`, or the projections of every attention.
+    pub fn target_modules_or_default(&self) -> Vec<String> {
+        self.target_modules.clone().unwrap_or_else(|| ["to_q", "to_k", "to_v", "to_out.0"].map(String::from).to_vec())
     }
 }
 
@@ -459,7 +508,9 @@ mod tests {
             assert_eq!(config.train.batch_size * config.train.gradient_accumulation_steps, 128);
             assert_eq!(config.optimizer, OptimizerConfig::default());
             assert_eq!(config.sampler, SamplerConfig::default());
-            assert_eq!(config.lora, LoraConfig::default());
+            let mut lora = LoraConfig::default();
+            lora.resolve();
+            assert_eq!(config.lora, lora);
             assert_eq!(config.run.dir, Path::new("runs").join(name));
             let truncation = if name.ends_with("-k1") { Truncation::Fixed { k: 1 } } else { Truncation::default() };
             assert_eq!(config.truncation, truncation);
@@ -474,6 +525,7 @@ mod tests {
     fn an_empty_file_is_the_defaults() {
         let mut defaults = Config::default();
         defaults.prompts.resolve();
+        defaults.lora.resolve();
         assert_eq!(Config::parse("", "empty.toml", &[]).unwrap(), defaults);
         assert_eq!(defaults.lora.alpha_or_rank(), 4.0);
     }
@@ -490,8 +542,12 @@ mod tests {
             [model]
             path = 'a "quoted" folder'
             variant = "fp16"
+            config = "configs/folder"
+            tokenizer = "openai/clip-vit-large-patch14"
+            prediction_type = "v_prediction"
             [lora]
             alpha = 8
+            init_from = "lora.safetensors"
             [sampler]
             height = 64
             width = 96

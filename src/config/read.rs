@@ -319,7 +319,9 @@ fn nearest<'a>(given: &str, known: &'a [String]) -> Option<&'a str> {
 
 /// The top-level table that has this key.
 fn section_with(key: &str) -> Option<String> {
-    let sections = Table::try_from(Config::default()).unwrap_or_default();
+    let mut defaults = Config::default();
+    defaults.lora.resolve(); // an absent key is not in the table
+    let sections = Table::try_from(defaults).unwrap_or_default();
     sections.into_iter().find(|(_, section)| section.get(key).is_some()).map(|(name, _)| name)
 }
 
@@ -378,7 +380,10 @@ mod tests {
             ),
             ("[optimiser]\nlr = 1", "unknown key `optimiser` (x.toml line 1); did you mean `optimizer`?"),
             ("[optimiser]", "unknown key `optimiser` (x.toml line 1); did you mean `optimizer`?"),
-            ("[model]\nmodel = 'x'", "unknown key `model.model` (x.toml line 2); expected `path`, `variant`"),
+            (
+                "[run]\nmodel = 'x'",
+                "unknown key `run.model` (x.toml line 2); expected `dir`, `seed`, `device`, `precision`, `save_every`, `sample_every`, `num_samples`, `keep_checkpoints`",
+            ),
             (
                 "[optimizer]\neps = 1e-8\nepsilon = 1",
                 "unknown key `optimizer.epsilon` (x.toml line 3); did you mean `eps`?",

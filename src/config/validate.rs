@@ -1,5 +1,7 @@
 //! The ranges of the config: what a type cannot say. One line per rule, the key's full name in every text.
 
+use std::path::Path;
+
 use anyhow::{Result, bail, ensure};
 
 use super::{Config, HeadLayer, REWARD_KINDS, RewardsConfig, Truncation};
@@ -18,16 +20,26 @@ impl Config {
         ensure!(!model.path.is_empty(), "model.path is empty: give a folder or a hub id");
         ensure!(model.variant.as_deref() != Some(""), "model.variant is empty: leave it out for the plain files");
 
-        at_least_one("lora.rank", lora.rank)?;
-        ensure!(lora.rank <= MAX_RANK, "lora.rank = {}: at most {MAX_RANK}; ranks of 4 to 128 are usual", lora.rank);
+        if let Some(rank) = lora.rank {
+            at_least_one("lora.rank", rank)?;
+            ensure!(rank <= MAX_RANK, "lora.rank = {rank}: at most {MAX_RANK}; ranks of 4 to 128 are usual");
+        }
         if let Some(alpha) = lora.alpha {
             more_than_zero("lora.alpha", alpha)?;
         }
-        let targets = &lora.target_modules;
+        if let Some(targets) = &lora.target_modules {
+            ensure!(
+                !targets.is_empty() && targets.iter().all(|name| !name.is_empty()),
+                "lora.target_modules = {targets:?}: name at least one layer, for example \"to_q\""
+            );
+        }
         ensure!(
-            !targets.is_empty() && targets.iter().all(|name| !name.is_empty()),
-            "lora.target_modules = {targets:?}: name at least one layer, for example \"to_q\""
+            lora.init_from.as_deref() != Some(Path::new("")),
+            "lora.init_from is empty: leave it out for fresh factors"
         );
+        for (key, value) in [("config", &model.config), ("tokenizer", &model.tokenizer)] {
+            ensure!(value.as_deref() != Some(""), "model.{key} is empty: give a folder or a hub id, or leave it out");
+        }
 
         at_least_one("sampler.num_inference_steps", sampler.num_inference_steps)?;
         zero_or_more("sampler.guidance_scale", sampler.guidance_scale)?;

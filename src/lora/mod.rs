@@ -3,12 +3,15 @@
 //! An adapter on a linear layer with weight W (out, in) adds `alpha / rank * B A` to it, A (rank, in), B (out, rank).
 
 pub mod formats;
+mod init_from;
 pub mod soup;
 
 use std::collections::HashMap;
 
 use anyhow::{Result, bail};
 use candle_core::{Device, Tensor};
+
+pub use init_from::take_over;
 
 /// The two factors of one adapted layer, f32.
 #[derive(Clone, Debug)]
@@ -21,6 +24,8 @@ pub struct Factor {
     pub b: Tensor,
     /// The product B A is scaled by `alpha / rank`.
     pub alpha: f64,
+    /// The layer is a 1x1 convolution (proj_in and proj_out of Stable Diffusion 1.x): files hold its factors as kernels.
+    pub convolution: bool,
 }
 
 impl Factor {
@@ -29,7 +34,9 @@ impl Factor {
     pub fn new(module: impl Into<String>, a: Tensor, b: Tensor, alpha: f64) -> Result<Self> {
         let module = module.into();
         match (a.dims(), b.dims()) {
-            ([rank, _], [_, rank_b]) if rank == rank_b && *rank > 0 => Ok(Self { module, a, b, alpha }),
+            ([rank, _], [_, rank_b]) if rank == rank_b && *rank > 0 => {
+                Ok(Self { module, a, b, alpha, convolution: false })
+            }
             (a, b) => bail!(
                 "the LoRA factors of `{module}` do not fit together: A is {a:?}, B is {b:?}; expected A (rank, in) and B (out, rank)"
             ),
@@ -56,6 +63,8 @@ pub struct Target {
     pub module: String,
     pub in_features: usize,
     pub out_features: usize,
+    /// A 1x1 convolution, applied as a linear layer.
+    pub convolution: bool,
 }
 
 impl Target {
@@ -106,7 +115,7 @@ impl Adapters {
         for wanted in target_modules {
             if !targets.iter().any(|target| target.matches(std::slice::from_ref(wanted))) {
                 bail!(
-                    "lora.target_modules: no layer of this UNet ends in `{wanted}`; its attention layers end in to_q, to_k, to_v, to_out.0"
+                    "lora.target_modules: no layer of this UNet that can be adapted ends in `{wanted}`; the layers of its attention end in to_q, to_k, to_v, to_out.0, the others in ff.net.0.proj, ff.net.2, proj_in, proj_out"
                 );
             }
         }
@@ -120,7 +129,8 @@ impl Adapters {
             let a: Vec<f32> = normal(i, rank * target.in_features).into_iter().map(|x| x / rank as f32).collect();
             let a = Tensor::from_vec(a, (rank, target.in_features), &Device::Cpu)?;
             let b = Tensor::zeros((target.out_features, rank), candle_core::DType::F32, &Device::Cpu)?;
-            factors.push(Factor::new(target.module.clone(), a, b, alpha)?);
+            let factor = Factor::new(target.module.clone(), a, b, alpha)?;
+            factors.push(Factor { convolution: target.convolution, ..factor });
         }
         Self::new(factors)
     }
@@ -189,6 +199,28 @@ impl Adapters {
             }
         }
         Ok(replaced)
+    }
+
+    /// `4`, or `2 to 8`: for messages.
+    pub fn ranks(&self) -> String {
+        let ranks = || self.factors.iter().map(Factor::rank);
+        match (ranks().min().unwrap_or(0), ranks().max().unwrap_or(0)) {
+            (low, high) if low == high => low.to_string(),
+            (low, high) => format!("{low} to {high}"),
+        }
+    }
+
+    /// The same adapters as those of this UNet's layers, which are linear or convolutions whatever a file held.
+    ///
+    /// # Errors
+    /// As [`Self::check_fits`].
+    pub fn fitted(mut self, targets: &[Target]) -> Result<Self> {
+        self.check_fits(targets)?;
+        let known: HashMap<&str, &Target> = targets.iter().map(|t| (t.module.as_str(), t)).collect();
+        for factor in &mut self.factors {
+            factor.convolution = known.get(factor.module.as_str()).is_some_and(|target| target.convolution);
+        }
+        Ok(self)
     }
 
     /// Checks that every adapter belongs to a layer of this UNet and has its shape.

@@ -48,6 +48,7 @@ pub fn mix(parts: &[(Adapters, f64)], average: Average) -> Result<Adapters> {
                     _ => product,
                 }
                 .into_factor(module)
+                .map(|factor| Factor { convolution: is_convolution(module, &parts), ..factor })
             });
             Adapters::new(factors.collect::<Result<_>>()?)
         }
@@ -99,7 +100,7 @@ fn mix_factors(parts: &[(Adapters, f64)]) -> Result<Adapters> {
             a = (a + factor.a.affine(*weight, 0.0)?)?;
             b = (b + factor.b.affine(*weight, 0.0)?)?;
         }
-        factors.push(Factor::new(module, a, b, like.alpha)?);
+        factors.push(Factor { convolution: like.convolution, ..Factor::new(module, a, b, like.alpha)? });
     }
     if let Some((part, _)) = parts.iter().find(|(part, _)| part.factors().len() != first.factors().len()) {
         bail!("the parts of the soup adapt {} and {} layers; {HINT}", first.factors().len(), part.factors().len());
@@ -110,6 +111,11 @@ fn mix_factors(parts: &[(Adapters, f64)]) -> Result<Adapters> {
 /// The layers that any part adapts, sorted.
 fn modules<'a>(parts: &[(&'a Adapters, f64)]) -> BTreeSet<&'a str> {
     parts.iter().flat_map(|(part, _)| part.factors()).map(|factor| factor.module.as_str()).collect()
+}
+
+/// Whether a part knows the layer as a convolution.
+fn is_convolution(module: &str, parts: &[(&Adapters, f64)]) -> bool {
+    parts.iter().any(|(part, _)| part.get(module).is_some_and(|factor| factor.convolution))
 }
 
 /// A product b a that is never formed, in f64: at (out, in) = (1280, 1280) it would be 13 MB for each of 128 layers.

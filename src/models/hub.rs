@@ -10,6 +10,10 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use serde::de::DeserializeOwned;
 
+use super::Weights;
+use super::single_file::SingleFile;
+use crate::config::ModelConfig;
+
 /// A model folder, local or on the hub, and the sub-folder of it that is being read.
 ///
 /// Cheap to clone; the clones share one listing of the repository.
@@ -24,6 +28,8 @@ pub struct Source {
 enum Root {
     Local(PathBuf),
     Hub(Arc<Hub>),
+    /// A file that is shown as a folder.
+    File(Arc<SingleFile>),
 }
 
 impl Source {
@@ -47,6 +53,59 @@ impl Source {
         Ok(Self { root, prefix: String::new() })
     }
 
+    /// The pipeline of `[model]`: a folder, a hub id, or a single file (a path, or `owner/name:file` on the hub).
+    ///
+    /// # Errors
+    /// As [`Source::open`]; for a single file, when it is no whole model; for others, when `[model]` has keys that are for
+    /// single files.
+    pub fn pipeline(model: &ModelConfig) -> Result<Self> {
+        let on_hub = model.path.split_once(':').is_some_and(|(repo, file)| {
+            parse_hub_id(repo).is_some() && [".safetensors", ".ckpt", ".pt"].iter().any(|end| file.ends_with(end))
+        });
+        if Path::new(&model.path).is_file() || on_hub {
+            let file = resolve_file(&model.path, "")?;
+            return Ok(Self { root: Root::File(Arc::new(SingleFile::open(&file, model)?)), prefix: String::new() });
+        }
+        let source = Self::open(&model.path)?;
+        for (key, given) in [
+            ("config", model.config.is_some()),
+            ("tokenizer", model.tokenizer.is_some()),
+            ("prediction_type", model.prediction_type.is_some()),
+        ] {
+            if given {
+                bail!(
+                    "model.{key} is for a single file; {} is a pipeline with files of its own: leave the key out",
+                    source.label()
+                );
+            }
+        }
+        Ok(source)
+    }
+
+    /// The weights of this folder where it is part of a single file.
+    pub(super) fn weights_in_single_file(&self) -> Option<Result<Weights>> {
+        let Root::File(file) = &self.root else { return None };
+        let folder = self.prefix.trim_end_matches('/');
+        Some(file.weights(folder).cloned().with_context(|| format!("{} has no {folder}", file.label())))
+    }
+
+    /// The tokenizer of a single file, which lies elsewhere, where this is its `tokenizer` folder.
+    fn tokenizer_elsewhere(&self) -> Option<&Source> {
+        match &self.root {
+            Root::File(file) if self.prefix == "tokenizer/" => Some(&file.tokenizer),
+            _ => None,
+        }
+    }
+
+    /// What prompts are padded with, whatever the tokenizer's files say: `!` for a single file of Stable Diffusion 2.x,
+    /// whose tokenizer may be 1.x's.
+    pub fn pad_token(&self) -> Option<&'static str> {
+        match &self.root {
+            Root::File(file) => file.pad_token(),
+            _ => None,
+        }
+    }
+
     /// The same source, one folder further in: `source.sub("unet")`.
     pub fn sub(&self, folder: &str) -> Self {
         Self { root: self.root.clone(), prefix: format!("{}{}/", self.prefix, folder.trim_matches('/')) }
@@ -57,8 +116,12 @@ impl Source {
     /// # Errors
     /// When the hub refuses the repository, or cannot be reached and the cache knows nothing of it.
     pub fn find(&self, file: &str) -> Result<Option<PathBuf>> {
+        if let Some(tokenizer) = self.tokenizer_elsewhere() {
+            return tokenizer.find(file);
+        }
         let file = format!("{}{file}", self.prefix);
         match &self.root {
+            Root::File(_) => Ok(None),
             Root::Hub(hub) => hub.find(&file),
             Root::Local(folder) => {
                 let path = folder.join(file);
@@ -80,6 +143,33 @@ impl Source {
         self.find(file)?.ok_or_else(|| self.missing(&format!("`{file}`")))
     }
 
+    /// Whether there is such a text, a file or a config that a single file stands for.
+    ///
+    /// # Errors
+    /// As [`Source::find`].
+    pub(super) fn has_text(&self, file: &str) -> Result<bool> {
+        Ok(self.config_of_single_file(file).is_some() || self.find(file)?.is_some())
+    }
+
+    /// A text file as it is.
+    ///
+    /// # Errors
+    /// As [`Source::require`], and when it cannot be read.
+    pub(super) fn read_text(&self, file: &str) -> Result<String> {
+        if let Some(config) = self.config_of_single_file(file) {
+            return Ok(serde_json::to_string_pretty(config)?);
+        }
+        let path = self.require(file)?;
+        std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    fn config_of_single_file(&self, file: &str) -> Option<&serde_json::Value> {
+        match &self.root {
+            Root::File(single) => single.config(&format!("{}{file}", self.prefix)),
+            _ => None,
+        }
+    }
+
     /// Reads and parses a JSON file.
     ///
     /// # Errors
@@ -87,6 +177,10 @@ impl Source {
     ///
     /// A null counts as absent, as Python's configs mean it.
     pub fn read_json<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
+        if let Some(config) = self.config_of_single_file(file) {
+            return serde_path_to_error::deserialize(config.clone())
+                .map_err(|e| anyhow!("{}: `{}`: {}", self.label(), e.path(), e.inner()));
+        }
         let path = self.require(file)?;
         let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         let mut json: serde_json::Value =
@@ -102,6 +196,10 @@ impl Source {
     pub fn label(&self) -> String {
         let folder = self.prefix.trim_end_matches('/');
         match &self.root {
+            Root::File(_) if self.prefix == "tokenizer/" => {
+                self.tokenizer_elsewhere().map_or_else(String::new, Self::label)
+            }
+            Root::File(file) => file.label().to_owned(),
             Root::Local(root) if folder.is_empty() => root.display().to_string(),
             Root::Local(root) => root.join(folder).display().to_string(),
             Root::Hub(hub) if folder.is_empty() => hub.label(),
@@ -113,6 +211,7 @@ impl Source {
     pub(crate) fn missing(&self, what: &str) -> anyhow::Error {
         let label = self.label();
         match &self.root {
+            Root::File(_) => anyhow!("{what} not found in {label}"),
             Root::Local(root) if !root.join(&self.prefix).is_dir() => {
                 anyhow!("{what} not found: there is no folder {label}")
             }

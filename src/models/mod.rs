@@ -2,8 +2,10 @@
 
 pub mod clip;
 pub mod hub;
+pub mod merge;
 mod parameters;
 pub mod pipeline;
+mod single_file;
 mod staged;
 pub mod text_encoder;
 pub mod tokenizer;

@@ -1,4 +1,4 @@
-//! A Stable Diffusion pipeline in the diffusers layout.
+//! A Stable Diffusion pipeline, in the diffusers layout or in a single file.
 
 use std::rc::Rc;
 
@@ -11,6 +11,7 @@ use super::text_encoder::TextEncoder;
 use super::tokenizer::ClipTokenizer;
 use super::unet::{PerBlock, Unet};
 use super::vae::Vae;
+use crate::config::ModelConfig;
 
 /// The frozen parts of a text-to-image model.
 pub struct Pipeline {
@@ -29,12 +30,13 @@ struct ModelIndex {
 }
 
 impl Pipeline {
-    /// Loads a folder or a hub id.
+    /// Loads the pipeline of `[model]`: a folder, a hub id or a single file.
     ///
     /// # Errors
     /// Says which part could not be loaded, from where and why.
-    pub fn load(path: &str, variant: Option<&str>) -> Result<Self> {
-        let source = Source::open(path)?;
+    pub fn load(model: &ModelConfig) -> Result<Self> {
+        let source = Source::pipeline(model)?;
+        let variant = model.variant.as_deref();
         let index: ModelIndex = source
             .read_json("model_index.json")
             .context("a pipeline in the diffusers layout has a model_index.json")?;

@@ -247,7 +247,7 @@ fn special_tokens(
         (map.bos_token, &config.bos_token, "<|startoftext|>"),
         (map.eos_token, &config.eos_token, "<|endoftext|>"),
         (map.unk_token, &config.unk_token, "<|endoftext|>"),
-        (map.pad_token, &config.pad_token, "<|endoftext|>"),
+        (source.pad_token().map(|text| Token::Text(text.into())).or(map.pad_token), &config.pad_token, "<|endoftext|>"),
     ];
     let named = roles.map(|(first, second, default)| {
         first.or_else(|| second.clone()).unwrap_or_else(|| Token::Text(default.into())).added(true)

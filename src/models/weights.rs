@@ -1,20 +1,22 @@
 //! The named tensors of one component, memory-mapped: a component is read once, in f32, into the layers that hold it.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
-use candle_core::pickle::PthTensors;
-use candle_core::{DType, Device, Tensor};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::{Device, Tensor};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::files::pickle;
 use crate::models::hub::Source;
 
 /// Variants to try, in this order, when none is asked for and there is no plain file.
@@ -29,26 +31,35 @@ pub struct Weights {
 
 struct Files {
     label: String,
-    maps: Vec<Mmap>,
-    pickle: Option<PthTensors>,
+    maps: Vec<Arc<Mmap>>,
     entries: BTreeMap<String, Entry>,
     metadata: HashMap<String, String>,
+    /// Whole numbers saved beside a pickled state dict.
+    integers: BTreeMap<String, i64>,
     /// Numbers from this seed instead of a file's.
     random: Option<u64>,
 }
 
+/// A tensor's place in a memory-mapped file.
+#[derive(Clone)]
 struct Entry {
+    map: usize,
+    dtype: Dtype,
     shape: Vec<usize>,
-    place: Place,
+    range: Range<usize>,
+    /// In elements, where a pickled tensor is not stored in the order of its axes.
+    stride: Option<Vec<usize>>,
 }
 
-enum Place {
-    /// Bytes `start..end` of a memory-mapped safetensors file.
-    Mapped { map: usize, dtype: Dtype, start: usize, end: usize },
-    Pickled {
-        /// Its name inside the file.
-        key: String,
-    },
+/// A tensor under another name: [`Weights::renamed`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Renamed {
+    pub from: String,
+    pub to: String,
+    /// Another shape of as many elements.
+    pub shape: Option<Vec<usize>>,
+    /// Only these rows (of the first axis).
+    pub rows: Option<Range<usize>>,
 }
 
 impl Weights {
@@ -61,6 +72,9 @@ impl Weights {
     /// # Errors
     /// When nothing of this is there (lists what was looked for), or a file is unreadable.
     pub fn open(source: &Source, stem: &str, variant: Option<&str>) -> Result<Self> {
+        if let Some(weights) = source.weights_in_single_file() {
+            return weights;
+        }
         let variants = match variant {
             Some(asked) => vec![Some(asked), None],
             None => std::iter::once(None).chain(VARIANTS.map(Some)).collect(),
@@ -80,6 +94,7 @@ impl Weights {
         let pickles = variants.iter().map(|v| v.map_or(format!("{stem}.bin"), |v| format!("{stem}.{v}.bin")));
         for pickle in pickles.chain(["pytorch_model.bin".into()]) {
             if let Some(path) = source.find(&pickle)? {
+                warn_of_pickle(&path, &format!("{stem}.safetensors"));
                 return Self::open_file(&path);
             }
             tried.push(pickle);
@@ -98,8 +113,8 @@ impl Weights {
             bail!("there is no weight file {}", path.display());
         }
         let map = map_file(path)?;
-        if map.starts_with(b"PK\x03\x04") {
-            files.add_pickle(path)?;
+        if map.starts_with(pickle::MAGIC) {
+            files.add_pickle(path, map)?;
         } else {
             files.add_safetensors(path, map)?;
         }
@@ -192,6 +207,74 @@ impl Weights {
         self.files.read(entry).with_context(|| format!("{}: reading `{key}`", self.file()))
     }
 
+    /// The type and the shape of a tensor in the file.
+    ///
+    /// # Errors
+    /// When the key is missing.
+    pub fn stored(&self, name: &str) -> Result<(Dtype, Vec<usize>)> {
+        let key = self.key(name);
+        let entry = self.files.entries.get(&key).ok_or_else(|| self.files.missing(&key))?;
+        Ok((entry.dtype, entry.shape.clone()))
+    }
+
+    /// The elements of a tensor as little-endian bytes of the file's type, in the order of the axes.
+    ///
+    /// # Errors
+    /// When the key is missing.
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let key = self.key(name);
+        let entry = self.files.entries.get(&key).ok_or_else(|| self.files.missing(&key))?;
+        Ok(self.files.bytes(entry))
+    }
+
+    /// The same tensors, or some of them, under other names. Nothing is read.
+    ///
+    /// # Errors
+    /// When a tensor is missing, or has another number of elements than its new shape, or fewer rows than wanted.
+    pub fn renamed(&self, names: &[Renamed]) -> Result<Self> {
+        let old = &self.files;
+        let mut entries = BTreeMap::new();
+        for Renamed { from, to, shape, rows } in names {
+            let key = self.key(from);
+            let mut entry = old.entries.get(&key).ok_or_else(|| old.missing(&key))?.clone();
+            if let Some(rows) = rows {
+                let inside = entry.shape.first().is_some_and(|&length| rows.start <= rows.end && rows.end <= length);
+                ensure!(inside, "{}: `{key}` of shape {:?} has no rows {rows:?}", self.file(), entry.shape);
+                let step = match &entry.stride {
+                    Some(stride) => stride[0],
+                    None => entry.shape[1..].iter().product(),
+                } * entry.dtype.bitsize()
+                    / 8;
+                entry.range.start += rows.start * step;
+                if entry.stride.is_none() {
+                    entry.range.end = entry.range.start + rows.len() * step;
+                }
+                entry.shape[0] = rows.len();
+            }
+            if let Some(shape) = shape.as_ref().filter(|shape| **shape != entry.shape) {
+                let fits =
+                    shape.iter().product::<usize>() == entry.shape.iter().product::<usize>() && entry.stride.is_none();
+                ensure!(fits, "{}: `{key}` has shape {:?}, expected {shape:?}", self.file(), entry.shape);
+                entry.shape.clone_from(shape);
+            }
+            entries.insert(to.clone(), entry);
+        }
+        let files = Files {
+            label: old.label.clone(),
+            maps: old.maps.clone(),
+            entries,
+            metadata: old.metadata.clone(),
+            integers: old.integers.clone(),
+            random: None,
+        };
+        Ok(Self { files: Arc::new(files), prefix: String::new() })
+    }
+
+    /// A whole number that was saved beside a pickled state dict: `global_step`.
+    pub fn integer(&self, name: &str) -> Option<i64> {
+        self.files.integers.get(name).copied()
+    }
+
     /// The `__metadata__` of a safetensors file (of the first shard); empty for pickles.
     pub fn metadata(&self) -> &HashMap<String, String> {
         &self.files.metadata
@@ -208,9 +291,9 @@ impl Files {
         Self {
             label: path.display().to_string(),
             maps: Vec::new(),
-            pickle: None,
             entries: BTreeMap::new(),
             metadata: HashMap::new(),
+            integers: BTreeMap::new(),
             random: None,
         }
     }
@@ -220,59 +303,38 @@ impl Files {
         let (header, found) = SafeTensors::read_metadata(&map).map_err(|e| not_weights(path, &map, &e))?;
         let data = 8 + header;
         for (key, info) in found.tensors() {
-            let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
-            let place = Place::Mapped { map: self.maps.len(), dtype: info.dtype, start, end };
-            self.entries.insert(key, Entry { shape: info.shape.clone(), place });
+            let range = data + info.data_offsets.0..data + info.data_offsets.1;
+            let (map, shape) = (self.maps.len(), info.shape.clone());
+            self.entries.insert(key, Entry { map, dtype: info.dtype, shape, range, stride: None });
         }
         if self.maps.is_empty() {
             self.metadata = found.metadata().clone().unwrap_or_default();
         }
-        self.maps.push(map);
+        self.maps.push(Arc::new(map));
         Ok(())
     }
 
-    fn add_pickle(&mut self, path: &Path) -> Result<()> {
-        // a bare state dict, or one under the names that training scripts give it
-        let nested = ["state_dict", "model", "module"].map(Some).into_iter().chain([None]);
-        let mut opened = nested.map(|name| PthTensors::new(path, name));
-        let tensors = match opened.find(|found| found.as_ref().is_ok_and(|tensors| !tensors.tensor_infos().is_empty()))
-        {
-            Some(tensors) => tensors?,
-            None => PthTensors::new(path, None).with_context(|| {
-                format!("{} is truncated or not a PyTorch weight file; download or save it again", path.display())
-            })?,
-        };
-        // DistributedDataParallel's wrapper
-        let prefix = if tensors.tensor_infos().keys().all(|key| key.starts_with("module.")) { "module." } else { "" };
-        for (key, info) in tensors.tensor_infos() {
-            let shape = info.layout.dims().to_vec();
-            let name = key.strip_prefix(prefix).unwrap_or(key).to_owned();
-            self.entries.insert(name, Entry { shape, place: Place::Pickled { key: key.clone() } });
+    fn add_pickle(&mut self, path: &Path, map: Mmap) -> Result<()> {
+        let found = pickle::read(&map).with_context(|| {
+            format!("{} is not a PyTorch weight file that can be read; download or save it again", path.display())
+        })?;
+        for (key, tensor) in found.tensors {
+            let pickle::PickledTensor { dtype, shape, range, stride } = tensor;
+            self.entries.insert(key, Entry { map: self.maps.len(), dtype, shape, range, stride });
         }
-        if self.entries.is_empty() {
-            bail!("{} holds no named tensors; save a model's state_dict", path.display());
-        }
-        self.pickle = Some(tensors);
+        self.integers = found.integers;
+        self.maps.push(Arc::new(map));
         Ok(())
+    }
+
+    fn bytes(&self, entry: &Entry) -> Cow<'_, [u8]> {
+        let bytes = &self.maps[entry.map][entry.range.clone()];
+        pickle::gather(bytes, entry.dtype, &entry.shape, entry.stride.as_deref())
     }
 
     fn read(&self, entry: &Entry) -> Result<Tensor> {
-        match &entry.place {
-            &Place::Mapped { map, dtype, start, end } => {
-                let values = to_f32(dtype, &self.maps[map][start..end])?;
-                Ok(Tensor::from_vec(values, &*entry.shape, &Device::Cpu)?)
-            }
-            Place::Pickled { key } => {
-                let found = self.pickle.as_ref().map(|p| p.get(key)).transpose()?.flatten();
-                let found = found.context("the file changed since it was opened")?;
-                match found.dtype() {
-                    DType::F16 | DType::BF16 | DType::F32 | DType::F64 => {
-                        Ok(found.to_dtype(DType::F32)?.contiguous()?)
-                    }
-                    dtype => bail!("it has type {dtype:?}; weights are f16, bf16, f32 or f64"),
-                }
-            }
-        }
+        let values = to_f32(entry.dtype, &self.bytes(entry))?;
+        Ok(Tensor::from_vec(values, &*entry.shape, &Device::Cpu)?)
     }
 
     fn missing(&self, key: &str) -> anyhow::Error {
@@ -323,6 +385,14 @@ fn map_file(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.with_context(|| format!("mapping {}", path.display()))
 }
 
+/// Says that a pickle is read, and what would be better.
+pub(super) fn warn_of_pickle(path: &Path, better: &str) {
+    eprintln!(
+        "warning: {} is a pickle: its tensors are read and no code in it runs; other programs do run it, so prefer {better}",
+        path.display()
+    );
+}
+
 /// The error for a file that is neither safetensors nor a zip archive.
 fn not_weights(path: &Path, bytes: &[u8], cause: &dyn Display) -> anyhow::Error {
     let path_of = PathBuf::from(path);
@@ -368,6 +438,8 @@ fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::pickle::testing::{state_dict, text, zip};
+    use candle_core::DType;
     use std::fs;
 
     fn save(path: &Path, tensors: &[(&str, Tensor)]) {
@@ -492,48 +564,11 @@ mod tests {
         assert!(error(Weights::open(&source, "model", None)).contains("`c` should be in model-1.safetensors"));
     }
 
-    /// A zip archive without compression: all that PyTorch's format needs.
-    fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
-        let crc = |data: &[u8]| {
-            !data.iter().fold(!0u32, |crc, &byte| {
-                (0..8).fold(crc ^ u32::from(byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
-            })
-        };
-        let (mut out, mut directory) = (Vec::new(), Vec::new());
-        for (name, data) in files {
-            let offset = out.len() as u32;
-            let mut fields = vec![20, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-            fields.extend([crc(data), data.len() as u32, data.len() as u32].iter().flat_map(|x| x.to_le_bytes()));
-            fields.extend([name.len() as u8, 0, 0, 0]);
-            out.extend([b"PK\x03\x04", &fields[..], name.as_bytes(), data].concat());
-            directory.extend(
-                [b"PK\x01\x02\x14\x00", &fields[..], &[0; 10], &offset.to_le_bytes(), name.as_bytes()].concat(),
-            );
-        }
-        let n = files.len() as u8;
-        let (size, offset) = (directory.len() as u32, out.len() as u32);
-        out.extend([&directory[..], b"PK\x05\x06\0\0\0\0", &[n, 0, n, 0]].concat());
-        out.extend([&size.to_le_bytes()[..], &offset.to_le_bytes(), &[0, 0]].concat());
-        out
-    }
-
     #[test]
     fn pickles_are_read_and_their_state_dict_unwrapped() {
         let dir = tempfile::tempdir().unwrap();
         let data: Vec<u8> = (0..6).flat_map(|i| (i as f32 - 1.5).to_le_bytes()).collect();
-        let text = |s: &str| [b"X", &(s.len() as u32).to_le_bytes()[..], s.as_bytes()].concat();
-        // {"w": a float tensor of shape (2, 3)}
-        let state: Vec<u8> = [
-            b"}",
-            &text("w")[..],
-            b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            &text("storage"),
-            b"ctorch\nFloatStorage\n",
-            &text("0"),
-            &text("cpu"),
-            b"K\x06tQK\0K\x02K\x03\x86K\x03K\x01\x86\x89ccollections\nOrderedDict\n)RtRs",
-        ]
-        .concat();
+        let state = state_dict();
         let nested = [b"}", &text("epoch")[..], b"K\x03s", &text("state_dict"), &state, b"s"].concat();
         for (name, object) in [("pytorch_model.bin", &state), ("nested.pt", &nested)] {
             let pickle = [b"\x80\x02", &object[..], b"."].concat();

@@ -148,16 +148,21 @@ impl Attention {
     }
 }
 
-/// The transformer block's feed-forward: a GEGLU and a linear layer.
+/// The transformer block's feed-forward: a GEGLU and a linear layer; `net.0.proj` and `net.2` of diffusers, each of which
+/// may be adapted.
 #[derive(Clone, Debug)]
 pub struct FeedForward {
+    /// The name that adapters know it by: `...transformer_blocks.0.ff`.
+    pub module: String,
     pub proj: Linear,
     pub out: Linear,
 }
 
 impl FeedForward {
-    pub fn forward(&self, x: &Value) -> Result<Value> {
-        self.out.forward(&geglu(&self.proj.forward(x)?)?)
+    pub fn forward(&self, x: &Value, lora: &LoraValues) -> Result<Value> {
+        let projected = lora.apply(&format!("{}.net.0.proj", self.module), x, self.proj.forward(x)?)?;
+        let hidden = geglu(&projected)?;
+        lora.apply(&format!("{}.net.2", self.module), &hidden, self.out.forward(&hidden)?)
     }
 }
 

@@ -1,6 +1,8 @@
 //! What the integration tests share: the fixtures, small experiments on them, and how to read and change files.
 #![allow(dead_code)] // each test binary uses a part of it
 
+pub mod original;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};

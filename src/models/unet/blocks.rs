@@ -108,6 +108,8 @@ impl Resnet {
 
 /// `Transformer2DModel`: pixels as tokens.
 pub(super) struct Transformer {
+    /// The name that adapters know it by: `down_blocks.0.attentions.0`.
+    module: String,
     norm: GroupNorm,
     proj_in: Linear,
     blocks: Vec<TransformerBlock>,
@@ -159,12 +161,14 @@ impl Transformer {
                 attn2: attention("attn2", context)?,
                 norm3: layer_norm(&w.pp("norm3"), inner, 1e-5)?,
                 ff: FeedForward {
+                    module: format!("{module}.ff"),
                     proj: linear(&w.pp("ff.net.0.proj"), inner, 8 * inner, true)?,
                     out: linear(&w.pp("ff.net.2"), 4 * inner, inner, true)?,
                 },
             })
         });
         Ok(Self {
+            module: module.to_owned(),
             norm: group_norm(&w.pp("norm"), channels, groups, 1e-6, false)?,
             proj_in: linear(&w.pp("proj_in"), channels, inner, true)?,
             blocks: blocks.collect::<Result<_>>()?,
@@ -172,20 +176,33 @@ impl Transformer {
         })
     }
 
-    pub(super) fn attentions(&self) -> impl Iterator<Item = &Attention> {
-        self.blocks.iter().flat_map(|block| [&block.attn1, &block.attn2])
+    /// The layers that adapters may change, with the names that they know them by.
+    pub(super) fn adaptable(&self) -> Vec<(String, &Linear)> {
+        let mut layers = vec![(format!("{}.proj_in", self.module), &self.proj_in)];
+        for block in &self.blocks {
+            for attention in [&block.attn1, &block.attn2] {
+                let Attention { module, to_q, to_k, to_v, to_out, .. } = attention;
+                let named = [("to_q", to_q), ("to_k", to_k), ("to_v", to_v), ("to_out.0", to_out)];
+                layers.extend(named.map(|(name, layer)| (format!("{module}.{name}"), layer)));
+            }
+            let FeedForward { module, proj, out } = &block.ff;
+            layers.extend([(format!("{module}.net.0.proj"), proj), (format!("{module}.net.2"), out)]);
+        }
+        layers.push((format!("{}.proj_out", self.module), &self.proj_out));
+        layers
     }
 
     fn forward(&self, x: &Value, context: &Tensor, lora: &LoraValues) -> Result<Value> {
         let (b, h, w, c) = x.tensor().dims4()?;
         let tokens = self.norm.forward(x)?.reshape((b, h * w, c))?;
-        let mut hidden = self.proj_in.forward(&tokens)?;
+        let mut hidden = lora.apply(&format!("{}.proj_in", self.module), &tokens, self.proj_in.forward(&tokens)?)?;
         let context = Value::constant(context);
         for block in &self.blocks {
             hidden = block.attn1.forward(&block.norm1.forward(&hidden)?, None, lora)?.add(&hidden)?;
             hidden = block.attn2.forward(&block.norm2.forward(&hidden)?, Some(&context), lora)?.add(&hidden)?;
-            hidden = block.ff.forward(&block.norm3.forward(&hidden)?)?.add(&hidden)?;
+            hidden = block.ff.forward(&block.norm3.forward(&hidden)?, lora)?.add(&hidden)?;
         }
-        Ok(self.proj_out.forward(&hidden)?.reshape((b, h, w, c))?.add(x)?)
+        let hidden = lora.apply(&format!("{}.proj_out", self.module), &hidden, self.proj_out.forward(&hidden)?)?;
+        Ok(hidden.reshape((b, h, w, c))?.add(x)?)
     }
 }

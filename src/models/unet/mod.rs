@@ -56,24 +56,16 @@ impl Unet {
         &self.config
     }
 
-    /// The layers that can be adapted: the four projections of every attention.
+    /// The layers that can be adapted: all linear layers and 1x1 convolutions of the transformers.
     pub fn targets(&self) -> Vec<Target> {
         let mut targets = Vec::new();
         for step in &self.stages.steps {
             let UnetStage::Transformer(transformer) = &step.stage else { continue };
-            for attention in transformer.attentions() {
-                for (name, layer) in [
-                    ("to_q", &attention.to_q),
-                    ("to_k", &attention.to_k),
-                    ("to_v", &attention.to_v),
-                    ("to_out.0", &attention.to_out),
-                ] {
-                    targets.push(Target {
-                        module: format!("{}.{name}", attention.module),
-                        in_features: layer.in_features(),
-                        out_features: layer.out_features(),
-                    });
-                }
+            for (module, layer) in transformer.adaptable() {
+                let convolution = !self.config.use_linear_projection
+                    && (module.ends_with(".proj_in") || module.ends_with(".proj_out"));
+                let (in_features, out_features) = (layer.in_features(), layer.out_features());
+                targets.push(Target { module, in_features, out_features, convolution });
             }
         }
         targets

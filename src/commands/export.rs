@@ -1,0 +1,133 @@
+//! `alignprop export`: a LoRA in the format of another program, or a whole model with the LoRA folded in.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value as Json;
+
+use super::experiment::{Checkpointed, checkpoint_of};
+use crate::cli::{ExportArgs, ExportFormat};
+use crate::config::{ModelConfig, Precision};
+use crate::lora::Adapters;
+use crate::lora::formats::{self, KohyaHeader};
+use crate::models::Source;
+use crate::models::merge::save_merged;
+
+pub fn run(args: &ExportArgs) -> Result<()> {
+    let found = checkpoint_of(&args.checkpoint, &args.config)?;
+    let loaded = formats::load(&found.adapters)?;
+    loaded.warn(&found.adapters);
+    let adapters = loaded.adapters.scaled(args.lora_scale);
+    let mut metadata = loaded.metadata;
+    metadata.retain(|key, _| !key.starts_with("ss_") && !key.starts_with("modelspec.") && !key.starts_with("sshs_"));
+    let model = base_model(args, &found, &metadata);
+    if let Some(model) = &model {
+        metadata.entry("base_model".into()).or_insert_with(|| model.path.clone());
+    }
+    let title = title(&args.checkpoint);
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => found.run.as_deref().unwrap_or(Path::new("")).join("export"),
+    };
+    let precision = args.precision.unwrap_or(Precision::F32);
+
+    let written = match args.format {
+        ExportFormat::Diffusers => {
+            let file = inside(&out, args.out.is_none(), "pytorch_lora_weights.safetensors")?;
+            formats::save_diffusers(&adapters, &metadata, precision, &file)?;
+            file
+        }
+        ExportFormat::Kohya => {
+            let file = inside(&out, args.out.is_none(), &format!("{title}.safetensors"))?;
+            let header = kohya_header(&adapters, model.as_ref(), title)?;
+            formats::save_kohya(&adapters, &metadata, &header, precision, &file)?;
+            file
+        }
+        ExportFormat::Peft => {
+            let folder = if args.out.is_none() { out.join("peft") } else { out };
+            formats::save_peft(&adapters, &metadata, precision, &folder)?;
+            folder
+        }
+        ExportFormat::Merged => {
+            let folder = if args.out.is_none() { out.join("merged") } else { out };
+            let Some(model) = model else {
+                bail!(
+                    "{} does not say which model it is for: give the pipeline with --model, to fold the LoRA into it",
+                    found.adapters.display()
+                );
+            };
+            let source = Source::pipeline(&model)?;
+            save_merged(&source, model.variant.as_deref(), &adapters, args.precision, &folder)?;
+            folder
+        }
+    };
+    println!("{}", written.display());
+    Ok(())
+}
+
+/// The model of the command line, of the run, of the config, or the one that the file names; the defaults' is no answer.
+fn base_model(args: &ExportArgs, found: &Checkpointed, metadata: &HashMap<String, String>) -> Option<ModelConfig> {
+    let config = &found.config.model;
+    let is_said = found.run.is_some()
+        || found.has_config
+        || args.config.set.iter().any(|setting| setting.trim_start().starts_with("model.path"));
+    let path = match &args.model {
+        Some(model) => model,
+        None if is_said => &config.path,
+        None => metadata.get("base_model")?,
+    };
+    Some(ModelConfig { path: path.clone(), ..config.clone() })
+}
+
+/// A file of this name in a folder, or the file itself; the folder for results is made.
+fn inside(out: &Path, is_folder: bool, name: &str) -> Result<PathBuf> {
+    if is_folder {
+        fs::create_dir_all(out).with_context(|| format!("making the folder {}", out.display()))?;
+    }
+    Ok(if out.is_dir() { out.join(name) } else { out.to_owned() })
+}
+
+/// What the adapter is called: by its file, or by its folder where the file has the name that all have.
+fn title(checkpoint: &Path) -> String {
+    let stem = |path: &Path| path.file_stem().map(|name| name.to_string_lossy().into_owned());
+    let whole = checkpoint.canonicalize().unwrap_or_else(|_| checkpoint.to_owned());
+    let name =
+        if whole.is_dir() { whole.file_name().map(|name| name.to_string_lossy().into_owned()) } else { stem(&whole) };
+    let common = ["pytorch_lora_weights", "adapter_model"];
+    let name = match name {
+        Some(name) if common.contains(&name.as_str()) => whole.parent().and_then(stem),
+        name => name,
+    };
+    name.unwrap_or_else(|| "lora".into())
+}
+
+/// What kohya's header says of the base model: read from its configs, else from the width of the text that is attended to.
+fn kohya_header(adapters: &Adapters, model: Option<&ModelConfig>, title: String) -> Result<KohyaHeader> {
+    let described = model.map(|model| -> Result<KohyaHeader> {
+        let source = Source::pipeline(model)?;
+        let unet: Json = source.sub("unet").read_json("config.json")?;
+        let scheduler: Json = source.sub("scheduler").read_json("scheduler_config.json")?;
+        Ok(KohyaHeader {
+            title: title.clone(),
+            v2: Some(unet["use_linear_projection"] == true),
+            v_prediction: Some(scheduler["prediction_type"] == "v_prediction"),
+            resolution: unet["sample_size"].as_u64().map(|side| (8 * side as usize, 8 * side as usize)),
+        })
+    });
+    match described {
+        Some(Ok(header)) => return Ok(header),
+        Some(Err(error)) => {
+            eprintln!("warning: the base model's configs cannot be read ({error:#}); the header says less")
+        }
+        None => {}
+    }
+    let text = adapters.factors().iter().find(|factor| factor.module.ends_with("attn2.to_k"));
+    let v2 = text.and_then(|factor| match factor.in_features() {
+        768 => Some(false),
+        1024 => Some(true),
+        _ => None,
+    });
+    Ok(KohyaHeader { title, v2, v_prediction: (v2 == Some(false)).then_some(false), resolution: None })
+}

@@ -1,0 +1,6 @@
+//! Files on disk, whatever they are for: PyTorch pickles read safely, safetensors and folders written whole or not at all.
+
+pub mod pickle;
+mod write;
+
+pub use write::{SafetensorsEntry, float_bytes, new_folder, replace_file, save_tensors, write_safetensors};

@@ -1,0 +1,168 @@
+//! Writing whole or not at all: under another name first, then renamed.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use serde_json::{Map, json};
+
+/// Replaces a file: a reader, also after a crash, sees the old one or the new one.
+///
+/// # Errors
+/// The folder is absent or cannot be written, or what `write` returns; the old file is then as it was.
+pub fn replace_file(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
+    let folder = folder_of(path);
+    // `make_in`: the umask decides who may read; the default is a file for its owner alone.
+    let temporary = tempfile::Builder::new().prefix(".unfinished-").make_in(folder, |name| File::create_new(name))?;
+    let mut out = BufWriter::new(temporary.as_file());
+    write(&mut out)?;
+    out.flush()?;
+    drop(out);
+    temporary.as_file().sync_all()?;
+    temporary.persist(path)?;
+    sync_folder(folder)
+}
+
+/// Makes a folder: `fill` writes into one of another name, which is renamed when all of it is on disk.
+///
+/// # Errors
+/// There is something else at `path` already, it cannot be written, or what `fill` returns; nothing is left then.
+pub fn new_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    check_free(path)?;
+    let parent = folder_of(path);
+    fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
+    let temporary = tempfile::Builder::new().prefix(".unfinished-").tempdir_in(parent)?;
+    let unfinished = temporary.path().join("folder"); // the temporary one is for its owner alone
+    fs::create_dir(&unfinished)?;
+    fill(&unfinished)?;
+    sync_all(&unfinished)?;
+    check_free(path)?;
+    fs::rename(&unfinished, path)?;
+    sync_folder(parent)
+}
+
+/// # Errors
+/// `path` is a file or a folder that holds something: it is not replaced.
+fn check_free(path: &Path) -> Result<()> {
+    let empty = path.is_dir() && fs::read_dir(path)?.next().is_none();
+    ensure!(empty || !path.exists(), "{} exists already; remove it or give another --out", path.display());
+    Ok(())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn sync_all(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path: PathBuf = entry?.path();
+        if path.is_dir() {
+            sync_all(&path)?;
+        } else {
+            File::open(&path)?.sync_all()?;
+        }
+    }
+    sync_folder(folder)
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    #[cfg(unix)] // elsewhere a folder cannot be opened; the rename itself is then the best there is
+    File::open(folder)?.sync_all()?;
+    Ok(())
+}
+
+/// One tensor of a safetensors file that is to be written.
+#[derive(Clone, Debug)]
+pub struct SafetensorsEntry {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+}
+
+/// Length of the header, header, data: one tensor after another, so that a model larger than memory can be written.
+/// `data` gives the little-endian bytes of an entry.
+///
+/// Not the crate's own writer, whose header follows the random order of a `HashMap`: two equal runs would give
+/// different files.
+///
+/// # Errors
+/// `data` fails or gives bytes of another number than the entry has, or the file cannot be written.
+pub fn write_safetensors<'a>(
+    out: &mut impl Write,
+    metadata: &BTreeMap<String, String>,
+    entries: &[SafetensorsEntry],
+    mut data: impl FnMut(usize) -> Result<Cow<'a, [u8]>>,
+) -> Result<()> {
+    let mut header = Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), json!(metadata));
+    }
+    let size = |entry: &SafetensorsEntry| entry.shape.iter().product::<usize>() * entry.dtype.bitsize() / 8;
+    let mut start = 0;
+    for entry in entries {
+        let end = start + size(entry);
+        header.insert(
+            entry.name.clone(),
+            json!({"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, end]}),
+        );
+        start = end;
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' '); // so that the data can be mapped aligned
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (i, entry) in entries.iter().enumerate() {
+        let bytes = data(i)?;
+        ensure!(bytes.len() == size(entry), "{} bytes for `{}` of {}", bytes.len(), entry.name, size(entry));
+        out.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+/// Replaces a safetensors file by these tensors, as f32, f16 or bf16.
+///
+/// # Errors
+/// As [`replace_file`] and [`float_bytes`].
+pub fn save_tensors(
+    path: &Path,
+    metadata: &BTreeMap<String, String>,
+    tensors: &[(String, Tensor)],
+    dtype: DType,
+) -> Result<()> {
+    let stored = match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        other => bail!("tensors cannot be saved as {other:?}"),
+    };
+    let entry = |(name, tensor): &(String, Tensor)| SafetensorsEntry {
+        name: name.clone(),
+        dtype: stored,
+        shape: tensor.dims().to_vec(),
+    };
+    let entries: Vec<_> = tensors.iter().map(entry).collect();
+    replace_file(path, |out| {
+        write_safetensors(out, metadata, &entries, |i| Ok(Cow::Owned(float_bytes(&tensors[i].1, dtype)?)))
+    })
+}
+
+/// The elements of a tensor in the order of its axes, converted and little-endian.
+///
+/// # Errors
+/// `dtype` is none of f32, f16, bf16 and f64.
+pub fn float_bytes(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
+    let values = tensor.flatten_all()?.to_dtype(dtype)?;
+    Ok(match dtype {
+        DType::F32 => values.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect(),
+        DType::F16 => values.to_vec1::<f16>()?.into_iter().flat_map(f16::to_le_bytes).collect(),
+        DType::BF16 => values.to_vec1::<bf16>()?.into_iter().flat_map(bf16::to_le_bytes).collect(),
+        DType::F64 => values.to_vec1::<f64>()?.into_iter().flat_map(f64::to_le_bytes).collect(),
+        other => bail!("floats cannot be written as {other:?}"),
+    })
+}

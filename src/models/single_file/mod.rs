@@ -1,0 +1,497 @@
+//! A whole pipeline in one file: the layout of the original Stable Diffusion code, in which models are mostly shared.
+//!
+//! ```text
+//! model.diffusion_model.*            the UNet: input_blocks, middle_block, output_blocks
+//! first_stage_model.*                the VAE
+//! cond_stage_model.transformer.*     the text encoder of 1.x (transformers' names)
+//! cond_stage_model.model.*           the text encoder of 2.x (open_clip's names); the last layer is not used
+//! ```
+//!
+//! The file is shown as the folder that diffusers would have: the tensors under diffusers' names, its configs made from
+//! the shapes. What shapes do not tell is the same for all Stable Diffusion 1.x (8 heads) and 2.x (heads of 64 channels)
+//! models, or comes from `model.config`. A tokenizer is never in such a file.
+
+mod names;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value as Json, json};
+
+use super::weights::{Renamed, warn_of_pickle};
+use super::{Source, Weights};
+use crate::config::{ModelConfig, PredictionType};
+
+const UNET: &str = "model.diffusion_model";
+const VAE: &str = "first_stage_model";
+const CLIP: &str = "cond_stage_model.transformer";
+const OPEN_CLIP: &str = "cond_stage_model.model";
+
+/// Where CLIP's tokenizer is published, which both generations use.
+const TOKENIZER: &str = "openai/clip-vit-large-patch14";
+
+/// The parts of the file, as a folder would have them.
+pub(super) struct SingleFile {
+    label: String,
+    /// By path: `unet/config.json`.
+    configs: HashMap<&'static str, Json>,
+    /// By folder: `unet`.
+    parts: HashMap<&'static str, Weights>,
+    pub(super) tokenizer: Source,
+    /// Whether the text encoder is open_clip's, whose prompts are padded with `!`.
+    v2: bool,
+}
+
+impl fmt::Debug for SingleFile {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.label)
+    }
+}
+
+impl SingleFile {
+    /// Reads the names and shapes of the file, and finds a tokenizer for it.
+    ///
+    /// # Errors
+    /// The file is no whole Stable Diffusion 1.x or 2.x model, or there is no tokenizer.
+    pub(super) fn open(path: &Path, model: &ModelConfig) -> Result<Self> {
+        let label = path.display().to_string();
+        if path.extension().is_some_and(|extension| extension == "ckpt") {
+            warn_of_pickle(path, &path.with_extension("safetensors").display().to_string());
+        }
+        let weights = Weights::open_file(path).with_context(|| {
+            format!(
+                "`{label}` is a file, so it is read as a single-file model in the original layout of Stable Diffusion; of a \
+                 pipeline in the diffusers layout give the folder"
+            )
+        })?;
+        check_is_whole(&weights)?;
+        let v2 = has(&weights.pp(OPEN_CLIP));
+        let folder = model.config.as_deref().map(Source::open).transpose().context("model.config")?;
+
+        let mut configs = recognise(&weights, v2)?;
+        let prediction = prediction_type(path, &weights, v2);
+        let guessed = prediction.clone().unwrap_or_else(|| if v2 { "v_prediction" } else { "epsilon" }.into());
+        configs.insert("scheduler/scheduler_config.json", scheduler(&guessed));
+        if let Some(folder) = &folder {
+            replace_configs(&mut configs, folder)?;
+        }
+        let scheduler = configs.get_mut("scheduler/scheduler_config.json").context("a scheduler")?;
+        match (&model.prediction_type, &prediction) {
+            (Some(asked), found) => {
+                let asked = asked.as_str();
+                if let Some(found) = found.as_ref().filter(|found| *found != asked) {
+                    eprintln!("warning: {label} says of itself {found}; model.prediction_type = {asked} counts");
+                }
+                scheduler["prediction_type"] = asked.into();
+            }
+            (None, None) if v2 && folder.is_none() => eprintln!(
+                "warning: {label} does not say whether it predicts v (Stable Diffusion 2.x for 768x768) or epsilon (2.x-base for \
+                 512x512); v is assumed; model.prediction_type = \"epsilon\" says otherwise"
+            ),
+            _ => {}
+        }
+        let v = scheduler["prediction_type"] == "v_prediction";
+        if folder.is_none()
+            && let Some(unet) = configs.get_mut("unet/config.json")
+        {
+            unet["sample_size"] = if v2 && v { 96 } else { 64 }.into();
+            unet["upcast_attention"] = (v2 && v).into(); // needed in half precision only
+        }
+        complete(&configs, &label)?;
+        let parts = rename(&weights, v2, &configs)?;
+        let tokenizer = find_tokenizer(path, model, folder.as_ref())?;
+        Ok(Self { label, configs, parts, tokenizer, v2 })
+    }
+
+    pub(super) fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// A config by its path in the folder.
+    pub(super) fn config(&self, path: &str) -> Option<&Json> {
+        self.configs.get(path)
+    }
+
+    /// The weights of a folder.
+    pub(super) fn weights(&self, folder: &str) -> Option<&Weights> {
+        self.parts.get(folder)
+    }
+
+    /// What prompts are padded with, where the tokenizer's own files do not count.
+    pub(super) fn pad_token(&self) -> Option<&'static str> {
+        self.v2.then_some("!")
+    }
+}
+
+fn has(weights: &Weights) -> bool {
+    !weights.names().is_empty()
+}
+
+/// # Errors
+/// Says what the file is instead, or which part it lacks.
+fn check_is_whole(w: &Weights) -> Result<()> {
+    let file = w.file();
+    let names = w.names();
+    let any = |text: &str| names.iter().any(|name| name.starts_with(text) || name.contains(&format!(".{text}")));
+    let unet = w.pp(UNET);
+    if any("lora_A") || any("lora_down") || any("lora_unet_") || any("hada_w1_a") {
+        bail!("{file} is a LoRA and no model: give it with --lora, and a model with --model");
+    }
+    if any("conditioner.embedders")
+        || any("double_blocks")
+        || any("joint_blocks")
+        || unet.contains("label_emb.0.0.weight")
+    {
+        bail!("{file} is a model of another generation (Stable Diffusion XL or later); only 1.x and 2.x are supported");
+    }
+    if !unet.contains("input_blocks.0.0.weight") {
+        let first = names.first().map_or("nothing", String::as_str);
+        if any("down_blocks.0") {
+            bail!(
+                "{file} is one part of a pipeline in the diffusers layout: give the pipeline's folder (the one with model_index.json)"
+            );
+        }
+        bail!(
+            "{file} is no Stable Diffusion model in the original layout: it has no `{UNET}.*`, but for example `{first}`"
+        );
+    }
+    ensure!(
+        w.pp(VAE).contains("decoder.conv_in.weight"),
+        "{file} has no VAE (`{VAE}.*`): it is only a part of a model; take the whole checkpoint"
+    );
+    ensure!(
+        has(&w.pp(CLIP)) || has(&w.pp(OPEN_CLIP)),
+        "{file} has no text encoder (`cond_stage_model.*`): it is only a part of a model; take the whole checkpoint"
+    );
+    Ok(())
+}
+
+/// Length of a tensor's axis.
+fn axis(w: &Weights, name: &str, axis: usize) -> Result<usize> {
+    let shape = w.shape(name).with_context(|| format!("{}: there is no `{}.{name}`", w.file(), w.prefix()))?;
+    shape.get(axis).copied().with_context(|| format!("{}: `{}.{name}` has shape {shape:?}", w.file(), w.prefix()))
+}
+
+/// How many of `pattern(0)`, `pattern(1)`, ... there are.
+fn count(w: &Weights, pattern: impl Fn(usize) -> String) -> usize {
+    (0..).take_while(|&i| w.contains(&pattern(i))).count()
+}
+
+/// The configs as far as the shapes and the generation tell; a key that they do not tell is left out.
+fn recognise(w: &Weights, v2: bool) -> Result<HashMap<&'static str, Json>> {
+    let index = json!({
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [null, null],
+        "requires_safety_checker": false,
+        "safety_checker": [null, null],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    });
+    let text_encoder = if v2 { open_clip_config(&w.pp(OPEN_CLIP))? } else { clip_config(&names::clip_root(w, CLIP))? };
+    Ok(HashMap::from([
+        ("model_index.json", index),
+        ("unet/config.json", unet_config(&w.pp(UNET), v2)?),
+        ("vae/config.json", vae_config(&w.pp(VAE))?),
+        ("text_encoder/config.json", text_encoder),
+    ]))
+}
+
+fn unet_config(w: &Weights, v2: bool) -> Result<Json> {
+    // (channels, layers, transformer layers) of each block on the way down
+    let mut blocks: Vec<(usize, usize, usize)> = Vec::new();
+    let mut new_block = true;
+    for i in 1.. {
+        if w.contains(&format!("input_blocks.{i}.0.op.weight")) {
+            new_block = true;
+            continue;
+        }
+        let convolution = format!("input_blocks.{i}.0.in_layers.2.weight");
+        if !w.contains(&convolution) {
+            break;
+        }
+        let channels = axis(w, &convolution, 0)?;
+        let depth = count(w, |j| format!("input_blocks.{i}.1.transformer_blocks.{j}.attn1.to_q.weight"));
+        match blocks.last_mut() {
+            Some(block) if !new_block => block.1 += 1,
+            _ => blocks.push((channels, 1, depth)),
+        }
+        new_block = false;
+    }
+    let attending = blocks.iter().position(|block| block.2 > 0);
+    let (Some(attending), Some(&(_, layers, _))) = (attending, blocks.first()) else {
+        bail!("{}: the UNet attends to no text: this is no Stable Diffusion 1.x or 2.x model", w.file());
+    };
+    ensure!(
+        blocks.iter().all(|block| block.1 == layers),
+        "{}: the UNet's blocks have different numbers of layers: this is no Stable Diffusion 1.x or 2.x model",
+        w.file()
+    );
+    let first: usize = 1 + attending * (layers + 1);
+    let transformer = format!("input_blocks.{first}.1");
+    let channels: Vec<usize> = blocks.iter().map(|block| block.0).collect();
+    let kinds = |with: &str, without: &str| -> Vec<String> {
+        blocks.iter().map(|block| if block.2 > 0 { with } else { without }.to_owned()).collect()
+    };
+    let up_block_types: Vec<String> = kinds("CrossAttnUpBlock2D", "UpBlock2D").into_iter().rev().collect();
+    let depth = blocks[attending].2;
+    let mut config = json!({
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "block_out_channels": channels,
+        "center_input_sample": false,
+        "cross_attention_dim": axis(w, &format!("{transformer}.transformer_blocks.0.attn2.to_k.weight"), 1)?,
+        "down_block_types": kinds("CrossAttnDownBlock2D", "DownBlock2D"),
+        "downsample_padding": 1,
+        "flip_sin_to_cos": true,
+        "freq_shift": 0,
+        "in_channels": axis(w, "input_blocks.0.0.weight", 1)?,
+        "layers_per_block": layers,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5,
+        "out_channels": axis(w, "out.2.weight", 0)?,
+        "transformer_layers_per_block": depth,
+        "up_block_types": up_block_types,
+        "use_linear_projection": w.shape(&format!("{transformer}.proj_in.weight")).is_some_and(|shape| shape.len() == 2),
+    });
+    if channels.iter().all(|c| c.is_multiple_of(32)) {
+        config["norm_num_groups"] = 32.into();
+    }
+    // diffusers calls the number of heads so
+    if !v2 && channels.iter().all(|c| c.is_multiple_of(8)) {
+        config["attention_head_dim"] = 8.into();
+    }
+    if v2 && channels.iter().all(|c| c.is_multiple_of(64)) {
+        config["attention_head_dim"] = channels.iter().map(|c| c / 64).collect();
+    }
+    Ok(config)
+}
+
+fn vae_config(w: &Weights) -> Result<Json> {
+    let levels = count(w, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
+    let channels: Vec<usize> =
+        (0..levels).map(|i| axis(w, &format!("decoder.up.{i}.block.0.conv1.weight"), 0)).collect::<Result<_>>()?;
+    let layers = count(w, |i| format!("decoder.up.0.block.{i}.conv1.weight")).saturating_sub(1);
+    let mut config = json!({
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": channels,
+        "down_block_types": vec!["DownEncoderBlock2D"; levels],
+        "in_channels": 3,
+        "latent_channels": axis(w, "decoder.conv_in.weight", 1)?,
+        "layers_per_block": layers,
+        "mid_block_add_attention": names::has_attention(w),
+        "out_channels": axis(w, "decoder.conv_out.weight", 0)?,
+        "sample_size": 64 << levels.saturating_sub(1),
+        "scaling_factor": 0.18215,
+        "up_block_types": vec!["UpDecoderBlock2D"; levels],
+        "use_post_quant_conv": w.contains("post_quant_conv.weight"),
+        "use_quant_conv": w.contains("quant_conv.weight"),
+    });
+    if channels.iter().all(|c| c.is_multiple_of(32)) {
+        config["norm_num_groups"] = 32.into();
+    }
+    Ok(config)
+}
+
+/// `w` is at `text_model`.
+fn clip_config(w: &Weights) -> Result<Json> {
+    let layers = count(w, |i| format!("encoder.layers.{i}.layer_norm1.weight"));
+    let mlp = axis(w, "encoder.layers.0.mlp.fc1.weight", 0)?;
+    text_config(
+        w,
+        "embeddings.token_embedding.weight",
+        "embeddings.position_embedding.weight",
+        layers,
+        mlp,
+        "quick_gelu",
+    )
+}
+
+fn open_clip_config(w: &Weights) -> Result<Json> {
+    let all = count(w, |i| format!("transformer.resblocks.{i}.ln_1.weight"));
+    // a whole tower ends in a projection, and Stable Diffusion reads the layer before its last one
+    let layers = if w.contains("text_projection") { all.saturating_sub(1) } else { all };
+    let mlp = axis(w, "transformer.resblocks.0.mlp.c_fc.weight", 0)?;
+    text_config(w, "token_embedding.weight", "positional_embedding", layers, mlp, "gelu")
+}
+
+fn text_config(w: &Weights, tokens: &str, positions: &str, layers: usize, mlp: usize, act: &str) -> Result<Json> {
+    let (vocabulary, width) = (axis(w, tokens, 0)?, axis(w, tokens, 1)?);
+    ensure!(layers > 0 && vocabulary > 1, "{}: the text encoder has {layers} layers", w.file());
+    let mut config = json!({
+        "architectures": ["CLIPTextModel"],
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "hidden_act": act,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": axis(w, positions, 0)?,
+        "model_type": "clip_text_model",
+        "num_hidden_layers": layers,
+        "projection_dim": width,
+        "vocab_size": vocabulary,
+    });
+    if width.is_multiple_of(64) {
+        config["num_attention_heads"] = (width / 64).into();
+    }
+    Ok(config)
+}
+
+fn scheduler(prediction_type: &str) -> Json {
+    json!({
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": false,
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": false,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    })
+}
+
+/// What the file says of its prediction: in its header (kohya's scripts), in a `.yaml` beside it (AUTOMATIC1111), by the
+/// training step at which 2.x-base was published (diffusers knows it so). 1.x predicts epsilon unless it says otherwise.
+fn prediction_type(path: &Path, w: &Weights, v2: bool) -> Option<String> {
+    if let Some(text) = w.metadata().get("modelspec.prediction_type") {
+        return Some(if text.starts_with('v') { "v_prediction" } else { "epsilon" }.into());
+    }
+    if let Ok(yaml) = std::fs::read_to_string(path.with_extension("yaml")) {
+        let v = yaml.lines().any(|line| {
+            let line = line.trim();
+            line.strip_prefix("parameterization:").is_some_and(|value| value.trim().trim_matches(['"', '\'']) == "v")
+        });
+        return Some(if v { "v_prediction" } else { "epsilon" }.into());
+    }
+    (v2 && w.integer("global_step") == Some(875_000)).then(|| "epsilon".into())
+}
+
+/// Takes the configs of another pipeline's folder, and says where they are not what the file looks like.
+fn replace_configs(configs: &mut HashMap<&'static str, Json>, folder: &Source) -> Result<()> {
+    for (path, recognised) in configs.iter_mut() {
+        if *path == "model_index.json" {
+            continue;
+        }
+        let config: Map<String, Json> = folder.read_json(path).context("model.config")?;
+        for (key, said) in &config {
+            let seen = &recognised[key.as_str()];
+            // the file is one size for all, and the class of a scheduler does not matter
+            if !seen.is_null() && !key.starts_with('_') && key != "sample_size" && said != seen && !is_text_detail(key)
+            {
+                eprintln!(
+                    "warning: model.config has `{key}` = {said} in {path}, the file looks like {seen}; the config counts"
+                );
+            }
+        }
+        *recognised = Json::Object(config);
+    }
+    Ok(())
+}
+
+/// Keys that this program writes into a text encoder's config for completeness, and that change no hidden state.
+fn is_text_detail(key: &str) -> bool {
+    ["bos_token_id", "eos_token_id", "architectures", "projection_dim", "model_type"].contains(&key)
+}
+
+/// # Errors
+/// Names the keys that only `model.config` can give.
+fn complete(configs: &HashMap<&'static str, Json>, label: &str) -> Result<()> {
+    for (path, key) in [
+        ("unet/config.json", "attention_head_dim"),
+        ("unet/config.json", "norm_num_groups"),
+        ("vae/config.json", "norm_num_groups"),
+        ("text_encoder/config.json", "num_attention_heads"),
+    ] {
+        ensure!(
+            configs.get(path).is_some_and(|config| !config[key].is_null()),
+            "{label} is not of Stable Diffusion 1.x's or 2.x's size, so its `{key}` ({path}) cannot be told from the shapes: \
+             set model.config to a pipeline's folder or hub id with the configs of this model"
+        );
+    }
+    Ok(())
+}
+
+/// The tensors of each part under diffusers' names.
+fn rename(w: &Weights, v2: bool, configs: &HashMap<&'static str, Json>) -> Result<HashMap<&'static str, Weights>> {
+    let number =
+        |path: &str, key: &str| configs.get(path).and_then(|config| config[key].as_u64()).unwrap_or(1) as usize;
+    // the file's own layers, which a wrong config does not rename
+    let unet_layers = unet_config(&w.pp(UNET), v2)?["layers_per_block"].as_u64().unwrap_or(2) as usize;
+    let unet = names::all(&w.pp(UNET), |name| Some(names::unet(name, unet_layers)))?;
+    let vae = w.pp(VAE);
+    let levels = count(&vae, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
+    let vae_names = names::all(&vae, |name| names::vae(name, levels))?
+        .into_iter()
+        .map(|renamed| names::attention_as_linear(&vae, renamed))
+        .collect::<Vec<_>>();
+    let layers = number("text_encoder/config.json", "num_hidden_layers");
+    let text_encoder = if v2 {
+        let w = w.pp(OPEN_CLIP);
+        w.renamed(&names::open_clip(&w, layers)?)?
+    } else {
+        let w = names::clip_root(w, CLIP);
+        let names = w.names().into_iter().filter(|name| !name.ends_with("position_ids"));
+        let renamed = |from: String| Renamed { to: format!("text_model.{from}"), from, shape: None, rows: None };
+        w.renamed(&names.map(renamed).collect::<Vec<_>>())?
+    };
+    Ok(HashMap::from([
+        ("unet", w.pp(UNET).renamed(&unet)?),
+        ("vae", vae.renamed(&vae_names)?),
+        ("text_encoder", text_encoder),
+    ]))
+}
+
+/// Of `model.tokenizer`, of `model.config`, beside the file, or CLIP's own from the hub.
+fn find_tokenizer(path: &Path, model: &ModelConfig, folder: Option<&Source>) -> Result<Source> {
+    let is_tokenizer = |source: &Source| -> Result<bool> {
+        Ok(source.find("tokenizer.json")?.is_some() || source.find("vocab.json")?.is_some())
+    };
+    if let Some(spec) = &model.tokenizer {
+        let source = Source::open(spec).context("model.tokenizer")?;
+        let inner = source.sub("tokenizer");
+        return Ok(if !is_tokenizer(&source)? && is_tokenizer(&inner)? { inner } else { source });
+    }
+    if let Some(folder) = folder {
+        let inner = folder.sub("tokenizer");
+        if is_tokenizer(&inner)? {
+            return Ok(inner);
+        }
+    }
+    let beside = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let Some(beside) = beside.to_str() {
+        let beside = Source::open(beside)?;
+        for source in [beside.sub("tokenizer"), beside] {
+            if is_tokenizer(&source)? {
+                return Ok(source);
+            }
+        }
+    }
+    let hub = Source::open(TOKENIZER)?;
+    let found =
+        is_tokenizer(&hub).and_then(|found| if found { Ok(hub.clone()) } else { Err(hub.missing("vocab.json")) });
+    found.with_context(|| {
+        format!(
+            "{} has no tokenizer, as no single file has: set model.tokenizer to a folder with CLIP's vocab.json and \
+             merges.txt (any Stable Diffusion pipeline's `tokenizer`), or put that folder beside the file, or let \
+             {TOKENIZER} be downloaded",
+            path.display()
+        )
+    })
+}
+
+impl PredictionType {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Epsilon => "epsilon",
+            Self::VPrediction => "v_prediction",
+        }
+    }
+}

@@ -7,6 +7,7 @@ pub mod soup;
 pub mod train;
 pub mod verify;
 
+mod budget;
 mod experiment;
 mod pictures;
 

@@ -4,8 +4,7 @@
 
 mod support;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::alloc::System;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use alignprop::config::{AestheticConfig, Checkpointing, RewardsConfig};
@@ -14,48 +13,12 @@ use alignprop::lora::Adapters;
 use alignprop::models::Pipeline;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::rewards::Rewards;
+use alignprop::training::memory::{self, Counting};
 use alignprop::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
 use support::{Experiment, fixture, text};
 
-/// The system's allocator, with a count of what is in use.
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-fn grow(bytes: usize) {
-    let live = LIVE.fetch_add(bytes, Relaxed) + bytes;
-    PEAK.fetch_max(live, Relaxed);
-}
-
-// SAFETY: every call goes on to the system's allocator unchanged; the counters are atomic and allocate nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: the caller's promise about `layout` is the system's requirement.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: as in `alloc`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: `ptr` came from the system's allocator with this layout, as the caller promises.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        // as a move: both are there for a moment
-        grow(new_size);
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as in `dealloc`; `new_size` is the caller's promise.
-        unsafe { System.realloc(ptr, layout, new_size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counting<System> = Counting(System);
 
 /// One measurement at a time, since the counters are the process's; and on one thread, since the buffers of several
 /// are in use together or not, as it happens.
@@ -69,10 +32,10 @@ fn alone() -> MutexGuard<'static, ()> {
 /// How far the memory in use rises above what it was.
 fn peak(mut work: impl FnMut()) -> f64 {
     work(); // what is made once and kept
-    let before = LIVE.load(Relaxed);
-    PEAK.store(before, Relaxed);
+    let before = memory::live();
+    memory::reset_peak();
     work();
-    (PEAK.load(Relaxed) - before) as f64
+    (memory::peak() - before) as f64
 }
 
 fn assert_flat(what: &str, few: f64, many: f64) {

@@ -37,7 +37,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
     let mut images = Vec::with_capacity(args.prompt.len());
     for (number, prompt) in (0..).zip(&args.prompt) {
-        let image = model.images(std::slice::from_ref(prompt), number, args.seed, &adapters)?;
+        let image = model.gated_images(std::slice::from_ref(prompt), number, args.seed, &adapters, args.lora_start)?;
         images.push(pictures::to_rgb(&image.get(0)?)?);
     }
     let columns = (images.len() as f64).sqrt().ceil() as usize;

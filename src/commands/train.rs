@@ -122,6 +122,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     }
     if let Some(objection) = objection {
         println!("stopped after step {} of {} by the guard: {objection}", state.step, config.train.steps);
+        println!("to go on all the same: `{} --set guard.patience=0`", run.resume_command());
     }
     let adapters = config.run.dir.join("pytorch_lora_weights.safetensors");
     formats::save(&state.adapters, &metadata(state.step), &adapters).with_context(|| going_on(&run))?;
@@ -471,9 +472,13 @@ fn in_step(step: usize, run: &RunFolder) -> String {
 fn going_on(run: &RunFolder) -> String {
     match run.last_checkpoint() {
         Ok(last) => {
-            format!("the last good checkpoint is {}; go on with `{}`", last.display(), run.resume_command())
+            format!(
+                "saving failed; the last good checkpoint is {}; go on with `{}`",
+                last.display(),
+                run.resume_command()
+            )
         }
-        Err(_) => "the run could not be saved".to_owned(),
+        Err(_) => "saving failed, and no checkpoint is to be found".to_owned(),
     }
 }
 

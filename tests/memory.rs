@@ -13,8 +13,9 @@ use alignprop::lora::Adapters;
 use alignprop::models::Pipeline;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::rewards::Rewards;
-use alignprop::training::memory::{self, Counting};
+use alignprop::training::memory::{self, Counting, Parts};
 use alignprop::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
+use candle_core::{DType, Device, Tensor};
 use support::{Experiment, fixture, text};
 
 #[global_allocator]
@@ -69,15 +70,19 @@ impl Chain {
         vec!["a cat".to_owned(); count]
     }
 
+    fn prompting(&self) -> Prompting {
+        Prompting {
+            prompt_embeds: self.pipeline.encode_prompts(&Self::prompts(1)).unwrap(),
+            negative_prompt_embeds: self.pipeline.encode_prompts(&[String::new()]).unwrap(),
+            guidance_scale: 5.0,
+        }
+    }
+
     /// The peak of the backward pass through the last `k` steps.
     fn backward_peak(&self, k: usize, checkpointing: Checkpointing) -> f64 {
         let keep: Vec<bool> = (0..STEPS).map(|i| i + k >= STEPS).collect();
         let plan = Plan::with_mask(&self.schedule, &keep, 1);
-        let prompting = Prompting {
-            prompt_embeds: self.pipeline.encode_prompts(&Self::prompts(1)).unwrap(),
-            negative_prompt_embeds: self.pipeline.encode_prompts(&[String::new()]).unwrap(),
-            guidance_scale: 5.0,
-        };
+        let prompting = self.prompting();
         let x_t = self.noise.normal_batch(Stream::Latents, 0, 0..1, (4, 24, 20)).unwrap();
         let unet = &self.pipeline.unet;
         let trajectory =
@@ -88,6 +93,15 @@ impl Chain {
             assert_eq!(sum.finish(&self.adapters).unwrap().len(), 160);
         })
     }
+}
+
+fn aesthetic() -> RewardsConfig {
+    let aesthetic = AestheticConfig {
+        clip: text(fixture("tiny-sd15/clip")),
+        head: text(fixture("tiny-sd15/aesthetic_head.safetensors")),
+        ..Default::default()
+    };
+    RewardsConfig { aesthetic: Some(aesthetic), ..Default::default() }
 }
 
 #[test]
@@ -114,13 +128,7 @@ fn checkpointing_each_block_needs_less() {
 fn images_are_decoded_and_scored_one_at_a_time() {
     let _alone = alone();
     let chain = Chain::new();
-    let aesthetic = AestheticConfig {
-        clip: text(fixture("tiny-sd15/clip")),
-        head: text(fixture("tiny-sd15/aesthetic_head.safetensors")),
-        ..Default::default()
-    };
-    let config = RewardsConfig { aesthetic: Some(aesthetic), ..Default::default() };
-    let rewards = Rewards::load(&config, &chain.pipeline.tokenizer).unwrap();
+    let rewards = Rewards::load(&aesthetic(), &chain.pipeline.tokenizer).unwrap();
     let measure = |batch: u64, checkpointing| {
         let latents = chain.noise.normal_batch(Stream::Latents, 0, 0..batch, (4, 9, 5)).unwrap();
         let prompts = Chain::prompts(batch as usize);
@@ -134,6 +142,50 @@ fn images_are_decoded_and_scored_one_at_a_time() {
             measure(1, checkpointing),
             measure(4, checkpointing),
         );
+    }
+}
+
+/// On one thread, where the count does not depend on which of two was faster.
+#[test]
+fn the_estimate_is_near_the_peak() {
+    let _alone = alone();
+    let chain = Chain::new();
+    let rewards = Rewards::load(&aesthetic(), &chain.pipeline.tokenizer).unwrap();
+    let prompting = chain.prompting();
+    for (latent_shape, batch) in [((4, 9, 5), 1), ((4, 9, 5), 4), ((4, 32, 24), 1), ((4, 32, 32), 3)] {
+        for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
+            let parts = Parts {
+                unet: &chain.pipeline.unet,
+                vae: &chain.pipeline.vae,
+                rewards: &rewards,
+                adapters: &chain.adapters,
+                prompting: &prompting,
+                timestep: 500,
+                latent_shape,
+                steps: STEPS,
+            };
+            let estimate = parts.estimate(&parts.measure(checkpointing).unwrap(), batch);
+            let plan = Plan::with_mask(&chain.schedule, &[true; STEPS], batch);
+            let rows = Tensor::zeros(batch, DType::U32, &Device::Cpu).unwrap();
+            let prompting = prompting.select(&rows).unwrap();
+            let (unet, vae) = (&chain.pipeline.unet, &chain.pipeline.vae);
+            let x_t = chain.noise.normal_batch(Stream::Latents, 0, 0..batch as u64, latent_shape).unwrap();
+            let loaded = memory::live() as f64;
+            let peak = loaded
+                + peak(|| {
+                    let steps = &plan.steps;
+                    let chain_of =
+                        rollout(unet, steps, x_t.clone(), &prompting, &chain.adapters, |_| unreachable!()).unwrap();
+                    let prompts = Chain::prompts(batch);
+                    let credit =
+                        reward_cotangent(vae, &rewards, &chain_of.latents, &prompts, 1.0, checkpointing).unwrap();
+                    let (d, mut sum) = (&credit.d_latents, LoraGradients::new(&chain.adapters));
+                    backprop(unet, &chain.adapters, &chain_of, &plan, &prompting, d, checkpointing, &mut sum).unwrap();
+                });
+            let ratio = estimate.total() / peak;
+            eprintln!("{latent_shape:?} x {batch}, {checkpointing:?}: {estimate}, {:.2} MB, {ratio:.3}", peak / 1e6);
+            assert!((0.8..1.25).contains(&ratio), "{ratio}");
+        }
     }
 }
 

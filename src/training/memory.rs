@@ -107,7 +107,6 @@ impl Parts<'_> {
         let large = (h.min(PROBE_SIDE), w.min(PROBE_SIDE));
         let small = (large.0.div_ceil(2), large.1.div_ceil(2));
         let pixels = (large.0 * large.1 - small.0 * small.1).max(1) as f64;
-        let loaded = live();
 
         let [one, two] = [1, 2].map(|batch| self.unet_peak(small, batch, checkpointing));
         let (one, two) = (one?, two?);
@@ -118,7 +117,7 @@ impl Parts<'_> {
         let image = self.image_peak(small, checkpointing)?;
         let image_pixel = (self.image_peak(large, checkpointing)? - image) / pixels;
         Ok(Costs {
-            loaded,
+            loaded: live(), // with the buffers that threads keep for their next product
             unet_fixed: one - per_image,
             unet_image,
             unet_pixel,

@@ -102,10 +102,11 @@ impl RunFolder {
 
     /// Tidies up what a killed process may have left: files that were being written under another name.
     pub fn recover(&self) -> Result<()> {
-        let entries = fs::read_dir(&self.dir).with_context(|| format!("reading {}", self.dir.display()))?;
+        let folders = [self.dir.clone(), self.dir.join("samples")];
+        let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
         for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if [".run-", ".lora-"].iter().any(|start| name.starts_with(start)) && path.is_file() {
+            if [".run-", ".lora-", ".picture-"].iter().any(|start| name.starts_with(start)) && path.is_file() {
                 fs::remove_file(&path).with_context(|| format!("removing the unfinished {}", path.display()))?;
             }
         }

@@ -108,6 +108,9 @@ impl Parts<'_> {
         let small = (large.0.div_ceil(2), large.1.div_ceil(2));
         let pixels = (large.0 * large.1 - small.0 * small.1).max(1) as f64;
 
+        // once before they count: caches fill, and threads keep buffers for their next product
+        self.unet_peak(large, 1, checkpointing)?;
+        self.image_peak(large, checkpointing)?;
         let [one, two] = [1, 2].map(|batch| self.unet_peak(small, batch, checkpointing));
         let (one, two) = (one?, two?);
         let unet_pixel = (self.unet_peak(large, 1, checkpointing)? - one) / pixels;
@@ -117,7 +120,7 @@ impl Parts<'_> {
         let image = self.image_peak(small, checkpointing)?;
         let image_pixel = (self.image_peak(large, checkpointing)? - image) / pixels;
         Ok(Costs {
-            loaded: live(), // with the buffers that threads keep for their next product
+            loaded: live(),
             unet_fixed: one - per_image,
             unet_image,
             unet_pixel,
@@ -157,9 +160,8 @@ impl Parts<'_> {
     }
 }
 
-/// How far the count rises above its start while `work` runs for the second time: the first one fills caches.
+/// How far the count rises above its start while `work` runs.
 fn rise<T>(work: impl Fn() -> Result<T>) -> Result<f64> {
-    work()?;
     let before = live();
     reset_peak();
     work()?;

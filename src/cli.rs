@@ -418,7 +418,7 @@ mod tests {
 
     #[test]
     fn eval_takes_a_sweep_of_scales() {
-        let Ok(Command::Eval(eval)) = parse("alignprop eval --checkpoint run --lora-scale -1,0,0.25 --lora-start 500")
+        let Ok(Command::Eval(eval)) = parse("alignprop eval --checkpoint run --lora-scale=-1,0,0.25 --lora-start 500")
         else {
             panic!("not eval")
         };

@@ -159,13 +159,19 @@ fn the_memory_is_estimated_and_fitted_before_the_start() {
     // what the machine has free is enough for this one
     let auto = [&large[..], &["train.checkpointing=auto"]].concat();
     assert!(stderr(&auto).contains("checkpointing `step`, micro-batches of 4 x 1"));
-    // 0.03 GiB are not
-    let said = stderr(&[&auto[..], &["train.memory_budget=0.03"]].concat());
-    assert!(said.contains("checkpointing `block`, micro-batches of") && said.contains("31 MiB allowed"), "{said}");
+    // half way between what the one needs and the other
+    let mib = |said: &str| -> f64 {
+        let line = said.lines().find(|line| line.starts_with("memory ")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let (step, block) = (mib(&said), mib(&stderr(&[&large[..], &["train.checkpointing=block"]].concat())));
+    assert!(block + 4.0 < step, "{block} and {step} MiB");
+    let budget = format!("train.memory_budget={}", (step + block) / 2.0 / 1024.0);
+    let said = stderr(&[&auto[..], &[&budget]].concat());
+    assert!(said.contains("checkpointing `block`, micro-batches of 4 x 1") && said.contains("allowed"), "{said}");
     let line = with_settings(&["train", "--config", &config], &large);
-    let words = ["train.memory_budget = 0.03", "checkpointing = \"auto\"", "batch_size"];
-    let line = [&line[..], &["--set", "train.memory_budget=0.03"]].concat();
-    assert_fails(folder, &line, &words);
+    let line = [&line[..], &["--set", &budget]].concat();
+    assert_fails(folder, &line, &["train.memory_budget = 0.0", "checkpointing = \"auto\"", "batch_size"]);
     assert!(!experiment.run_folder().exists());
 
     // the choice is the run's: it is in its config

@@ -5,7 +5,7 @@
 //! All activations grow in proportion to the pixels (attention holds a tile of its scores at a time, not all), so
 //!
 //! ```text
-//! peak of a UNet evaluation = fixed + batch · (per image + per latent pixel · h w)
+//! peak of a UNet evaluation = fixed + batch · (per image + per latent pixel · h w)     twice with guidance
 //! peak of an image          = fixed + per latent pixel · h w                       one at a time, whatever the batch
 //! peak of the run           = what is loaded + trajectory + the larger of the two
 //! ```
@@ -84,7 +84,7 @@ pub struct Parts<'a> {
     pub vae: &'a Vae,
     pub rewards: &'a Rewards,
     pub adapters: &'a Adapters,
-    /// Of one image.
+    /// Of one image or more.
     pub prompting: &'a Prompting,
     /// A timestep of the chain.
     pub timestep: usize,
@@ -132,12 +132,17 @@ impl Parts<'_> {
     fn unet_peak(&self, (h, w): (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<f64> {
         let channels = self.latent_shape.0;
         let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (channels, h, w))?;
-        let rows = candle_core::Tensor::zeros(batch as usize, candle_core::DType::U32, x.device())?;
-        let prompting = self.prompting.select(&rows)?;
+        let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
+        // one branch of guidance alone: how far two overlap is another thing in every measurement
         rise(|| {
             let mut sum = LoraGradients::new(self.adapters);
-            prompting.vjp(self.unet, &x, self.timestep, self.adapters, &x, checkpointing, &mut sum)
+            self.unet.vjp(&x, self.timestep, &context, self.adapters, &x, checkpointing, &mut sum)
         })
+    }
+
+    /// Branches of guidance that are in memory together at most.
+    fn branches(&self) -> f64 {
+        if self.prompting.guidance_scale > 1.0 && rayon::current_num_threads() > 1 { 2.0 } else { 1.0 }
     }
 
     fn image_peak(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<f64> {
@@ -154,7 +159,7 @@ impl Parts<'_> {
         Estimate {
             loaded: costs.loaded as f64,
             trajectory: 2.0 * self.steps as f64 * latents,
-            unet: costs.unet_fixed + batch as f64 * (costs.unet_image + costs.unet_pixel * pixels),
+            unet: self.branches() * (costs.unet_fixed + batch as f64 * (costs.unet_image + costs.unet_pixel * pixels)),
             image: costs.image_fixed + costs.image_pixel * pixels,
         }
     }

@@ -112,25 +112,27 @@ impl Parts<'_> {
         // once before they count: caches fill, and threads keep buffers for their next product
         self.unet_peak(large, 1, checkpointing)?;
         self.image_peak(large, checkpointing)?;
-        let [one, two] = [1, 2].map(|batch| self.unet_peak(small, batch, checkpointing));
-        let (one, two) = (one?, two?);
-        let unet_pixel = (self.unet_peak(large, 1, checkpointing)? - one) / pixels;
-        let per_image = two - one;
-        let unet_image = per_image - unet_pixel * (small.0 * small.1) as f64;
-
-        let image = self.image_peak(small, checkpointing)?;
-        let image_pixel = (self.image_peak(large, checkpointing)? - image) / pixels;
+        let peaks = [
+            self.unet_peak(small, 1, checkpointing)?,
+            self.unet_peak(small, 2, checkpointing)?,
+            self.unet_peak(large, 1, checkpointing)?,
+            self.image_peak(small, checkpointing)?,
+            self.image_peak(large, checkpointing)?,
+        ];
+        let [one, two, large, image, large_image] = peaks.map(|rise| rise.least);
+        let small = (small.0 * small.1) as f64;
+        let (per_image, unet_pixel, image_pixel) = (two - one, (large - one) / pixels, (large_image - image) / pixels);
         Ok(Costs {
-            loaded: live(),
+            loaded: live() as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
             unet_fixed: one - per_image,
-            unet_image,
+            unet_image: per_image - unet_pixel * small,
             unet_pixel,
-            image_fixed: image - image_pixel * (small.0 * small.1) as f64,
+            image_fixed: image - image_pixel * small,
             image_pixel,
         })
     }
 
-    fn unet_peak(&self, (h, w): (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<f64> {
+    fn unet_peak(&self, (h, w): (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {
         let channels = self.latent_shape.0;
         let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (channels, h, w))?;
         let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
@@ -146,7 +148,7 @@ impl Parts<'_> {
         if self.prompting.guidance_scale > 1.0 && rayon::current_num_threads() > 1 { 2.0 } else { 1.0 }
     }
 
-    fn image_peak(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<f64> {
+    fn image_peak(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = Noise::new(0).normal_batch(Stream::Latents, 0, 0..1, (self.latent_shape.0, h, w))?;
         let prompt = [String::new()];
         rise(|| reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing))
@@ -158,7 +160,7 @@ impl Parts<'_> {
         let pixels = (h * w) as f64;
         let latents = (4 * batch * channels * h * w) as f64;
         Estimate {
-            loaded: costs.loaded as f64,
+            loaded: costs.loaded,
             trajectory: 2.0 * self.steps as f64 * latents,
             unet: self.branches() * (costs.unet_fixed + batch as f64 * (costs.unet_image + costs.unet_pixel * pixels)),
             image: costs.image_fixed + costs.image_pixel * pixels,
@@ -166,23 +168,32 @@ impl Parts<'_> {
     }
 }
 
-/// How far the count rises above its start while `work` runs.
+/// How far the count rose above its start, in bytes.
+#[derive(Clone, Copy)]
+struct Rise {
+    least: f64,
+    /// How much more it was at most.
+    spread: f64,
+}
+
+/// The rise while `work` runs.
 ///
 /// Threads' buffers are in use together or not, as it happens, and in small models they count. There it is cheap to look
-/// several times, and the least rise is the one without such chances.
-fn rise<T>(work: impl Fn() -> Result<T>) -> Result<f64> {
+/// several times: the least rise is the one without such chances, which can be continued to other sizes.
+fn rise<T>(work: impl Fn() -> Result<T>) -> Result<Rise> {
     let started = Instant::now();
-    let mut least = usize::MAX;
+    let (mut least, mut most) = (usize::MAX, 0);
     for _ in 0..MOST_LOOKS {
         let before = live();
         reset_peak();
         work()?;
-        least = least.min(peak().saturating_sub(before));
+        let rise = peak().saturating_sub(before);
+        (least, most) = (least.min(rise), most.max(rise));
         if started.elapsed() > LOOKING {
             break;
         }
     }
-    Ok(least as f64)
+    Ok(Rise { least: least as f64, spread: (most - least) as f64 })
 }
 
 const MOST_LOOKS: usize = 7;
@@ -190,7 +201,8 @@ const LOOKING: Duration = Duration::from_millis(100);
 
 /// Bytes as small evaluations needed them.
 pub struct Costs {
-    loaded: usize,
+    /// With what the threads' buffers may add.
+    loaded: f64,
     unet_fixed: f64,
     unet_image: f64,
     unet_pixel: f64,
@@ -201,7 +213,7 @@ pub struct Costs {
 /// Bytes that a run is expected to need.
 #[derive(Clone, Copy, Debug)]
 pub struct Estimate {
-    /// Weights, adapters, moments, the program.
+    /// Weights, adapters, moments, threads' buffers.
     pub loaded: f64,
     /// The latents and predictions of a micro-batch.
     pub trajectory: f64,

@@ -240,7 +240,7 @@ impl Rewards {
 fn scalar(score: &Value, name: &str) -> Result<f64> {
     match score.tensor().flatten_all()?.to_vec1::<f32>()?.as_slice() {
         [score] if score.is_finite() => Ok(f64::from(*score)),
-        [score] => return not_a_number(format!("the reward `{name}` gave {score}")),
+        [score] => not_a_number(format!("the reward `{name}` gave {score}")),
         other => bail!("the reward `{name}` gave {} scores for one image", other.len()),
     }
 }

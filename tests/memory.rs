@@ -110,8 +110,10 @@ fn the_backward_pass_needs_the_memory_of_one_step() {
     let chain = Chain::new();
     for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
         let peaks = [1, 2, STEPS].map(|k| chain.backward_peak(k, checkpointing));
-        assert_flat(&format!("{checkpointing:?}, 1 and 2 steps"), peaks[0], peaks[1]);
-        assert_flat(&format!("{checkpointing:?}, 1 and {STEPS} steps"), peaks[0], peaks[2]);
+        assert_flat(&format!("{checkpointing:?}, 2 and {STEPS} steps"), peaks[1], peaks[2]);
+        // from the second step on there are two sets of gradients: the sum, and those that are added to it
+        let gradients = 4.0 * chain.adapters.parameter_count() as f64 * 1.5;
+        assert_flat(&format!("{checkpointing:?}, 1 and 2 steps"), peaks[0] + gradients, peaks[1]);
     }
 }
 

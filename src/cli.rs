@@ -84,6 +84,7 @@ pub struct TrainArgs {
 Examples:
   alignprop eval --checkpoint runs/aesthetic
   alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
+  alignprop eval --checkpoint runs/aesthetic --lora-scale 0,0.25,0.5,1 --lora-start 700
   alignprop eval --checkpoint lora.safetensors --config configs/hps.toml --reward hps --lora-scale 0.5")]
 pub struct EvalArgs {
     /// A run folder (its last checkpoint, its config) or a LoRA file
@@ -105,9 +106,24 @@ pub struct EvalArgs {
     #[arg(long, value_name = "KIND", num_args = 1.., value_parser = REWARD_KINDS)]
     pub reward: Vec<String>,
 
-    /// Strength of the LoRA: 0 is the base model, 1 the LoRA as trained
-    #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true, value_parser = finite)]
-    pub lora_scale: f64,
+    /// Strength of the LoRA: 0 is the base model, 1 the LoRA as trained; several, as in 0,0.5,1, are a sweep
+    #[arg(
+        long,
+        value_name = "S,...",
+        default_value = "1",
+        allow_negative_numbers = true,
+        value_delimiter = ',',
+        value_parser = finite
+    )]
+    pub lora_scale: Vec<f64>,
+
+    /// Use the LoRA only below this timestep (of 1000 in most models), the base model before
+    #[arg(long, value_name = "T")]
+    pub lora_start: Option<usize>,
+
+    /// Use the moving average of the adapters (regularization.ema_decay) that the run kept
+    #[arg(long)]
+    pub ema: bool,
 
     /// Folder for the images and the scores as JSON
     #[arg(long, value_name = "DIR")]
@@ -226,6 +242,10 @@ pub struct SampleArgs {
     /// Strength of the LoRA: 0 is the base model, 1 the LoRA as trained
     #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true, value_parser = finite)]
     pub lora_scale: f64,
+
+    /// Use the LoRA only below this timestep (of 1000 in most models), the base model before
+    #[arg(long, value_name = "T", requires = "lora")]
+    pub lora_start: Option<usize>,
 
     #[command(flatten)]
     pub config: ConfigArgs,
@@ -428,7 +448,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 20);
+        assert_eq!(count, 21);
     }
 
     #[test]
@@ -446,8 +466,17 @@ mod tests {
         let Ok(Command::Eval(eval)) = parse("alignprop eval --checkpoint run --reward hps --reward aesthetic") else {
             panic!("not eval")
         };
-        assert_eq!((eval.seeds, eval.lora_scale), (4, 1.0));
+        assert_eq!((eval.seeds, eval.lora_scale, eval.lora_start, eval.ema), (4, vec![1.0], None, false));
         assert_eq!(eval.reward, ["hps", "aesthetic"]);
+    }
+
+    #[test]
+    fn eval_takes_a_sweep_of_scales() {
+        let Ok(Command::Eval(eval)) = parse("alignprop eval --checkpoint run --lora-scale=-1,0,0.25 --lora-start 500")
+        else {
+            panic!("not eval")
+        };
+        assert_eq!((eval.lora_scale, eval.lora_start), (vec![-1.0, 0.0, 0.25], Some(500)));
     }
 
     #[test]

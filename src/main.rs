@@ -1,9 +1,11 @@
 use std::process::ExitCode;
 
+use alignprop::training::memory::Counting;
+use alignprop::training::signals::Interrupted;
 use clap::Parser;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Counting<mimalloc::MiMalloc> = Counting(mimalloc::MiMalloc);
 
 /// `mi_option_purge_delay`, which the crate has no name for.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
@@ -18,6 +20,10 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
+            if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
+                eprintln!("{interrupted}");
+                return ExitCode::from(interrupted.exit_code());
+            }
             eprintln!("error: {error}");
             error.chain().skip(1).for_each(|cause| eprintln!("  caused by: {cause}"));
             ExitCode::FAILURE

@@ -143,6 +143,47 @@ fn a_dry_run_describes_the_run_and_writes_nothing() {
 }
 
 #[test]
+fn the_memory_is_estimated_and_fitted_before_the_start() {
+    let experiment = Experiment::new("tiny-sd15");
+    let folder = experiment.folder.path();
+    let config = experiment.config();
+    let stderr = |settings: &[&str]| {
+        let line = with_settings(&["train", "--config", &config, "--dry-run"], settings);
+        let output = alignprop(folder).args(line).assert().success();
+        String::from_utf8(output.get_output().stderr.clone()).unwrap()
+    };
+    let large = ["sampler.height=256", "sampler.width=256", "train.batch_size=4"];
+    let said = stderr(&large);
+    assert!(said.contains("memory ") && said.contains("VAE and reward") && said.contains("available"), "{said}");
+    assert!(said.contains("checkpointing `step`, micro-batches of 4 x 1"), "{said}");
+    // what the machine has free is enough for this one
+    let auto = [&large[..], &["train.checkpointing=auto"]].concat();
+    assert!(stderr(&auto).contains("checkpointing `step`, micro-batches of 4 x 1"));
+    // half way between what the one needs and the other
+    let mib = |said: &str| -> f64 {
+        let line = said.lines().find(|line| line.starts_with("memory ")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let (step, block) = (mib(&said), mib(&stderr(&[&large[..], &["train.checkpointing=block"]].concat())));
+    assert!(block + 4.0 < step, "{block} and {step} MiB");
+    let budget = format!("train.memory_budget={}", (step + block) / 2.0 / 1024.0);
+    let said = stderr(&[&auto[..], &[&budget]].concat());
+    assert!(said.contains("checkpointing `block`, micro-batches of 4 x 1") && said.contains("allowed"), "{said}");
+    let line = with_settings(&["train", "--config", &config], &large);
+    let line = [&line[..], &["--set", &budget]].concat();
+    assert_fails(folder, &line, &["train.memory_budget = 0.0", "checkpointing = \"auto\"", "batch_size"]);
+    assert!(!experiment.run_folder().exists());
+
+    // the choice is the run's: it is in its config
+    let settings = ["train.checkpointing=auto", "train.steps=1"];
+    let output = alignprop(folder).args(with_settings(&["train", "--config", &config], &settings)).assert().success();
+    let said = String::from_utf8(output.get_output().stderr.clone()).unwrap();
+    assert!(said.contains(" at the peak, ") && said.contains(" estimated (ratio "), "{said}");
+    let saved = fs::read_to_string(experiment.run_folder().join("config.toml")).unwrap();
+    assert!(saved.contains("checkpointing = \"step\""), "{saved}");
+}
+
+#[test]
 fn training_is_quiet_where_there_is_no_terminal() {
     let experiment = Experiment::new("tiny-sd15");
     let line = ["train", "--config", &experiment.config(), "--set", "train.steps=1"];
@@ -531,6 +572,23 @@ fn a_lora_of_scale_zero_is_the_base_model() {
 }
 
 #[test]
+fn a_lora_from_a_timestep_on_is_the_base_model_before_it() {
+    let tuned = lora("diffusers");
+    let from = |start: &str| sample(&["--lora", &tuned, "--lora-start", start, "--steps", "4"]);
+    let (base, full) = (sample(&["--steps", "4"]), sample(&["--lora", &tuned, "--steps", "4"]));
+    // timesteps are 0 to 999; at the ends it is one model or the other, to the byte
+    assert!(from("0") == base && from("1000") == full);
+    let half = from("500");
+    assert!(half != base && half != full);
+    // the later it starts, the nearer to the base model
+    assert!(difference(&from("300"), &base) <= difference(&full, &base));
+    let folder = tempfile::tempdir().unwrap();
+    let line = sample_line(&model("tiny-sd15"), &["--lora-start", "500"]).join("\n");
+    let line: Vec<&str> = line.split('\n').collect();
+    alignprop(folder.path()).args(line).assert().code(2).stderr(contains("--lora <FILE>"));
+}
+
+#[test]
 fn the_three_lora_formats_are_one_adapter() {
     let [diffusers, peft, attn_procs] =
         ["diffusers", "peft", "attn_procs"].map(|form| sample(&["--lora", &lora(form)]));
@@ -643,6 +701,56 @@ fn eval_compares_a_run_with_the_base_model() {
     let overall = &zero["rewards"][0]["overall"];
     assert_eq!(overall["difference"]["mean"], 0.0);
     assert_eq!(overall["base"], reward["overall"]["base"]);
+}
+
+#[test]
+fn eval_sweeps_scales_and_gates_by_timestep() {
+    let run = tuned();
+    let folder = run.folder.path();
+    let eval = |more: &[&str], out: &str| {
+        let line = [&["eval", "--checkpoint", "run", "--seeds", "1", "--out", out][..], more].concat();
+        let stdout = succeeds(folder, &line);
+        (json(&folder.join(out).join("eval.json")), stdout)
+    };
+    let (plain, _) = eval(&[], "plain");
+    assert!(plain.get("sweep").is_none());
+    let (sweep, stdout) = eval(&["--lora-scale", "0,0.5,1"], "sweep");
+    assert!(stdout.contains("LoRA scale"), "{stdout}");
+    let rows = sweep["sweep"].as_array().unwrap();
+    let scales: Vec<f64> = rows.iter().map(|row| row["lora_scale"].as_f64().unwrap()).collect();
+    assert_eq!(scales, [0.0, 0.5, 1.0]);
+    // no LoRA is the base model; the last one is what a plain evaluation finds
+    assert_eq!(rows[0]["difference"]["mean"], 0.0);
+    assert_ne!(rows[1]["tuned"], rows[2]["tuned"]);
+    let overall = &plain["rewards"][0]["overall"];
+    assert_eq!((&rows[2]["tuned"], &rows[2]["base"]), (&overall["tuned"], &overall["base"]));
+    assert_eq!(sweep["rewards"], plain["rewards"]);
+    // a row of pictures for each: the base and three scales, 288 high with 4 between
+    let grid = image::open(folder.join("sweep/grid.png")).unwrap();
+    assert_eq!(grid.height(), 4 * 288 + 3 * 4);
+
+    let overall = |report: &Value| report["rewards"][0]["overall"].clone();
+    assert_eq!(overall(&eval(&["--lora-start", "1000"], "full").0), overall(&plain));
+    assert_eq!(overall(&eval(&["--lora-start", "0"], "none").0)["difference"]["mean"], 0.0);
+    assert_ne!(overall(&eval(&["--lora-start", "500"], "half").0), overall(&plain));
+}
+
+#[test]
+fn eval_takes_the_moving_average() {
+    let run = Experiment::trained(&["train.steps=2", "optimizer.lr=0.1", "regularization.ema_decay=0.5"]);
+    let folder = run.folder.path();
+    let eval = |checkpoint: &str, more: &[&str]| {
+        succeeds(folder, &[&["eval", "--checkpoint", checkpoint, "--seeds", "1", "--out", "out"][..], more].concat());
+        json(&folder.join("out/eval.json"))["rewards"].clone()
+    };
+    let average = eval("run", &["--ema"]);
+    assert_ne!(average, eval("run", &[]));
+    assert_eq!(average, eval("run/checkpoints/step-000002", &["--ema"]));
+    let config = run.config();
+    assert_eq!(average, eval("run/pytorch_lora_weights_ema.safetensors", &["--config", &config]));
+    let plain = tuned();
+    let line = ["eval", "--checkpoint", "run", "--ema"];
+    assert_fails(plain.folder.path(), &line, &["--ema", "pytorch_lora_weights_ema.safetensors", "ema_decay"]);
 }
 
 #[test]

@@ -6,6 +6,9 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use alignprop::lora::formats;
+use alignprop::models::Source;
+use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::training::checkpoint::EMA;
 use candle_core::Tensor;
 use support::*;
 
@@ -588,7 +591,7 @@ fn assert_nan_is_traced(file: &str, tensor: &str, room: &[&str], more: &[&str]) 
     let (adapter, metrics) = (fs::read(run.lora_file(1)).unwrap(), run.metrics());
 
     poison(&models.path().join(file), tensor);
-    let message = error(run.resume(&["train.steps=3"]));
+    let message = error(run.resume(&["train.steps=3", "train.max_skipped_steps=0"]));
     assert!(message.contains("optimizer step 2"), "{message}");
     assert!(message.contains("not a number"), "{message}");
     for word in room {
@@ -640,7 +643,244 @@ fn a_nan_in_the_text_encoder_is_traced() {
 #[test]
 fn a_learning_rate_that_breaks_the_adapters_is_an_error() {
     let run = Experiment::new("tiny-sd15");
-    let message = error(run.train(&["train.steps=4", "optimizer.lr=1e30"]));
+    let message = error(run.train(&["train.steps=4", "optimizer.lr=1e30", "train.max_skipped_steps=0"]));
     assert!(message.contains("not a number") && message.contains("optimizer step 2"), "{message}");
     assert_eq!(run.checkpoints(), ["step-000000", "step-000001"]);
+}
+
+// ---------------------------------------------------------------------------------------------------- skipped steps
+
+/// The text encoder has a NaN in the embedding of one word, so only the steps that draw its prompt meet it.
+fn with_a_bad_word() -> (tempfile::TempDir, Experiment) {
+    let models = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("tiny-sd15"), models.path());
+    let tokenizer = ClipTokenizer::load(&Source::open(&text(models.path().join("model/tokenizer"))).unwrap()).unwrap();
+    let (with, without) = (tokenizer.encode("dog").unwrap(), tokenizer.encode("").unwrap());
+    let word = *with.iter().find(|id| !without.contains(id)).unwrap() as usize;
+    let file = models.path().join("model/text_encoder/model.safetensors");
+    change_tensor(&file, "text_model.embeddings.token_embedding.weight", |table| {
+        let mut rows: Vec<Vec<f32>> = table.to_vec2()?;
+        rows[word].fill(f32::NAN);
+        Tensor::new(rows, table.device())
+    });
+    let experiment = Experiment::on(models.path());
+    (models, experiment)
+}
+
+const BAD_WORD: [&str; 3] = ["prompts.list=['a cat', 'dog']", "train.steps=8", "optimizer.weight_decay=0"];
+
+#[test]
+fn a_step_that_is_not_finite_is_skipped_and_counted() {
+    let (_models, run) = with_a_bad_word();
+    run.train(&[&BAD_WORD[..], &["train.max_skipped_steps=8"]].concat()).unwrap();
+    let skipped: Vec<usize> = run
+        .metrics()
+        .iter()
+        .filter(|line| line.contains_key("skipped"))
+        .map(|line| {
+            let cause = line["cause"].as_str().unwrap();
+            assert!(
+                cause.contains("not a number") && cause.contains("text encoder") && cause.contains("`dog`"),
+                "{cause}"
+            );
+            line["step"].as_u64().unwrap() as usize
+        })
+        .collect();
+    assert!(!skipped.is_empty() && skipped.len() < 8, "choose another seed: {skipped:?}");
+    let mut taken = 0;
+    for step in 1..=8 {
+        let same = bytes(run.adapters(step)) == bytes(run.adapters(step - 1));
+        let same_moments = bytes(run.moments(step)) == bytes(run.moments(step - 1));
+        let is_skipped = skipped.contains(&step);
+        assert_eq!((same, same_moments), (is_skipped, is_skipped), "step {step}");
+        taken += usize::from(!is_skipped);
+        let state: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(run.checkpoint(step).join("state.json")).unwrap()).unwrap();
+        assert_eq!(state["optimizer_step"], taken);
+    }
+    assert_eq!(run.metric("loss").len(), taken);
+}
+
+#[test]
+fn too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_good_state() {
+    let (_models, run) = with_a_bad_word();
+    let only_bad_from_2 = [&BAD_WORD[..], &["run.save_every=0", "prompts.list=['dog']"]].concat();
+    run.train(&["train.steps=8", "run.save_every=0", "prompts.list=['a cat']", "train.max_skipped_steps=2"]).unwrap();
+    let before = run.adapters(8);
+    let message = error(run.resume(&[&only_bad_from_2[..], &["train.steps=20"]].concat()));
+    for words in ["optimizer step 11", "the 2 before it were skipped", "not a number", "text encoder", "are intact"] {
+        assert!(message.contains(words), "`{words}`: {message}");
+    }
+    assert_eq!(run.checkpoints(), ["step-000000", "step-000008"]);
+    assert!(bytes(run.adapters(8)) == bytes(before));
+    assert_eq!(run.metric("skipped"), [1.0, 1.0]);
+    // it goes on from there, and what was skipped is forgotten
+    run.resume(&["prompts.list=['a cat']", "train.steps=9"]).unwrap();
+    assert_eq!((run.metric("skipped").len(), run.metric("loss").len()), (0, 9));
+}
+
+#[test]
+fn a_run_that_does_not_move_says_why() {
+    // every score is above its cap: the loss is flat
+    let run = Experiment::new("tiny-sd15");
+    let message = error(run.train(&["regularization.reward_cap.aesthetic=-100"]));
+    assert!(message.contains("did not move") && message.contains("above its cap"), "{message}");
+    assert_eq!(run.checkpoints(), ["step-000000"]);
+    // an update that underflows
+    let message = error(Experiment::new("tiny-sd15").train(&["optimizer.lr=1e-50"]));
+    assert!(message.contains("did not move") && message.contains("optimizer.lr is too small"), "{message}");
+}
+
+// ---------------------------------------------------------------------------------------------------- regularisers
+
+#[test]
+fn above_its_cap_a_reward_pulls_no_more() {
+    let score = Experiment::trained(&["train.steps=1"]).metric("reward/aesthetic")[0];
+    let gradients = |cap: f64| {
+        let cap = format!("regularization.reward_cap.aesthetic={cap}");
+        // the second reward keeps the adapters moving
+        let [model, file] = hps_settings();
+        Experiment::trained(&["train.steps=1", &cap, &model, &file])
+    };
+    let [model, file] = hps_settings();
+    let free = Experiment::trained(&["train.steps=1", &model, &file]);
+    let above = gradients(score + 1.0);
+    assert!(bytes(above.first_gradients()) == bytes(free.first_gradients()));
+    let alone = Experiment::trained(&["train.steps=1", &model, &file, "reward.aesthetic.weight=0"]);
+    let below = gradients(score - 1.0);
+    assert!(bytes(below.first_gradients()) == bytes(alone.first_gradients()));
+    // the loss is that of the cap
+    let loss = |run: &Experiment| run.metric("loss")[0];
+    assert!((loss(&below) - loss(&alone) - 0.01 * (1.0 - score)).abs() < 1e-6, "{} {}", loss(&below), loss(&alone));
+}
+
+#[test]
+fn the_moving_average_is_exact_and_resumed() {
+    let settings = ["regularization.ema_decay=0.75", "train.steps=4"];
+    let run = Experiment::trained(&settings);
+    let average = |run: &Experiment, step| read_tensors(&run.checkpoint(step).join(EMA));
+    let adapters = |step| read_tensors(&run.lora_file(step));
+    let mut expected: BTreeMap<String, Vec<f32>> =
+        adapters(0).into_iter().map(|(name, tensor)| (name, numbers(&tensor))).collect();
+    for step in 0..=4 {
+        for (name, tensor) in adapters(step).into_iter().filter(|_| step > 0) {
+            let sums = expected.get_mut(&name).unwrap().iter_mut().zip(numbers(&tensor));
+            sums.for_each(|(average, x)| *average = 0.75 * *average + 0.25 * x);
+        }
+        for (name, tensor) in average(&run, step) {
+            assert!(numbers(&tensor) == expected[&name], "{name} after step {step}");
+        }
+    }
+    assert!(distance(&average(&run, 4), &adapters(4)) > 1e-3);
+    let last = |run: &Experiment| fs::read(run.run_folder().join(EMA)).unwrap();
+    assert!(last(&run) == fs::read(run.checkpoint(4).join(EMA)).unwrap());
+    // stopped in between
+    let parts = Experiment::trained(&["regularization.ema_decay=0.75", "train.steps=2"]);
+    parts.resume(&["train.steps=4"]).unwrap();
+    assert!(last(&parts) == last(&run));
+    // and without it there is none, in the same adapters
+    let plain = Experiment::trained(&["train.steps=4"]);
+    assert!(fs::read(plain.lora_file(4)).unwrap() == fs::read(run.lora_file(4)).unwrap());
+    assert!(!plain.checkpoint(4).join(EMA).exists());
+}
+
+#[test]
+fn the_kl_term_keeps_the_model_near_its_start() {
+    let run = |weight: &str| {
+        let weight = format!("regularization.kl_weight={weight}");
+        Experiment::trained(&["train.steps=4", "sampler.guidance_scale=2", "optimizer.lr=1e-2", &weight])
+    };
+    let [free, held] = ["0", "1e4"].map(run);
+    assert_eq!(free.metric("distance"), [0.0; 0]);
+    // B is zero before the first step, so the distance is too, and its gradient
+    assert_eq!(held.metric("distance")[0], 0.0);
+    assert!(bytes(held.adapters(1)) == bytes(free.adapters(1)));
+    assert!(held.metric("distance")[1] > 0.0);
+    let watched = ["guard.every=4", "guard.num_prompts=1", "guard.seeds=1"];
+    let at_the_end = |run: &Experiment| {
+        run.resume(&[&watched[..], &["train.steps=5", "optimizer.lr=1e-12"]].concat()).unwrap();
+        *run.metric("guard/distance").last().unwrap()
+    };
+    let (free, held) = (at_the_end(&free), at_the_end(&held));
+    assert!(held < 0.5 * free && held > 0.0, "{held} and {free}");
+}
+
+// ---------------------------------------------------------------------------------------------------- the guard
+
+/// A reward that is held out and turned around: what raises one lowers the other.
+fn against_itself() -> Vec<String> {
+    let clip = text(fixture("tiny-sd15/clip"));
+    let head = text(fixture("tiny-sd15/aesthetic_head.safetensors"));
+    vec![
+        format!("guard.reward.aesthetic={{ weight = -1.0, clip = '{clip}', head = '{head}' }}"),
+        "guard.every=1".into(),
+        "guard.num_prompts=2".into(),
+        "guard.seeds=2".into(),
+        "prompts.list=['a cat', 'a red dog']".into(),
+        "sampler.eta=0".into(),
+        "sampler.guidance_scale=1".into(),
+        "optimizer.weight_decay=0".into(),
+    ]
+}
+
+fn guarded(more: &[&str]) -> Experiment {
+    let settings = against_itself();
+    Experiment::trained(&[&settings.iter().map(String::as_str).collect::<Vec<_>>()[..], more].concat())
+}
+
+#[test]
+fn the_guard_stops_a_run_whose_held_out_score_falls() {
+    let run = guarded(&["train.steps=30", "guard.patience=2", "run.keep_checkpoints=1", "train.batch_size=2"]);
+    let (reward, held_out) = (run.metric("guard/reward"), run.metric("guard/held_out"));
+    assert_eq!(reward.len(), held_out.len());
+    assert!(reward.iter().zip(&held_out).all(|(x, y)| (x + y).abs() < 1e-9), "one is the other turned around");
+    let steps = run.metric("loss").len();
+    assert!((2..30).contains(&steps), "{steps}: {reward:?}");
+    // it rose twice in a row at the end, and not before
+    let rises: Vec<bool> = reward.windows(2).map(|pair| pair[1] > pair[0]).collect();
+    assert!(rises.ends_with(&[true, true]), "{reward:?}");
+    assert!(!rises[..rises.len() - 1].windows(2).any(|pair| pair == [true, true]), "{reward:?}");
+    // the last checkpoint is there, and the best one by the held-out score
+    let best = (0..held_out.len()).max_by(|a, b| held_out[*a].total_cmp(&held_out[*b])).unwrap();
+    let expected: std::collections::BTreeSet<String> = [best, steps].map(|step| format!("step-{step:06}")).into();
+    assert_eq!(run.checkpoints(), expected.into_iter().collect::<Vec<_>>());
+    let last = fs::read(run.run_folder().join("pytorch_lora_weights.safetensors")).unwrap();
+    assert!(last == fs::read(run.lora_file(steps)).unwrap());
+
+    // a run that goes on stops again, unless it is told not to
+    run.resume(&[]).unwrap();
+    assert_eq!(run.metric("loss").len(), steps);
+    let (patience, end) = ("guard.patience=0", format!("train.steps={}", steps + 1));
+    run.resume(&[patience, &end]).unwrap();
+    assert_eq!(run.metric("loss").len(), steps + 1);
+}
+
+#[test]
+fn the_guard_changes_nothing_that_is_learned() {
+    let plain = Experiment::trained(&["train.steps=2"]);
+    let settings =
+        ["train.steps=2", "guard.every=2", "guard.num_prompts=1", "guard.seeds=3", "guard.prompts.list=['an owl']"];
+    let watched = Experiment::trained(&settings);
+    assert!(fs::read(plain.lora_file(2)).unwrap() == fs::read(watched.lora_file(2)).unwrap());
+    // before the first step the model is the base model; one prompt's images differ by their noise
+    let (distance, diversity) = (watched.metric("guard/distance"), watched.metric("guard/diversity"));
+    assert_eq!((distance.len(), diversity.len(), distance[0]), (2, 2, 0.0));
+    assert!(distance[1] > 0.0 && diversity.iter().all(|d| *d > 0.0 && *d < 2.0), "{distance:?} {diversity:?}");
+    assert_eq!(watched.metric("guard/held_out"), [0.0; 0]);
+    // one image of a prompt has no diversity
+    let one = Experiment::trained(&["train.steps=1", "guard.every=1", "guard.seeds=1"]);
+    assert_eq!(one.metric("guard/diversity"), [0.0; 0]);
+}
+
+#[test]
+fn without_a_guard_the_best_checkpoint_is_that_of_the_samples() {
+    let settings =
+        ["train.steps=5", "run.sample_every=1", "run.num_samples=2", "run.keep_checkpoints=1", "optimizer.lr=0.1"];
+    let run = Experiment::trained(&settings);
+    let losses = run.metric("sample/loss");
+    let best = (0..losses.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b])).unwrap();
+    let expected: std::collections::BTreeSet<String> = [best, 5].map(|step| format!("step-{step:06}")).into();
+    assert_eq!(run.checkpoints(), expected.into_iter().collect::<Vec<_>>());
+    let run = Experiment::trained(&[&settings[..], &["run.keep_best=false"]].concat());
+    assert_eq!(run.checkpoints(), ["step-000005"]);
 }

@@ -17,6 +17,7 @@ use crate::nn::lora::LoraGradients;
 use crate::ops::{flops, matmul_peak};
 use crate::optim::{AdamW, clip_grad_norm};
 use crate::rewards::Rewards;
+use crate::training::memory::{self, Parts};
 use crate::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
 
 /// Side of the square product that the machine's peak is taken from.
@@ -38,6 +39,9 @@ struct Report {
     backprop_s: f64,
     /// The process' largest resident memory, MiB; absent where the system does not tell it.
     peak_mib: Option<u64>,
+    /// The most that was allocated at a time during the steps, MiB, and what `train` would have expected.
+    allocated_mib: f64,
+    estimated_mib: f64,
     trainable: usize,
     /// Arithmetic of the matrix products, in 10¹² operations.
     rollout_tflop: f64,
@@ -86,6 +90,19 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
     let mut adapters = Adapters::init(&subject.unet.targets(), &targets, args.rank, args.rank as f64, normal)?;
     let mut optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors())?;
+
+    let parts = Parts {
+        unet: &subject.unet,
+        vae: &subject.vae,
+        rewards: &subject.rewards,
+        adapters: &adapters,
+        prompting: &prompting,
+        timestep: plan.steps[0].timestep,
+        latent_shape: subject.latent_shape,
+        steps: args.steps,
+    };
+    let estimate = parts.estimate(&parts.measure(args.checkpointing)?, args.batch).total();
+    memory::reset_peak();
 
     let mut runs = Vec::with_capacity(args.reps);
     for repetition in 0..=args.reps {
@@ -149,7 +166,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         rollout_s: median(&|p| p.seconds[0]),
         reward_s: median(&|p| p.seconds[1]),
         backprop_s: median(&|p| p.seconds[2]),
-        peak_mib: peak_mib(),
+        peak_mib: memory::resident_peak().map(|bytes| mib(bytes) as u64),
+        allocated_mib: mib(memory::peak() as f64),
+        estimated_mib: mib(estimate),
         trainable: adapters.parameter_count(),
         rollout_tflop: tflop(0),
         reward_tflop: tflop(1),
@@ -179,6 +198,13 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         if let Some(peak) = report.peak_mib {
             println!("{:<15} {peak:8} MiB", "peak memory");
         }
+        println!(
+            "{:<15} {:8.0} MiB at the peak, {:.0} MiB estimated (ratio {:.2})",
+            "allocated",
+            report.allocated_mib,
+            report.estimated_mib,
+            report.estimated_mib / report.allocated_mib
+        );
     }
     Ok(())
 }
@@ -246,10 +272,6 @@ fn stable_diffusion_15(name: &str, divisor: usize, groups: usize, random: &Weigh
     Ok((name.to_owned(), Unet::new(unet, &random.pp("unet"))?, Vae::new(vae, &random.pp("vae"))?))
 }
 
-/// The largest resident memory of this process so far, where the system tells it (Linux).
-fn peak_mib() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib / 1024)
+fn mib(bytes: f64) -> f64 {
+    bytes / f64::from(1 << 20)
 }

@@ -1,8 +1,8 @@
 //! `alignprop eval`: a checkpoint beside the base model, on the same prompts and noise.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -13,6 +13,7 @@ use crate::cli::EvalArgs;
 use crate::config::PromptsConfig;
 use crate::lora::Adapters;
 use crate::rewards::Rewards;
+use crate::training::checkpoint::EMA;
 use crate::training::run_folder::write_whole;
 
 /// Pairs in one row of the grid.
@@ -81,15 +82,30 @@ struct PromptReport {
 #[derive(Serialize)]
 struct Report {
     checkpoint: PathBuf,
+    /// The last scale, which `rewards` is about.
     lora_scale: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_start: Option<usize>,
     model: String,
     seeds: usize,
     prompts: usize,
     rewards: Vec<RewardReport>,
+    /// Every scale, where there are several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    sweep: Vec<ScaleReport>,
+}
+
+#[derive(Serialize)]
+struct ScaleReport {
+    lora_scale: f64,
+    reward: String,
+    #[serde(flatten)]
+    overall: Comparison,
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     let Checkpointed { config, adapters: adapters_path, run, .. } = checkpoint_of(&args.checkpoint, &args.config)?;
+    let adapters_path = if args.ema { average(&adapters_path)? } else { adapters_path };
     check_device(args.device.as_deref().unwrap_or(&config.run.device), config.run.precision)?;
     let prompts = match &args.prompts {
         Some(file) => PromptsConfig { file: Some(file.clone()), ..Default::default() }.load()?,
@@ -97,36 +113,48 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     };
     let reward_config = if args.reward.is_empty() { config.reward.clone() } else { config.reward.select(&args.reward) };
     let model = Model::load(&config)?;
-    let tuned = model.load_lora(&adapters_path)?.adapters.scaled(args.lora_scale);
+    let tuned = model.load_lora(&adapters_path)?.adapters;
     let rewards = Rewards::load(&reward_config, &model.pipeline.tokenizer)?;
-    let base = Adapters::default();
+    // the base model, then each scale of the LoRA
+    let mut variants = vec![Adapters::default()];
+    variants.extend(args.lora_scale.iter().map(|scale| tuned.scaled(*scale)));
 
-    // [reward][prompt][seed]
-    let empty = || vec![vec![Vec::with_capacity(args.seeds); prompts.len()]; rewards.names().len()];
-    let (mut base_scores, mut tuned_scores) = (empty(), empty());
+    // [variant][reward][prompt][seed]
+    let empty = vec![vec![Vec::with_capacity(args.seeds); prompts.len()]; rewards.names().len()];
+    let mut all_scores = vec![empty; variants.len()];
     let mut shown = Vec::new();
     let bar = ProgressBar::with_draw_target(Some((prompts.len() * args.seeds) as u64), ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{pos}/{len} {wide_bar} {elapsed} (left {eta})")?);
     for seed in 0..args.seeds {
         for (number, prompt) in prompts.iter().enumerate() {
-            let mut pair = Vec::with_capacity(2);
-            for (adapters, scores) in [(&base, &mut base_scores), (&tuned, &mut tuned_scores)] {
-                let image = model.images(std::slice::from_ref(prompt), number as u64, seed as u64, adapters)?;
+            let mut column = Vec::with_capacity(variants.len());
+            for (adapters, scores) in variants.iter().zip(&mut all_scores) {
+                let prompt_alone = std::slice::from_ref(prompt);
+                let image = model.gated_images(prompt_alone, number as u64, seed as u64, adapters, args.lora_start)?;
                 for (reward, score) in rewards.scores(&image, prompt)?.into_iter().enumerate() {
                     scores[reward][number].push(score);
                 }
                 if shown.len() < PICTURES {
-                    pair.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
+                    column.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
                 }
             }
-            if pair.len() == 2 {
-                shown.push((pair.swap_remove(0), pair.swap_remove(0)));
+            if !column.is_empty() {
+                shown.push(column);
             }
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
 
+    let (base_scores, tuned_scores) = (&all_scores[0], &all_scores[variants.len() - 1]);
+    let sweep = args.lora_scale.iter().zip(&all_scores[1..]).flat_map(|(scale, scores)| {
+        let names = rewards.names().into_iter().enumerate();
+        names.map(move |(r, name)| ScaleReport {
+            lora_scale: *scale,
+            reward: name.to_owned(),
+            overall: Comparison::of(&base_scores[r].concat(), &scores[r].concat()),
+        })
+    });
     let settings = toml::Value::try_from(&reward_config)?;
     let reports = rewards.names().into_iter().enumerate().map(|(r, name)| RewardReport {
         reward: name.to_owned(),
@@ -147,20 +175,22 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     });
     let report = Report {
         checkpoint: adapters_path,
-        lora_scale: args.lora_scale,
+        lora_scale: args.lora_scale[args.lora_scale.len() - 1],
+        lora_start: args.lora_start,
         model: config.model.path.clone(),
         seeds: args.seeds,
         prompts: prompts.len(),
         rewards: reports.collect(),
+        sweep: if args.lora_scale.len() > 1 { sweep.collect() } else { Vec::new() },
     };
     let out = args.out.clone().unwrap_or_else(|| run.map_or("eval".into(), |run| run.join("eval")));
-    pictures::save_png(&pairs(shown)?, &out.join("grid.png"))?;
+    pictures::save_png(&columns(&shown)?, &out.join("grid.png"))?;
     let json = out.join("eval.json");
     write_whole(&json, &serde_json::to_string_pretty(&report)?)?;
 
     print_tables(&report);
     println!(
-        "{} images each of the base model and the checkpoint; base above, tuned below: {}",
+        "{} images each of the base model and the checkpoint; base above, tuned below, scale by scale: {}",
         prompts.len() * args.seeds,
         out.join("grid.png").display()
     );
@@ -168,22 +198,31 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     Ok(())
 }
 
-/// Rows of base images, each with the tuned ones under it.
-fn pairs(shown: Vec<(image::RgbImage, image::RgbImage)>) -> Result<image::RgbImage> {
-    let columns = shown.len().min(COLUMNS);
-    let blank =
-        shown.first().map(|(base, _)| image::RgbImage::from_pixel(base.width(), base.height(), image::Rgb([255; 3])));
+/// The moving average of a checkpoint.
+fn average(checkpoint: &Path) -> Result<PathBuf> {
+    let average = checkpoint.join(EMA);
+    ensure!(
+        average.is_file(),
+        "--ema: {} has no {EMA}; a run keeps one where its regularization.ema_decay is more than 0",
+        checkpoint.display()
+    );
+    Ok(average)
+}
+
+/// Rows of columns, each of which has the base image above and the tuned ones under it.
+fn columns(shown: &[Vec<image::RgbImage>]) -> Result<image::RgbImage> {
+    let width = shown.len().min(COLUMNS);
+    let variants = shown.first().map_or(0, Vec::len);
+    let blank = shown.first().and_then(|column| column.first());
+    let blank = blank.map(|image| image::RgbImage::from_pixel(image.width(), image.height(), image::Rgb([255; 3])));
     let mut cells = Vec::new();
-    for row in shown.chunks(columns) {
-        let padded = |pick: &dyn Fn(&(image::RgbImage, image::RgbImage)) -> image::RgbImage| {
-            let mut cells: Vec<_> = row.iter().map(pick).collect();
-            cells.resize(columns, blank.clone().unwrap_or_default());
-            cells
-        };
-        cells.extend(padded(&|pair| pair.0.clone()));
-        cells.extend(padded(&|pair| pair.1.clone()));
+    for row in shown.chunks(width.max(1)) {
+        for variant in 0..variants {
+            cells.extend(row.iter().map(|column| column[variant].clone()));
+            cells.extend(std::iter::repeat_n(blank.clone().unwrap_or_default(), width - row.len()));
+        }
     }
-    pictures::grid(&cells, columns)
+    pictures::grid(&cells, width)
 }
 
 fn print_tables(report: &Report) {
@@ -209,6 +248,22 @@ fn print_tables(report: &Report) {
             c.base.to_string(),
             c.tuned.to_string(),
             c.difference.to_string(),
+        ]);
+    }
+    println!("{table}");
+    if report.sweep.is_empty() {
+        return;
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(["reward", "LoRA scale", "base", "tuned", "difference"]);
+    for row in &report.sweep {
+        let ScaleReport { lora_scale, reward, overall } = row;
+        table.add_row([
+            reward.clone(),
+            lora_scale.to_string(),
+            overall.base.to_string(),
+            overall.tuned.to_string(),
+            overall.difference.to_string(),
         ]);
     }
     println!("{table}");

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
 use crate::cli::ConfigArgs;
@@ -12,9 +12,9 @@ use crate::diffusion::{DdimSchedule, Noise, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
 use crate::models::Pipeline;
-use crate::ops::is_finite;
+use crate::ops::{is_finite, not_a_number};
 use crate::training::run_folder::RunFolder;
-use crate::training::{Prompting, rollout};
+use crate::training::{Prompting, anchor, rollout};
 
 /// A pipeline as an experiment uses it.
 pub(super) struct Model {
@@ -60,7 +60,7 @@ impl Model {
     pub fn prompting(&self, prompts: &[String]) -> Result<Prompting> {
         let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
         if !is_finite(&prompt_embeds)? {
-            bail!("not a number: the text encoder's output for `{}` is not finite", prompts.join("`, `"));
+            return not_a_number(format!("the text encoder's output for `{}` is not finite", prompts.join("`, `")));
         }
         let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
         Ok(Prompting { prompt_embeds, negative_prompt_embeds, guidance_scale: self.guidance_scale })
@@ -73,27 +73,70 @@ impl Model {
 
     /// Images (B, 3, H, W) of the prompts, from the evaluation noise of `seed`; `first` is the first prompt's number.
     pub fn images(&self, prompts: &[String], first: u64, seed: u64, adapters: &Adapters) -> Result<Tensor> {
-        Ok(self.draw(prompts, first, seed, adapters)?.images)
+        self.gated_images(prompts, first, seed, adapters, None)
     }
 
-    /// As [`Self::images`], with what they were made from.
-    pub fn draw(&self, prompts: &[String], first: u64, seed: u64, adapters: &Adapters) -> Result<Drawn> {
+    /// [`Self::images`] of the base model at the noisy timesteps and of the adapted one below timestep `lora_start`:
+    /// what is in the picture is then the base model's, how it looks the adapters'. `None`: adapted throughout.
+    pub fn gated_images(
+        &self,
+        prompts: &[String],
+        first: u64,
+        seed: u64,
+        adapters: &Adapters,
+        lora_start: Option<usize>,
+    ) -> Result<Tensor> {
+        Ok(self.draw(prompts, first, seed, adapters, lora_start)?.images)
+    }
+
+    /// As [`Self::gated_images`], with what they were made from.
+    pub fn draw(
+        &self,
+        prompts: &[String],
+        first: u64,
+        seed: u64,
+        adapters: &Adapters,
+        lora_start: Option<usize>,
+    ) -> Result<Drawn> {
         let noise = Noise::new(seed);
         let samples = first..first + prompts.len() as u64;
         let x_t = noise.normal_batch(Stream::Evaluation, 0, samples.clone(), self.latent_shape)?;
         let prompting = self.prompting(prompts)?;
         let variance =
             |i| Ok(noise.normal_batch(Stream::EvaluationVariance, i as u64, samples.clone(), self.latent_shape)?);
-        let steps = self.schedule.steps();
-        let latents = rollout(&self.pipeline.unet, steps, x_t.clone(), &prompting, adapters, variance)?.latents;
+        let (unet, steps) = (&self.pipeline.unet, self.schedule.steps());
+        // timesteps fall along the chain
+        let (early, late) =
+            steps.split_at(steps.partition_point(|step| lora_start.is_some_and(|t| step.timestep >= t)));
+        let middle = rollout(unet, early, x_t.clone(), &prompting, &Adapters::default(), variance)?.latents;
+        let latents = rollout(unet, late, middle, &prompting, adapters, |i| variance(early.len() + i))?.latents;
+        let images = self.decode(&latents, prompts)?;
+        Ok(Drawn { initial_latents: x_t, prompting, latents, images })
+    }
+
+    /// An image (1, 3, H, W) on the guard's noise, and the mean distance of its noise predictions from the base model's.
+    pub fn watched_image(&self, prompt: &str, number: u64, seed: u64, adapters: &Adapters) -> Result<(Tensor, f64)> {
+        let (noise, sample, prompts) = (Noise::new(seed), number..number + 1, [prompt.to_owned()]);
+        let x_t = noise.normal_batch(Stream::Guard, 0, sample.clone(), self.latent_shape)?;
+        let prompting = self.prompting(&prompts)?;
+        let variance =
+            |i| Ok(noise.normal_batch(Stream::GuardVariance, i as u64, sample.clone(), self.latent_shape)?);
+        let (unet, steps) = (&self.pipeline.unet, self.schedule.steps());
+        let trajectory = rollout(unet, steps, x_t, &prompting, adapters, variance)?;
+        let distances = anchor::distances(unet, steps, &trajectory, &prompting)?;
+        Ok((self.decode(&trajectory.latents, &prompts)?, distances[0]))
+    }
+
+    /// Images (B, 3, H, W) of latents, decoded one at a time.
+    pub fn decode(&self, latents: &Tensor, prompts: &[String]) -> Result<Tensor> {
         let images = (0..prompts.len())
             .map(|row| self.pipeline.vae.decode(&latents.narrow(0, row, 1)?.contiguous()?))
             .collect::<Result<Vec<_>>>()?;
         let images = Tensor::cat(&images, 0)?;
         if !is_finite(&images)? {
-            bail!("not a number: the VAE's image of `{}` is not finite", prompts.join("`, `"));
+            return not_a_number(format!("the VAE's image of `{}` is not finite", prompts.join("`, `")));
         }
-        Ok(Drawn { initial_latents: x_t, prompting, latents, images })
+        Ok(images)
     }
 
     /// Prompts that the text encoder will not read to their end, with the number of their tokens.

@@ -8,6 +8,7 @@ pub mod soup;
 pub mod train;
 pub mod verify;
 
+mod budget;
 mod experiment;
 mod pictures;
 

@@ -42,7 +42,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
     let (mut images, mut drawn) = (Vec::with_capacity(args.prompt.len()), Vec::new());
     for (number, prompt) in (0..).zip(&args.prompt) {
-        let one = model.draw(std::slice::from_ref(prompt), number, args.seed, &adapters)?;
+        let one = model.draw(std::slice::from_ref(prompt), number, args.seed, &adapters, args.lora_start)?;
         images.push(pictures::to_rgb(&one.images.get(0)?)?);
         drawn.push(one);
     }

@@ -4,24 +4,27 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value as Json, json};
 
 use super::experiment::{EMBEDDED, Model, config_of, counter};
-use super::{check_device, pictures};
+use super::{budget, check_device, pictures};
 use crate::cli::TrainArgs;
-use crate::config::Config;
+use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::nn::lora::LoraGradients;
-use crate::ops::is_finite;
-use crate::optim::{AdamW, clip_grad_norm, learning_rate};
+use crate::optim::{AdamW, clip_grad_norm, learning_rate, moving_average};
 use crate::rewards::Rewards;
-use crate::training::checkpoint::Checkpoint;
+use crate::training::checkpoint::{Checkpoint, EMA};
+use crate::training::guard::{Guard, best_checkpoint};
+use crate::training::health;
+use crate::training::memory::{self, Estimate};
 use crate::training::run_folder::RunFolder;
-use crate::training::{Credit, Plan, Prompting, Trajectory, backprop, reward_cotangent, rollout};
+use crate::training::signals::{Interrupt, Interrupted};
+use crate::training::{Anchor, Credit, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let mut config = resolve_config(args)?;
@@ -32,21 +35,26 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         RunFolder::check_free(&config.run.dir)?; // before gigabytes are read
     }
     let model = Model::load(&config)?;
-    let rewards = Rewards::load(&config.reward, &model.pipeline.tokenizer)?;
+    let tokenizer = &model.pipeline.tokenizer;
+    let rewards = Rewards::load(&config.reward, tokenizer)?.with_caps(&config.regularization.reward_cap);
+    let guard = Guard::load(&config, &prompts, tokenizer)?;
     let noise = Noise::new(config.run.seed);
     let mut state = match &args.resume {
-        Some(dir) => resume(dir, &config, &model)?,
+        Some(dir) => resume(dir, &mut config, &model, &noise)?,
         None => start(&mut config, &model, &noise)?,
     };
-    let config = config;
     describe(&config, &model, &rewards, &prompts, &state)?;
+    let estimate = budget::plan(&mut config, &model, &rewards, &state.adapters)?;
+    let config = config;
     if args.dry_run {
         println!("dry run: nothing was trained and nothing was written");
         return Ok(());
     }
+    let interrupt = Interrupt::listen()?;
     let run = match &args.resume {
         Some(dir) => {
             let run = RunFolder::open(dir)?;
+            run.recover()?;
             run.save_config(&config.to_toml()?)?;
             run.rewind_metrics(state.step)?;
             run
@@ -54,52 +62,77 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         None => RunFolder::create(&config.run.dir, &config.to_toml()?)?,
     };
     let trainer = Trainer { config: &config, model: &model, rewards: &rewards, prompts: &prompts, noise: &noise };
-    let save = |state: &Checkpoint| state.save(&run.checkpoints(), &metadata(&config, &rewards, state.step));
+    let metadata = |step| metadata(&config, &rewards, step);
+    let save = |state: &Checkpoint| -> Result<()> {
+        if !run.checkpoint(state.step).exists() {
+            state.save(&run.checkpoints(), &metadata(state.step)).with_context(|| going_on(&run))?;
+        }
+        Ok(())
+    };
+    save(&state)?; // so that a run can be resumed from its first moment on
     let progress = progress_bar(&config, state.step);
-    if args.resume.is_none() {
-        save(&state)?; // so that a run can be resumed from its first moment on
-    }
-    if trainer.samples_due(state.step) && !trainer.has_samples(&run, state.step)? {
-        trainer.draw_samples(&run, &state)?;
-    }
+    memory::reset_peak();
 
     let end = args.stop_at.map_or(config.train.steps, |step| step.min(config.train.steps));
-    while state.step < end {
+    let mut objection = None;
+    loop {
+        // what belongs to the step that is done; a run that goes on may have been killed before it
+        let asked_to_stop = interrupt.received().is_some();
+        if !asked_to_stop && trainer.samples_due(state.step) && !trainer.has_samples(&run, state.step)? {
+            trainer.draw_samples(&run, &state)?;
+        }
+        if let Some(guard) = guard.as_ref().filter(|_| !asked_to_stop) {
+            if guard.due(state.step, config.train.steps) && !Guard::has_evaluated(&run, state.step)? {
+                trainer.evaluate(guard, &run, &state)?;
+            }
+            objection = guard.objection(&run)?;
+        }
+        if let Some(signal) = interrupt.received() {
+            save(&state)?;
+            progress.finish_and_clear();
+            let (step, steps, resume) = (state.step, config.train.steps, run.resume_command());
+            return Err(Interrupted { signal, step, steps, resume }.into());
+        }
+        if state.step >= end || objection.is_some() {
+            break;
+        }
+
         let started = Instant::now();
         let lr = learning_rate(&config.optimizer, state.step, config.train.steps);
-        let outcome = trainer.step(&mut state, lr, &progress).with_context(|| {
-            format!(
-                "in optimizer step {}; the checkpoints in {} are intact",
-                state.step + 1,
-                run.checkpoints().display()
-            )
-        })?;
-        // only now: the last checkpoint has made a finite step
-        Checkpoint::prune(&run.checkpoints(), config.run.keep_checkpoints)?;
-        run.log(&outcome.metrics(&rewards, &state, lr, started.elapsed()))?;
-        progress.set_message(summary(&run, &rewards, &outcome.mean_scores)?);
-        let due = |every: usize| every > 0 && state.step.is_multiple_of(every);
-        if due(config.run.save_every) || state.step == end {
-            save(&state)?;
+        match trainer.step(&mut state, lr, &progress) {
+            Ok(outcome) => {
+                run.log(&outcome.metrics(&rewards, &state, lr, started.elapsed())).with_context(|| going_on(&run))?;
+                progress.set_message(summary(&run, &rewards, &outcome.mean_scores)?);
+                // only now: the last checkpoint has made a finite step
+                trainer.prune(&run)?;
+            }
+            Err(error) if health::is_not_a_number(&error) => trainer.skip(&run, &mut state, error, &progress)?,
+            Err(error) => return Err(error.context(in_step(state.step + 1, &run))),
         }
-        if trainer.samples_due(state.step) {
-            trainer.draw_samples(&run, &state)?;
+        let due = |every: usize| every > 0 && state.step.is_multiple_of(every);
+        if due(config.run.save_every) || due(config.guard.every) || state.step == end {
+            save(&state)?;
         }
     }
     progress.finish_and_clear();
-    Checkpoint::prune(&run.checkpoints(), config.run.keep_checkpoints)?;
-    if state.step < config.train.steps {
-        println!(
-            "stopped after step {} of {}; go on with `alignprop train --resume {}`",
-            state.step,
-            config.train.steps,
-            config.run.dir.display()
-        );
+    save(&state)?;
+    trainer.prune(&run)?;
+    if state.step < config.train.steps && objection.is_none() {
+        println!("stopped after step {} of {}; go on with `{}`", state.step, config.train.steps, run.resume_command());
         return Ok(());
     }
+    if let Some(objection) = objection {
+        println!("stopped after step {} of {} by the guard: {objection}", state.step, config.train.steps);
+        println!("to go on all the same: `{} --set guard.patience=0`", run.resume_command());
+    }
     let adapters = config.run.dir.join("pytorch_lora_weights.safetensors");
-    formats::save(&state.adapters, &metadata(&config, &rewards, state.step), &adapters)?;
-    report(&config, &run, &rewards, &adapters)
+    formats::save(&state.adapters, &metadata(state.step), &adapters).with_context(|| going_on(&run))?;
+    if let Some(ema) = &state.ema {
+        formats::save(ema, &metadata(state.step), &config.run.dir.join(EMA)).with_context(|| going_on(&run))?;
+    }
+    report(&config, &run, &rewards, &adapters)?;
+    report_memory(estimate);
+    Ok(())
 }
 
 /// What every optimizer step needs and none changes.
@@ -118,6 +151,8 @@ struct Outcome {
     std_scores: Vec<f64>,
     loss: f64,
     grad_norm: f64,
+    /// Mean distance of the noise predictions from the base model's, where the loss has the KL term.
+    distance: Option<f64>,
     /// Differentiated denoising steps an image.
     kept_steps: f64,
 }
@@ -125,12 +160,12 @@ struct Outcome {
 impl Trainer<'_> {
     /// One optimizer step: micro-batches of rollout, reward and backprop, then clipping and AdamW.
     fn step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
-        let Config { train, optimizer, truncation, .. } = self.config;
+        let Config { train, optimizer, truncation, regularization, .. } = self.config;
         let Self { model, noise, .. } = self;
         let step = state.step as u64;
         let global_batch = train.batch_size * train.gradient_accumulation_steps;
         let mut sum = LoraGradients::new(&state.adapters);
-        let (mut scores, mut losses, mut kept_steps) = (Vec::new(), Vec::new(), 0);
+        let (mut scores, mut losses, mut distances, mut kept_steps) = (Vec::new(), Vec::new(), Vec::new(), 0);
 
         for micro_batch in 0..train.gradient_accumulation_steps as u64 {
             let size = train.batch_size as u64;
@@ -148,21 +183,13 @@ impl Trainer<'_> {
             let credit = if plan.renoise > 0 {
                 self.renoised(&plan, &trajectory, &prompting, &prompts, samples, step, &state.adapters, &mut sum)?
             } else {
-                let credit = self.credit(&trajectory.latents, &prompts, 1)?;
-                backprop(
-                    &model.pipeline.unet,
-                    &state.adapters,
-                    &trajectory,
-                    &plan,
-                    &prompting,
-                    &credit.d_latents,
-                    train.checkpointing,
-                    &mut sum,
-                )?;
+                let mut credit = self.credit(&trajectory.latents, &prompts, 1)?;
+                self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, 1, &mut sum)?;
                 credit
             };
             scores.extend(credit.scores);
             losses.extend(credit.losses);
+            distances.extend(credit.distances);
             kept_steps += plan.kept_count();
             progress.inc(1);
         }
@@ -172,18 +199,23 @@ impl Trainer<'_> {
             // a random rule may detach every step of a batch: there is nothing to learn from it
             state.step += 1;
         } else {
+            // all of it is checked before any of it becomes the run's state
             let mut gradients = sum.finish(&state.adapters)?;
+            health::ensure_finite("the LoRA gradient", &state.adapters, &gradients)?;
             grad_norm = clip_grad_norm(&mut gradients, optimizer.max_grad_norm)?;
-            ensure!(grad_norm.is_finite(), "not a number: the norm of the LoRA gradients is {grad_norm}");
             let mut optimizer = state.optimizer.clone();
             let updated = optimizer.update(&state.adapters.tensors(), &gradients, lr)?;
-            for ((name, _), tensor) in state.adapters.named_tensors().iter().zip(&updated) {
-                ensure!(
-                    is_finite(tensor)?,
-                    "not a number: AdamW's update of `{name}` is not finite (optimizer.lr = {lr}?)"
-                );
+            let of = format!("AdamW's update (with a learning rate of {lr})");
+            health::ensure_finite(&of, &state.adapters, &updated)?;
+            let updated = state.adapters.with_tensors(updated)?;
+            if optimizer.step == 1 {
+                health::ensure_moved(&state.adapters, &updated, grad_norm)?;
             }
-            state.adapters = state.adapters.with_tensors(updated)?;
+            if let Some(ema) = &mut state.ema {
+                let decay = regularization.ema_decay;
+                *ema = ema.with_tensors(moving_average(&ema.tensors(), &updated.tensors(), decay)?)?;
+            }
+            state.adapters = updated;
             state.optimizer = optimizer;
             state.step += 1;
         }
@@ -195,6 +227,7 @@ impl Trainer<'_> {
             std_scores,
             loss: optimizer.loss_coeff * mean_std(&losses).0,
             grad_norm,
+            distance: (regularization.kl_weight > 0.0).then(|| mean_std(&distances).0),
             kept_steps: kept_steps as f64 / global_batch as f64,
         })
     }
@@ -205,7 +238,36 @@ impl Trainer<'_> {
         let train = &self.config.train;
         let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
         let scale = self.config.optimizer.loss_coeff / images as f64;
-        reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing)
+        reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
+    }
+
+    /// Back through the chain, with the pull towards the base model where the loss has one: it is added to the losses.
+    #[allow(clippy::too_many_arguments)]
+    fn backprop(
+        &self,
+        adapters: &Adapters,
+        trajectory: &Trajectory,
+        plan: &Plan,
+        prompting: &Prompting,
+        credit: &mut Credit,
+        repetitions: usize,
+        sum: &mut LoraGradients,
+    ) -> Result<()> {
+        let Config { train, optimizer, regularization, .. } = self.config;
+        let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
+        let scale = optimizer.loss_coeff * regularization.kl_weight / images as f64;
+        let mut anchor = (regularization.kl_weight > 0.0).then(|| Anchor::new(scale, credit.losses.len()));
+        let checkpointing = train.checkpointing.into();
+        let d_latents = credit.d_latents.clone();
+        let unet = &self.model.pipeline.unet;
+        let pull = anchor.as_mut();
+        anchored_backprop(unet, adapters, trajectory, plan, prompting, &d_latents, checkpointing, pull, sum)?;
+        if let Some(anchor) = anchor {
+            let terms = anchor.distances.iter().map(|distance| regularization.kl_weight * distance);
+            credit.losses.iter_mut().zip(terms).for_each(|(loss, term)| *loss += term);
+            credit.distances = anchor.distances;
+        }
+        Ok(())
     }
 
     /// After DRaFT-LV (Clark et al. 2024): the images are noised to the last step's level and denoised again, several
@@ -240,31 +302,59 @@ impl Trainer<'_> {
             // places after the chain's own
             let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
             let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance)?;
-            let credit = self.credit(&again.latents, prompts, plan.renoise)?;
-            backprop(
-                &pipeline.unet,
-                adapters,
-                &again,
-                &only_last,
-                prompting,
-                &credit.d_latents,
-                self.config.train.checkpointing,
-                sum,
-            )?;
+            let mut credit = self.credit(&again.latents, prompts, plan.renoise)?;
+            self.backprop(adapters, &again, &only_last, prompting, &mut credit, plan.renoise, sum)?;
             match &mut total {
                 None => total = Some(credit),
                 Some(total) => {
                     let pairs = total.scores.iter_mut().flatten().zip(credit.scores.iter().flatten());
                     pairs.for_each(|(sum, score)| *sum += score);
                     total.losses.iter_mut().zip(&credit.losses).for_each(|(sum, loss)| *sum += loss);
+                    total.distances.iter_mut().zip(&credit.distances).for_each(|(sum, d)| *sum += d);
                 }
             }
         }
         let mut credit = total.context("truncation.n = 0: DRaFT-LV needs at least one repetition")?;
         let n = plan.renoise as f64;
         credit.scores.iter_mut().flatten().for_each(|score| *score /= n);
-        credit.losses.iter_mut().for_each(|loss| *loss /= n);
+        credit.losses.iter_mut().chain(&mut credit.distances).for_each(|value| *value /= n);
         Ok(credit)
+    }
+
+    /// Passes over a step that met a number which is not finite: adapters and moments stay, the metrics say so.
+    ///
+    /// # Errors
+    /// It was one too many in a row: the last good state is saved.
+    fn skip(&self, run: &RunFolder, state: &mut Checkpoint, error: Error, progress: &ProgressBar) -> Result<()> {
+        let (step, before) = (state.step + 1, health::skipped_in_a_row(run, state.step)?);
+        if before >= self.config.train.max_skipped_steps {
+            state.step -= before;
+            if !run.checkpoint(state.step).exists() {
+                state.save(&run.checkpoints(), &metadata(self.config, self.rewards, state.step))?;
+            }
+            let skipped = if before > 0 { format!(" (the {before} before it were skipped)") } else { String::new() };
+            return Err(error.context(format!("{}{skipped}", in_step(step, run))));
+        }
+        progress.suspend(|| eprintln!("warning: optimizer step {step} is skipped: {error:#}"));
+        progress.set_position((step * self.config.train.gradient_accumulation_steps) as u64);
+        state.step = step;
+        let entries = [("step", json!(step)), ("skipped", json!(1)), ("cause", json!(format!("{error:#}")))];
+        run.log(&entries.map(|(key, value)| (key.to_owned(), value)).into_iter().collect())
+    }
+
+    /// Removes old checkpoints, but not the best one.
+    fn prune(&self, run: &RunFolder) -> Result<()> {
+        let RunConfig { keep_checkpoints, keep_best, .. } = self.config.run;
+        let best = if keep_best { best_checkpoint(run)? } else { None };
+        Checkpoint::prune(&run.checkpoints(), keep_checkpoints, best.map(|best| best.step))
+    }
+
+    /// The guard's images of this state, scored, in the metrics.
+    fn evaluate(&self, guard: &Guard, run: &RunFolder, state: &Checkpoint) -> Result<()> {
+        let image = |prompt: &str, number, seed| self.model.watched_image(prompt, number, seed, &state.adapters);
+        let mut line = Map::from_iter([("step".to_owned(), json!(state.step))]);
+        line.extend(guard.evaluate(self.rewards, image)?);
+        run.log(&line)
     }
 
     /// Whether a sample grid belongs to this step.
@@ -296,6 +386,8 @@ impl Trainer<'_> {
             let mean = scores.iter().map(|row| row[r]).sum::<f64>() / scores.len() as f64;
             line.insert(format!("sample/{name}"), json!(mean));
         }
+        let loss = scores.iter().map(|row| self.rewards.loss(row)).sum::<f64>() / scores.len() as f64;
+        line.insert("sample/loss".to_owned(), json!(loss));
         run.log(&line)
     }
 }
@@ -308,6 +400,9 @@ impl Outcome {
             line.insert(format!("reward/{name}_std"), json!(self.std_scores[r]));
         }
         line.insert("grad_norm".into(), json!(self.grad_norm));
+        if let Some(distance) = self.distance {
+            line.insert("distance".into(), json!(distance));
+        }
         line.insert("lr".into(), json!(lr));
         line.insert("backprop_steps".into(), json!(self.kept_steps));
         line.insert("seconds".into(), json!((elapsed.as_secs_f64() * 1e3).round() / 1e3));
@@ -346,7 +441,8 @@ fn start(config: &mut Config, model: &Model, noise: &Noise) -> Result<Checkpoint
         }
         None => fresh(config, model, noise)?,
     };
-    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &adapters.tensors())?, adapters })
+    let ema = (config.regularization.ema_decay > 0.0).then(|| adapters.clone());
+    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &adapters.tensors())?, adapters, ema })
 }
 
 fn fresh(config: &Config, model: &Model, noise: &Noise) -> Result<Adapters> {
@@ -356,17 +452,23 @@ fn fresh(config: &Config, model: &Model, noise: &Noise) -> Result<Adapters> {
     Adapters::init(&targets, &lora.target_modules_or_default(), lora.rank_or_default(), lora.alpha_or_rank(), normal)
 }
 
-fn resume(dir: &Path, config: &Config, model: &Model) -> Result<Checkpoint> {
-    let folder = RunFolder::open(dir)?.last_checkpoint()?;
-    let checkpoint = Checkpoint::load(&folder, &config.optimizer)?;
+fn resume(dir: &Path, config: &mut Config, model: &Model, noise: &Noise) -> Result<Checkpoint> {
+    let run = RunFolder::open(dir)?;
+    if run.has_not_begun()? {
+        return start(config, model, noise);
+    }
+    let folder = run.last_checkpoint()?;
+    let mut checkpoint = Checkpoint::load(&folder, &config.optimizer)?;
     let targets = model.pipeline.unet.targets();
     checkpoint.adapters.check_fits(&targets)?;
     // the settings must be those of the adapters: a run keeps its shape
-    if config.lora.init_from.is_some() {
-        take_over(&mut config.lora.clone(), &checkpoint.adapters, &targets, &folder)?;
-        return Ok(checkpoint);
-    }
-    let fresh = fresh(config, model, &Noise::new(config.run.seed))?;
+    let fresh = match &config.lora.init_from {
+        Some(_) => {
+            take_over(&mut config.lora.clone(), &checkpoint.adapters, &targets, &folder)?;
+            checkpoint.adapters.clone()
+        }
+        None => fresh(config, model, noise)?,
+    };
     let shape = |adapters: &Adapters| {
         adapters.factors().iter().map(|f| (f.module.clone(), f.rank(), f.alpha)).collect::<Vec<_>>()
     };
@@ -375,7 +477,29 @@ fn resume(dir: &Path, config: &Config, model: &Model) -> Result<Checkpoint> {
         "lora.rank, lora.alpha or lora.target_modules differ from those of {}: a run keeps its adapters; start another one for others",
         folder.display()
     );
+    // an average that is asked for from here on starts here
+    let averaged = config.regularization.ema_decay > 0.0;
+    checkpoint.ema = averaged.then(|| checkpoint.ema.unwrap_or_else(|| checkpoint.adapters.clone()));
     Ok(checkpoint)
+}
+
+/// Where an error came from, and that nothing is lost.
+fn in_step(step: usize, run: &RunFolder) -> String {
+    format!("in optimizer step {step}; the checkpoints in {} are intact", run.checkpoints().display())
+}
+
+/// What to do when the disk is full, or the folder gone.
+fn going_on(run: &RunFolder) -> String {
+    match run.last_checkpoint() {
+        Ok(last) => {
+            format!(
+                "saving failed; the last good checkpoint is {}; go on with `{}`",
+                last.display(),
+                run.resume_command()
+            )
+        }
+        Err(_) => "saving failed, and no checkpoint is to be found".to_owned(),
+    }
 }
 
 /// What the adapter's file says of its making.
@@ -464,9 +588,26 @@ fn report(config: &Config, run: &RunFolder, rewards: &Rewards, adapters: &Path) 
             );
         }
     }
+    if let Some(best) = best_checkpoint(run)?.filter(|_| config.run.keep_best) {
+        println!("best checkpoint: {} ({} {:.4})", run.checkpoint(best.step).display(), best.by, best.score);
+    }
     println!("adapter: {}", adapters.display());
     println!("run: {}", config.run.dir.display());
     Ok(())
+}
+
+/// The measured peak beside its estimate, on stderr.
+fn report_memory(estimate: Option<Estimate>) {
+    let Some(estimate) = estimate else { return };
+    let peak = memory::peak() as f64;
+    let resident = memory::resident_peak().map(|bytes| format!("; resident at most {}", memory::size(bytes)));
+    eprintln!(
+        "memory      {} at the peak, {} estimated (ratio {:.2}){}",
+        memory::size(peak),
+        memory::size(estimate.total()),
+        estimate.total() / peak,
+        resident.unwrap_or_default()
+    );
 }
 
 fn mean_std(values: &[f64]) -> (f64, f64) {

@@ -8,6 +8,7 @@ mod prompts;
 mod read;
 mod validate;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -57,7 +58,9 @@ pub struct Config {
     pub prompts: PromptsConfig,
     pub optimizer: OptimizerConfig,
     pub train: TrainConfig,
+    pub regularization: RegularizationConfig,
     pub run: RunConfig,
+    pub guard: GuardConfig,
 }
 
 impl Config {
@@ -442,8 +445,36 @@ table! {
         batch_size: usize = 1,
         /// Micro-batches of one optimizer step; 1 or more. Costs time, not memory.
         gradient_accumulation_steps: usize = 1,
-        /// What the backward pass recomputes.
-        checkpointing: Checkpointing = Checkpointing::Step,
+        /// What the backward pass recomputes: `step`, `block`, or `auto`, the one that fits `memory_budget`.
+        checkpointing: CheckpointingChoice = CheckpointingChoice::Step,
+        /// Memory that the run may take, in GiB; more than 0. A run that does not fit by its estimate is not started.
+        /// Absent: what the machine has free, which only `checkpointing = "auto"` looks at.
+        memory_budget: Option<f64> = None,
+        /// Consecutive optimizer steps that may be skipped because some number in them was not finite; one more stops
+        /// the run, with the last good state saved. 0: the first one does.
+        max_skipped_steps: usize = 3,
+    }
+}
+
+/// `train.checkpointing`.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum CheckpointingChoice {
+    #[default]
+    Step,
+    Block,
+    /// `step` if its estimate fits the budget, else `block`, with smaller micro-batches if need be. The run's own
+    /// config keeps the choice, so that a resumed run computes as the run did.
+    Auto,
+}
+
+impl From<CheckpointingChoice> for Checkpointing {
+    /// Where nothing has chosen, `auto` is the one that is fast.
+    fn from(choice: CheckpointingChoice) -> Self {
+        match choice {
+            CheckpointingChoice::Block => Self::Block,
+            CheckpointingChoice::Step | CheckpointingChoice::Auto => Self::Step,
+        }
     }
 }
 
@@ -456,6 +487,43 @@ pub enum Checkpointing {
     Step,
     /// One UNet block is kept in memory: each kept step is evaluated once more, and each of its blocks again.
     Block,
+}
+
+table! {
+    /// `[regularization]`: what keeps the model near its start; all of it is off by default.
+    pub struct RegularizationConfig {
+        /// Weight of the mean squared difference of the noise predictions from the base model's, over the steps that
+        /// keep their gradient (the KL term of DRaFT+); 0 or more. Each such step then evaluates the base model too.
+        kl_weight: f64 = 0.0,
+        /// Decay of an exponential moving average of the adapters, d in `average <- d average + (1 - d) adapters`;
+        /// 0 or more and less than 1. 0: none. It is saved beside the adapters.
+        ema_decay: f64 = 0.0,
+        /// For each kind of reward, the score above which its loss pulls no more: `{ clip-score = 0.9 }`.
+        reward_cap: BTreeMap<String, f64> = BTreeMap::new(),
+    }
+}
+
+table! {
+    /// `[guard]`: watches for over-optimisation, on prompts and noise of its own.
+    ///
+    /// An evaluation scores images with the training rewards and with the held-out ones, and measures the distance of
+    /// the noise predictions from the base model's and the diversity of one prompt's images. It comes with a
+    /// checkpoint; the one with the best held-out score is kept.
+    pub struct GuardConfig {
+        /// Optimizer steps between evaluations; 0: no guard.
+        every: usize = 0,
+        /// Stop after so many evaluations in a row in which the training reward rose while the held-out score fell;
+        /// 0: never.
+        patience: usize = 3,
+        /// The first prompts of the list to evaluate on; 1 or more.
+        num_prompts: usize = 8,
+        /// Images of each prompt; 1 or more, and 2 or more for a diversity.
+        seeds: usize = 2,
+        /// What the images are of. Absent: the training prompts.
+        prompts: Option<PromptsConfig> = None,
+        /// The held-out rewards, as under `[reward]`: `[guard.reward.clip-score]`. Their score is the weighted sum.
+        reward: RewardsConfig = RewardsConfig::default(),
+    }
 }
 
 table! {
@@ -477,6 +545,8 @@ table! {
         num_samples: usize = 4,
         /// The last checkpoints to keep; 0: all.
         keep_checkpoints: usize = 3,
+        /// Keep the best checkpoint too: by the guard's held-out score, or else by the loss of the sample grids.
+        keep_best: bool = true,
     }
 }
 
@@ -583,7 +653,8 @@ mod tests {
     fn to_toml_has_its_tables_in_order() {
         let text = Config::parse("reward.hps = {}", "x.toml", &[]).unwrap().to_toml().unwrap();
         let tables: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
-        let order = "[model] [lora] [sampler] [truncation] [reward.hps] [prompts] [optimizer] [train] [run]";
+        let order = "[model] [lora] [sampler] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
+                     [regularization.reward_cap] [run] [guard] [guard.reward]";
         assert_eq!(tables.join(" "), order, "{text}");
         assert!(text.contains("betas = [0.9, 0.999]\n"), "{text}");
     }

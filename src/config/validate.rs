@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use super::{Config, HeadLayer, REWARD_KINDS, RewardsConfig, Truncation};
+use super::{Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, Truncation};
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
 const MAX_SIDE: usize = 16_384;
@@ -15,7 +15,8 @@ impl Config {
     /// Checks the ranges and what one table demands of another. What only the model knows (its image size, its
     /// layers) is checked where the model is loaded.
     pub fn validate(&self) -> Result<()> {
-        let Config { model, lora, sampler, truncation, reward, prompts, optimizer, train, run } = self;
+        let Config { model, lora, sampler, truncation, reward, prompts, optimizer, train, regularization, run, guard } =
+            self;
 
         ensure!(!model.path.is_empty(), "model.path is empty: give a folder or a hub id");
         ensure!(model.variant.as_deref() != Some(""), "model.variant is empty: leave it out for the plain files");
@@ -84,6 +85,12 @@ impl Config {
             optimizer.warmup_steps,
             train.steps
         );
+
+        if let Some(budget) = train.memory_budget {
+            more_than_zero("train.memory_budget", budget)?;
+        }
+        regularization.validate(reward)?;
+        guard.validate()?;
 
         ensure!(!run.dir.as_os_str().is_empty(), "run.dir is empty: give the run a folder, for example runs/mine");
         ensure!(i64::try_from(run.seed).is_ok(), "run.seed = {}: must be less than 2^63, TOML's limit", run.seed);
@@ -171,6 +178,38 @@ impl Truncation {
             }
         }
         Ok(())
+    }
+}
+
+impl RegularizationConfig {
+    fn validate(&self, rewards: &RewardsConfig) -> Result<()> {
+        zero_or_more("regularization.kl_weight", self.kl_weight)?;
+        let decay = self.ema_decay;
+        ensure!(
+            (0.0..1.0).contains(&decay),
+            "regularization.ema_decay = {decay}: must be 0 or more and less than 1; 0.99 averages about 100 steps"
+        );
+        let kinds: Vec<&str> = rewards.weights().into_iter().map(|(kind, _)| kind).collect();
+        for (kind, cap) in &self.reward_cap {
+            ensure!(
+                kinds.contains(&kind.as_str()),
+                "regularization.reward_cap.{kind}: the config has no such reward; it has {}",
+                if kinds.is_empty() { "none".to_owned() } else { kinds.join(", ") }
+            );
+            ensure!(cap.is_finite(), "regularization.reward_cap.{kind} = {cap}: must be a finite number");
+        }
+        Ok(())
+    }
+}
+
+impl GuardConfig {
+    fn validate(&self) -> Result<()> {
+        at_least_one("guard.num_prompts", self.num_prompts)?;
+        at_least_one("guard.seeds", self.seeds)?;
+        if let Some(prompts) = &self.prompts {
+            prompts.validate().context("in guard")?;
+        }
+        self.reward.validate().context("in guard")
     }
 }
 
@@ -275,6 +314,17 @@ mod tests {
             ("train.steps = 0", "train.steps = 0: must be 1 or more"),
             ("train.batch_size = 0", "train.batch_size = 0: must be 1 or more"),
             ("train.gradient_accumulation_steps = 0", "train.gradient_accumulation_steps = 0"),
+            ("train.memory_budget = 0", "train.memory_budget = 0: must be a finite number, more than 0"),
+            ("regularization.kl_weight = -1", "regularization.kl_weight = -1: must be"),
+            ("regularization.ema_decay = 1", "regularization.ema_decay = 1: must be 0 or more and less than 1"),
+            (
+                "reward.hps = {}\nregularization.reward_cap.clip-score = 1",
+                "regularization.reward_cap.clip-score: the config has no such reward; it has hps",
+            ),
+            ("guard.seeds = 0", "guard.seeds = 0: must be 1 or more"),
+            ("guard.num_prompts = 0", "guard.num_prompts = 0: must be 1 or more"),
+            ("guard.reward.hps.file = ''", "in guard: reward.hps.file is empty"),
+            ("guard.prompts.list = []", "in guard: prompts.list is empty"),
             ("run.dir = ''", "run.dir is empty"),
             ("run.device = 'cuda:'", "run.device = \"cuda:\": must be cpu, cuda or cuda:N"),
             ("run.num_samples = 0", "run.num_samples = 0: must be 1 or more"),

@@ -23,6 +23,10 @@ pub enum Stream {
     Evaluation = 7,
     /// The noise of each DDIM step with eta > 0 of those.
     EvaluationVariance = 8,
+    /// The fixed latents of the guard's evaluations: other pictures than those that `eval` judges.
+    Guard = 9,
+    /// The noise of each DDIM step with eta > 0 of those.
+    GuardVariance = 10,
 }
 
 /// The source of all randomness of a run.

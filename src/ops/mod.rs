@@ -26,7 +26,7 @@ pub(crate) mod tiles;
 pub mod upsample;
 pub(crate) mod vector;
 
-pub use finite::is_finite;
+pub use finite::{NotANumber, is_finite, not_a_number};
 pub use host::Real;
 pub(crate) use host::{Host, SharedMut, per_dtype, tensor_from};
 

@@ -104,6 +104,16 @@ pub fn clip_grad_norm(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
     Ok(norm)
 }
 
+/// An exponential moving average after one more step, f32: `decay average + (1 - decay) parameters`.
+pub fn moving_average(average: &[Tensor], parameters: &[Tensor], decay: f64) -> Result<Vec<Tensor>> {
+    let (keep, rest) = (decay as f32, (1.0 - decay) as f32);
+    let mixed = |(average, parameter): (&Tensor, &Tensor)| -> Result<Tensor> {
+        let numbers = numbers(average)?.into_iter().zip(numbers(parameter)?);
+        tensor(numbers.map(|(average, parameter)| keep * average + rest * parameter).collect(), parameter)
+    };
+    average.iter().zip(parameters).map(mixed).collect()
+}
+
 /// The learning rate of optimizer step `step` (from 0) of `total`.
 pub fn learning_rate(config: &OptimizerConfig, step: usize, total: usize) -> f64 {
     let warmup = config.warmup_steps;

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::Tensor;
 
 use super::{Objective, Reward, Towers, preprocess};
 use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess};
@@ -47,6 +48,11 @@ impl Reward for ClipHead {
 
     fn objective(&self) -> Objective {
         self.objective
+    }
+
+    fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
+        let pixels = preprocess(&Value::constant(images), self.preprocess, self.clip.vision.image_size())?;
+        Ok(Some(unit_norm(&self.clip.vision.forward(&pixels)?)?.into_tensor()))
     }
 }
 

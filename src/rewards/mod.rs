@@ -7,7 +7,7 @@ mod clip_head;
 mod preprocess;
 mod text_image;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
@@ -18,6 +18,7 @@ use crate::models::clip::Clip;
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::{Tape, Value};
+use crate::ops::not_a_number;
 
 pub use preprocess::{Filter, preprocess, resize_matrix};
 
@@ -27,6 +28,12 @@ pub trait Reward {
     fn score(&self, images: &Value, prompts: &[String]) -> Result<Value>;
 
     fn objective(&self) -> Objective;
+
+    /// The embeddings (B, D) of images (B, 3, H, W) that the score is made from, of unit norm; `None` where the reward
+    /// has none.
+    fn embedding(&self, _images: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
 }
 
 /// From a score to a loss.
@@ -67,7 +74,23 @@ pub struct Weighted {
     pub name: &'static str,
     /// Factor of its loss; 0 is scored and not trained.
     pub weight: f64,
+    /// The score from which on the loss pulls no more.
+    pub cap: Option<f64>,
     pub reward: Box<dyn Reward>,
+}
+
+impl Weighted {
+    fn loss(&self, score: f64) -> f64 {
+        if self.weight == 0.0 {
+            return 0.0;
+        }
+        self.weight * self.reward.objective().loss(self.cap.map_or(score, |cap| score.min(cap)))
+    }
+
+    /// d loss / d score.
+    fn slope(&self, score: f64) -> f64 {
+        if self.cap.is_some_and(|cap| score >= cap) { 0.0 } else { self.weight * self.reward.objective().slope(score) }
+    }
 }
 
 /// The rewards of an experiment.
@@ -97,6 +120,7 @@ impl Rewards {
             rewards.push(Weighted {
                 name,
                 weight,
+                cap: None,
                 reward: reward.with_context(|| format!("loading the reward `{name}`"))?,
             });
             Ok(())
@@ -135,7 +159,7 @@ impl Rewards {
     /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights`: for measuring.
     pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
         let reward = clip_head::aesthetic_shapes(Rc::new(clip), weights, target)?;
-        Ok(Self(vec![Weighted { name: "aesthetic", weight: 1.0, reward }]))
+        Ok(Self(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, reward }]))
     }
 
     pub fn names(&self) -> Vec<&'static str> {
@@ -148,11 +172,30 @@ impl Rewards {
 
     /// The weighted loss of the given scores.
     pub fn loss(&self, scores: &[f64]) -> f64 {
-        self.0
-            .iter()
-            .zip(scores)
-            .map(|(r, score)| if r.weight == 0.0 { 0.0 } else { r.weight * r.reward.objective().loss(*score) })
-            .sum()
+        self.0.iter().zip(scores).map(|(r, score)| r.loss(*score)).sum()
+    }
+
+    /// The weighted sum of the given scores.
+    pub fn total(&self, scores: &[f64]) -> f64 {
+        self.0.iter().zip(scores).map(|(r, score)| r.weight * score).sum()
+    }
+
+    /// Caps scores by their kinds: above its cap a score has no gradient.
+    pub fn with_caps(mut self, caps: &BTreeMap<String, f64>) -> Self {
+        for reward in &mut self.0 {
+            reward.cap = caps.get(reward.name).copied();
+        }
+        self
+    }
+
+    /// The first embedding that a reward has for images (B, 3, H, W).
+    pub fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
+        for r in &self.0 {
+            if let Some(embedding) = r.reward.embedding(images)? {
+                return Ok(Some(embedding));
+            }
+        }
+        Ok(None)
     }
 
     /// Scores of one image, (1, 3, H, W), without a gradient.
@@ -175,7 +218,7 @@ impl Rewards {
             let leaf = tape.leaf(image);
             let score = r.reward.score(&leaf, &prompts)?;
             let value = scalar(&score, r.name)?;
-            let slope = scale * r.weight * r.reward.objective().slope(value);
+            let slope = scale * r.slope(value);
             let cotangent = score.tensor().ones_like()?.affine(slope, 0.0)?;
             let gradient = tape
                 .backward(&[(&score, &cotangent)])?
@@ -197,7 +240,7 @@ impl Rewards {
 fn scalar(score: &Value, name: &str) -> Result<f64> {
     match score.tensor().flatten_all()?.to_vec1::<f32>()?.as_slice() {
         [score] if score.is_finite() => Ok(f64::from(*score)),
-        [score] => bail!("not a number: the reward `{name}` gave {score}"),
+        [score] => not_a_number(format!("the reward `{name}` gave {score}")),
         other => bail!("the reward `{name}` gave {} scores for one image", other.len()),
     }
 }

@@ -61,6 +61,11 @@ impl Reward for TextImage {
     fn objective(&self) -> Objective {
         Objective::OneMinus
     }
+
+    fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
+        let pixels = preprocess(&Value::constant(images), self.preprocess, self.clip.vision.image_size())?;
+        Ok(Some(self.clip.image_embeds(&pixels)?.into_tensor()))
+    }
 }
 
 /// <x_i, t_i> for each row, t constant: (B, D), (B, D) -> (B).

@@ -1,8 +1,9 @@
 //! The way back: from scores to images to latents to adapters.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
+use super::anchor::Anchor;
 use super::rollout::{Prompting, Trajectory};
 use super::truncation::Plan;
 use crate::config::Checkpointing;
@@ -10,7 +11,7 @@ use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
-use crate::ops::is_finite;
+use crate::ops::{is_finite, not_a_number};
 use crate::rewards::Rewards;
 
 /// What the rewards say of a batch, and which way the latents should move.
@@ -21,6 +22,8 @@ pub struct Credit {
     pub losses: Vec<f64>,
     /// d (scale · sum of losses) / d x_0, (B, C, h, w).
     pub d_latents: Tensor,
+    /// Where the loss has the KL term: each image's mean distance from the base model's noise predictions.
+    pub distances: Vec<f64>,
 }
 
 /// Decodes and scores the latents one image at a time, so that memory does not grow with the batch, and pulls each
@@ -38,12 +41,13 @@ pub fn reward_cotangent(
 ) -> Result<Credit> {
     let batch = latents.dims4()?.0;
     ensure!(prompts.len() == batch, "{batch} latents with {} prompts", prompts.len());
-    let mut credit = Credit { scores: Vec::new(), losses: Vec::new(), d_latents: latents.clone() };
+    let mut credit =
+        Credit { scores: Vec::new(), losses: Vec::new(), d_latents: latents.clone(), distances: Vec::new() };
     let mut rows = Vec::with_capacity(batch);
     for (row, prompt) in prompts.iter().enumerate() {
         let decoded = vae.trace(&latents.narrow(0, row, 1)?.contiguous()?, checkpointing)?;
         if !is_finite(decoded.image())? {
-            bail!("not a number: the VAE's image of `{prompt}` is not finite");
+            return not_a_number(format!("the VAE's image of `{prompt}` is not finite"));
         }
         let reward = rewards
             .scores_and_gradient(decoded.image(), prompt, scale)
@@ -51,7 +55,7 @@ pub fn reward_cotangent(
         let d_latents = decoded.pull(&reward.d_image)?;
         if !is_finite(&d_latents)? {
             let room = if is_finite(&reward.d_image)? { "VAE" } else { "reward" };
-            bail!("not a number: the gradient that comes back from the {room} for `{prompt}` is not finite");
+            return not_a_number(format!("the gradient that comes back from the {room} for `{prompt}` is not finite"));
         }
         credit.scores.push(reward.scores);
         credit.losses.push(reward.loss);
@@ -81,6 +85,23 @@ pub fn backprop(
     checkpointing: Checkpointing,
     sum: &mut LoraGradients,
 ) -> Result<()> {
+    anchored_backprop(unet, adapters, trajectory, plan, prompting, d_latents, checkpointing, None, sum)
+}
+
+/// [`backprop`] of the loss with the anchor's term in it: the pull towards the base model enters at the noise
+/// prediction of each kept step. The anchor notes the distances it finds.
+#[allow(clippy::too_many_arguments)]
+pub fn anchored_backprop(
+    unet: &Unet,
+    adapters: &Adapters,
+    trajectory: &Trajectory,
+    plan: &Plan,
+    prompting: &Prompting,
+    d_latents: &Tensor,
+    checkpointing: Checkpointing,
+    mut anchor: Option<&mut Anchor>,
+    sum: &mut LoraGradients,
+) -> Result<()> {
     let Some(first) = plan.first_kept() else { return Ok(()) };
     let mut d_x = d_latents.clone();
     for i in (first..plan.steps.len()).rev() {
@@ -91,7 +112,10 @@ pub fn backprop(
             let all = rows.len() == plan.keep[i].len();
             let rows = Tensor::new(rows, d_x.device())?;
             let x_t = &trajectory.inputs[i];
-            let d_prediction = (&d_x * step.model_output)?;
+            let mut d_prediction = (&d_x * step.model_output)?;
+            if let Some(anchor) = anchor.as_deref_mut() {
+                d_prediction = (d_prediction + anchor.cotangent(unet, trajectory, plan, i, prompting)?)?;
+            }
             let d_unet = if all {
                 prompting.vjp(unet, x_t, step.timestep, adapters, &d_prediction, checkpointing, sum)
             } else {
@@ -100,10 +124,10 @@ pub fn backprop(
             };
             let d_unet = d_unet.with_context(|| format!("in the backward of denoising step {i}"))?;
             if !is_finite(&d_unet)? {
-                bail!(
-                    "not a number: the gradient that comes back from the UNet at denoising step {i} (timestep {}) is not finite",
+                return not_a_number(format!(
+                    "the gradient that comes back from the UNet at denoising step {i} (timestep {}) is not finite",
                     step.timestep
-                );
+                ));
             }
             if !plan.detach_input {
                 d_previous = d_previous.index_add(&rows, &d_unet, 0)?;

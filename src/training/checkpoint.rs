@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +15,8 @@ use crate::optim::AdamW;
 
 const LORA: &str = "pytorch_lora_weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+/// The moving average of the adapters, a LoRA file too; only where the run keeps one.
+pub const EMA: &str = "pytorch_lora_weights_ema.safetensors";
 const STATE: &str = "state.json";
 
 /// The state of a run between two optimizer steps.
@@ -22,6 +25,8 @@ pub struct Checkpoint {
     pub step: usize,
     pub adapters: Adapters,
     pub optimizer: AdamW,
+    /// The moving average of the adapters, if the run keeps one.
+    pub ema: Option<Adapters>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -46,13 +51,21 @@ impl Checkpoint {
     }
 
     fn write(&self, parent: &Path, target: &Path, metadata: &HashMap<String, String>) -> Result<()> {
-        fs::create_dir_all(parent)?;
+        match fs::create_dir(parent) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                return Err(error).context("the run's folder is gone, or cannot be written to");
+            }
+            _ => {}
+        }
         let unfinished = parent.join(format!(".unfinished-{}", folder_name(self.step)));
         if unfinished.exists() {
             fs::remove_dir_all(&unfinished)?;
         }
         fs::create_dir(&unfinished)?;
         formats::save(&self.adapters, metadata, &unfinished.join(LORA))?;
+        if let Some(ema) = &self.ema {
+            formats::save(ema, metadata, &unfinished.join(EMA))?;
+        }
         let mut moments = HashMap::new();
         for ((name, _), (m, v)) in self.adapters.named_tensors().into_iter().zip(&self.optimizer.moments) {
             moments.insert(format!("exp_avg.{name}"), m.clone());
@@ -75,6 +88,30 @@ impl Checkpoint {
         }
         File::open(parent)?.sync_all()?;
         Ok(())
+    }
+
+    /// Tidies up after a process that was killed while it wrote under `parent`: a checkpoint that was about to be
+    /// replaced is put back, and what was not finished goes.
+    pub fn recover(parent: &Path) -> Result<()> {
+        let recover = || -> std::io::Result<()> {
+            let entries = match fs::read_dir(parent) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                entries => entries?,
+            };
+            for entry in entries {
+                let path = entry?.path();
+                let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+                if let Some(step) = name.strip_prefix(".replaced-")
+                    && !parent.join(step).exists()
+                {
+                    fs::rename(&path, parent.join(step))?;
+                } else if [".unfinished-", ".replaced-", ".removed"].iter().any(|start| name.starts_with(start)) {
+                    fs::remove_dir_all(&path)?;
+                }
+            }
+            Ok(())
+        };
+        recover().with_context(|| format!("tidying up {}", parent.display()))
     }
 
     /// Reads a checkpoint folder; the optimizer's hyperparameters come from the config.
@@ -114,40 +151,49 @@ impl Checkpoint {
             step: state.optimizer_step,
             moments: pairs,
         };
-        Ok(Self { step: state.step, adapters, optimizer })
+        let ema = folder.join(EMA);
+        let ema = if ema.is_file() { Some(formats::load(&ema)?.adapters) } else { None };
+        Ok(Self { step: state.step, adapters, optimizer, ema })
     }
 
     /// The checkpoints under `parent`, oldest first.
     pub fn list(parent: &Path) -> Result<Vec<PathBuf>> {
-        let mut found: Vec<(usize, PathBuf)> = Vec::new();
+        Ok(Self::steps(parent)?.into_iter().map(|step| parent.join(folder_name(step))).collect())
+    }
+
+    /// The steps that have a checkpoint under `parent`, in order.
+    pub fn steps(parent: &Path) -> Result<Vec<usize>> {
+        let mut found = Vec::new();
         let entries = match fs::read_dir(parent) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error).with_context(|| format!("reading {}", parent.display())),
         };
         for entry in entries {
             let path = entry?.path();
             let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse::<usize>().ok());
-            found.extend(step.map(|step| (step, path)));
+            // not a name that only looks like one: `step-7`
+            found.extend(step.filter(|step| path.ends_with(folder_name(*step))));
         }
         found.sort();
-        Ok(found.into_iter().map(|(_, path)| path).collect())
+        Ok(found)
     }
 
-    /// Removes all but the last `keep` checkpoints; 0 keeps all.
-    pub fn prune(parent: &Path, keep: usize) -> Result<()> {
-        let all = Self::list(parent)?;
+    /// Removes all but the last `keep` checkpoints and that of the step `best`; a `keep` of 0 keeps all.
+    pub fn prune(parent: &Path, keep: usize, best: Option<usize>) -> Result<()> {
+        let steps = Self::steps(parent)?;
         if keep == 0 {
             return Ok(());
         }
-        for old in all.iter().take(all.len().saturating_sub(keep)) {
+        for step in steps.iter().take(steps.len().saturating_sub(keep)).filter(|step| Some(**step) != best) {
+            let old = parent.join(folder_name(*step));
             // renamed first: a folder that is half removed must not look like a checkpoint
             let removed = parent.join(".removed");
             let remove = || -> std::io::Result<()> {
                 if removed.exists() {
                     fs::remove_dir_all(&removed)?;
                 }
-                fs::rename(old, &removed)?;
+                fs::rename(&old, &removed)?;
                 fs::remove_dir_all(&removed)
             };
             remove().with_context(|| format!("removing the old checkpoint {}", old.display()))?;

@@ -1,6 +1,6 @@
 //! The denoising chain without gradients: only its latents are kept.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use candle_core::Tensor;
 
 use crate::config::Checkpointing;
@@ -9,7 +9,7 @@ use crate::diffusion::guidance::{guide, guide_bwd};
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::nn::lora::LoraGradients;
-use crate::ops::is_finite;
+use crate::ops::{is_finite, not_a_number};
 
 /// What the UNet is told: embeddings of the prompts and of what guidance moves away from.
 #[derive(Clone)]
@@ -83,6 +83,8 @@ impl Prompting {
 pub struct Trajectory {
     /// x_T, ..., one for each step, (B, C, h, w).
     pub inputs: Vec<Tensor>,
+    /// The guided prediction of each step, (B, C, h, w).
+    pub predictions: Vec<Tensor>,
     /// x_0.
     pub latents: Tensor,
 }
@@ -100,18 +102,20 @@ pub fn rollout(
     noise: impl Fn(usize) -> Result<Tensor>,
 ) -> Result<Trajectory> {
     let mut inputs = Vec::with_capacity(steps.len());
+    let mut predictions = Vec::with_capacity(steps.len());
     let mut x = x_t;
     for (i, step) in steps.iter().enumerate() {
         let prediction = prompting.predict(unet, &x, step.timestep, adapters)?;
         let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
         let next = step.apply(&x, &prediction, noise.as_ref())?;
         if !is_finite(&next)? {
-            bail!(
-                "not a number: the UNet's prediction at denoising step {i} (timestep {}) is not finite",
+            return not_a_number(format!(
+                "the UNet's prediction at denoising step {i} (timestep {}) is not finite",
                 step.timestep
-            );
+            ));
         }
         inputs.push(std::mem::replace(&mut x, next));
+        predictions.push(prediction);
     }
-    Ok(Trajectory { inputs, latents: x })
+    Ok(Trajectory { inputs, predictions, latents: x })
 }

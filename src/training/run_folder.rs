@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, folder_name};
 
 /// A folder that holds one run.
 pub struct RunFolder {
@@ -65,6 +65,16 @@ impl RunFolder {
     pub fn checkpoints(&self) -> PathBuf {
         self.dir.join("checkpoints")
     }
+    /// The folder of a step's checkpoint.
+    pub fn checkpoint(&self, step: usize) -> PathBuf {
+        self.checkpoints().join(folder_name(step))
+    }
+    /// The command that goes on with this run.
+    pub fn resume_command(&self) -> String {
+        let dir = self.dir.display().to_string();
+        let plain = dir.chars().all(|c| c.is_alphanumeric() || "/._-+=:,@\\".contains(c));
+        format!("alignprop train --resume {}", if plain { dir } else { format!("'{}'", dir.replace('\'', r"'\''")) })
+    }
     /// The sample grid of a step.
     pub fn samples(&self, step: usize) -> PathBuf {
         self.dir.join("samples").join(format!("step-{step:06}.png"))
@@ -83,6 +93,24 @@ impl RunFolder {
         last.with_context(|| {
             format!("{} has no checkpoint yet; start it again with another run.dir", self.dir.display())
         })
+    }
+
+    /// Whether nothing has come of the run yet: it was killed before its first checkpoint.
+    pub fn has_not_begun(&self) -> Result<bool> {
+        Ok(Checkpoint::list(&self.checkpoints())?.is_empty() && self.metrics_text()?.is_empty())
+    }
+
+    /// Tidies up what a killed process may have left: files that were being written under another name.
+    pub fn recover(&self) -> Result<()> {
+        let folders = [self.dir.clone(), self.dir.join("samples")];
+        let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if [".run-", ".lora-", ".picture-"].iter().any(|start| name.starts_with(start)) && path.is_file() {
+                fs::remove_file(&path).with_context(|| format!("removing the unfinished {}", path.display()))?;
+            }
+        }
+        Checkpoint::recover(&self.checkpoints())
     }
 
     /// Adds a line to `metrics.jsonl`.

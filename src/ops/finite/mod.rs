@@ -6,6 +6,21 @@ use rayon::prelude::*;
 use super::vector::vectorised;
 use super::{Host, Real, per_dtype};
 
+/// A number that is none, or infinite. The text names the room in which it was found.
+///
+/// `train` tells it from other errors: a step that meets one is skipped.
+#[derive(Debug, thiserror::Error)]
+#[error("not a number: {0}")]
+pub struct NotANumber(pub String);
+
+/// The error of a check that found a number that is not finite in `room`.
+///
+/// # Errors
+/// Always.
+pub fn not_a_number<T>(room: impl Into<String>) -> anyhow::Result<T> {
+    Err(NotANumber(room.into()).into())
+}
+
 const BLOCK: usize = 1 << 16;
 
 /// Whether no element is a NaN or an infinity.

@@ -1,0 +1,90 @@
+//! Fits a run into memory before it starts.
+
+use anyhow::{Result, bail};
+
+use super::experiment::Model;
+use crate::config::{Checkpointing, CheckpointingChoice, Config};
+use crate::lora::Adapters;
+use crate::rewards::Rewards;
+use crate::training::memory::{self, Estimate, Parts, Split, fitting, size};
+
+/// Estimates the run's memory, makes the choice that `checkpointing = "auto"` leaves open (in `config`, so that the run
+/// keeps it), and says both on stderr. `None` where the program's allocator does not count.
+///
+/// # Errors
+/// The run does not fit `train.memory_budget`.
+pub(super) fn plan(
+    config: &mut Config,
+    model: &Model,
+    rewards: &Rewards,
+    adapters: &Adapters,
+) -> Result<Option<Estimate>> {
+    if memory::live() == 0 {
+        config.train.checkpointing = explicit(config.train.checkpointing.into());
+        return Ok(None);
+    }
+    let pipeline = &model.pipeline;
+    let parts = Parts {
+        unet: &pipeline.unet,
+        vae: &pipeline.vae,
+        rewards,
+        adapters,
+        prompting: &model.prompting(&[String::new()])?,
+        timestep: model.schedule.steps()[0].timestep,
+        latent_shape: model.latent_shape,
+        steps: model.schedule.len(),
+    };
+    let train = &mut config.train;
+    let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
+    // what the process holds already is not to be found again
+    let budget = given.or_else(|| memory::available().map(|free| free + memory::live() as f64));
+    let step = parts.measure(Checkpointing::Step)?;
+    let block = match train.checkpointing {
+        CheckpointingChoice::Step => None,
+        _ => Some(parts.measure(Checkpointing::Block)?),
+    };
+    let estimate = |split: Split| {
+        let costs = block.as_ref().filter(|_| split.checkpointing == Checkpointing::Block).unwrap_or(&step);
+        parts.estimate(costs, split.batch_size)
+    };
+    let asked = Split { checkpointing: train.checkpointing.into(), batch_size: train.batch_size };
+    let (split, fits) = match train.checkpointing {
+        CheckpointingChoice::Auto => {
+            fitting(train.batch_size, budget.unwrap_or(f64::INFINITY), |split| estimate(split).total())
+        }
+        _ => (asked, budget.is_none_or(|budget| estimate(asked).total() <= budget)),
+    };
+    let estimate = estimate(split);
+    train.checkpointing = explicit(split.checkpointing);
+    train.gradient_accumulation_steps *= train.batch_size / split.batch_size;
+    train.batch_size = split.batch_size;
+
+    let name = format!("{:?}", split.checkpointing).to_lowercase();
+    let limit = match (given, budget) {
+        (Some(given), _) => format!("of {} allowed (train.memory_budget)", size(given)),
+        (None, Some(free)) => format!("of {} available", size(free)),
+        (None, None) => "available memory unknown".to_owned(),
+    };
+    eprintln!(
+        "memory      {estimate}, {limit}; checkpointing `{name}`, micro-batches of {} x {}",
+        split.batch_size, train.gradient_accumulation_steps
+    );
+    if !fits && given.is_some() {
+        bail!(
+            "the run needs {} by its estimate, more than train.memory_budget = {} GiB; choose train.checkpointing = \"auto\", a smaller train.batch_size with more gradient_accumulation_steps, or a smaller sampler.height and sampler.width",
+            size(estimate.total()),
+            train.memory_budget.unwrap_or_default()
+        );
+    }
+    if !fits {
+        eprintln!("warning: the run may need more memory than the machine has free");
+    }
+    Ok(Some(estimate))
+}
+
+fn explicit(checkpointing: Checkpointing) -> CheckpointingChoice {
+    match checkpointing {
+        Checkpointing::Step => CheckpointingChoice::Step,
+        Checkpointing::Block => CheckpointingChoice::Block,
+    }
+}

@@ -1,0 +1,309 @@
+//! Memory: what is in use, counted by the allocator, and what a run will need, before it starts.
+//!
+//! The estimate is measured, not modelled: one differentiated denoising step and one decoded and rewarded image are
+//! computed on small latents, of two sizes and two batches, and the allocator's counts are continued to the run's own.
+//! All activations grow in proportion to the pixels (attention holds a tile of its scores at a time, not all), so
+//!
+//! ```text
+//! peak of a UNet evaluation = fixed + batch · (per image + per latent pixel · h w)     twice with guidance
+//! peak of an image          = fixed + per latent pixel · h w                       one at a time, whatever the batch
+//! peak of the run           = what is loaded + trajectory + the larger of the two
+//! ```
+
+use std::alloc::{GlobalAlloc, Layout};
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::backprop::reward_cotangent;
+use super::rollout::Prompting;
+use crate::config::Checkpointing;
+use crate::diffusion::{Noise, Stream};
+use crate::lora::Adapters;
+use crate::models::unet::Unet;
+use crate::models::vae::Vae;
+use crate::nn::lora::LoraGradients;
+use crate::rewards::Rewards;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// Bytes that are allocated now; 0 where the program's allocator does not count.
+pub fn live() -> usize {
+    LIVE.load(Relaxed)
+}
+
+/// The most bytes that were allocated at a time, since the start or the last [`reset_peak`].
+pub fn peak() -> usize {
+    PEAK.load(Relaxed)
+}
+
+/// The peak is what is allocated now.
+pub fn reset_peak() {
+    PEAK.store(live(), Relaxed);
+}
+
+/// An allocator that counts what it gives and takes back: `#[global_allocator]` of the binary.
+pub struct Counting<A>(pub A);
+
+fn grow(bytes: usize) {
+    let live = LIVE.fetch_add(bytes, Relaxed) + bytes;
+    PEAK.fetch_max(live, Relaxed);
+}
+
+// SAFETY: every call goes on to the inner allocator unchanged; the counters are atomic and allocate nothing.
+unsafe impl<A: GlobalAlloc> GlobalAlloc for Counting<A> {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        // SAFETY: the caller's promise about `layout` is the inner allocator's requirement.
+        unsafe { self.0.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        // SAFETY: as in `alloc`.
+        unsafe { self.0.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: `ptr` came from the inner allocator with this layout, as the caller promises.
+        unsafe { self.0.dealloc(ptr, layout) }
+    }
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // as a move: both are there for a moment
+        grow(new_size);
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: as in `dealloc`; `new_size` is the caller's promise.
+        unsafe { self.0.realloc(ptr, layout, new_size) }
+    }
+}
+
+/// The parts whose memory is estimated.
+pub struct Parts<'a> {
+    pub unet: &'a Unet,
+    pub vae: &'a Vae,
+    pub rewards: &'a Rewards,
+    pub adapters: &'a Adapters,
+    /// Of one image or more.
+    pub prompting: &'a Prompting,
+    /// A timestep of the chain.
+    pub timestep: usize,
+    /// (channels, h, w) of one image.
+    pub latent_shape: (usize, usize, usize),
+    /// Steps of the chain, each of which leaves two latents in the trajectory.
+    pub steps: usize,
+}
+
+/// Sides of the latents that are measured: the larger one is enough for every level of the UNet.
+const PROBE_SIDE: usize = 16;
+
+impl Parts<'_> {
+    /// Measures small evaluations under one kind of checkpointing.
+    ///
+    /// # Errors
+    /// Whatever fails in them: the run would fail too.
+    pub fn measure(&self, checkpointing: Checkpointing) -> Result<Costs> {
+        let (_, h, w) = self.latent_shape;
+        let large = (h.min(PROBE_SIDE), w.min(PROBE_SIDE));
+        let small = (large.0.div_ceil(2), large.1.div_ceil(2));
+        let pixels = (large.0 * large.1 - small.0 * small.1).max(1) as f64;
+
+        // once before they count: caches fill, and threads keep buffers for their next product
+        self.unet_peak(large, 1, checkpointing)?;
+        self.image_peak(large, checkpointing)?;
+        let peaks = [
+            self.unet_peak(small, 1, checkpointing)?,
+            self.unet_peak(small, 2, checkpointing)?,
+            self.unet_peak(large, 1, checkpointing)?,
+            self.image_peak(small, checkpointing)?,
+            self.image_peak(large, checkpointing)?,
+        ];
+        let [one, two, large, image, large_image] = peaks.map(|rise| rise.least);
+        let small = (small.0 * small.1) as f64;
+        let (per_image, unet_pixel, image_pixel) = (two - one, (large - one) / pixels, (large_image - image) / pixels);
+        Ok(Costs {
+            loaded: live() as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
+            unet_fixed: one - per_image,
+            unet_image: per_image - unet_pixel * small,
+            unet_pixel,
+            image_fixed: image - image_pixel * small,
+            image_pixel,
+        })
+    }
+
+    fn unet_peak(&self, (h, w): (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {
+        let channels = self.latent_shape.0;
+        let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (channels, h, w))?;
+        let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
+        // one branch of guidance alone: how far two overlap is another thing in every measurement
+        rise(|| {
+            let mut sum = LoraGradients::new(self.adapters);
+            self.unet.vjp(&x, self.timestep, &context, self.adapters, &x, checkpointing, &mut sum)
+        })
+    }
+
+    /// Branches of guidance that are in memory together at most.
+    fn branches(&self) -> f64 {
+        if self.prompting.guidance_scale > 1.0 && rayon::current_num_threads() > 1 { 2.0 } else { 1.0 }
+    }
+
+    fn image_peak(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
+        let latents = Noise::new(0).normal_batch(Stream::Latents, 0, 0..1, (self.latent_shape.0, h, w))?;
+        let prompt = [String::new()];
+        rise(|| reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing))
+    }
+
+    /// The peak of a run with micro-batches of `batch` images.
+    pub fn estimate(&self, costs: &Costs, batch: usize) -> Estimate {
+        let (channels, h, w) = self.latent_shape;
+        let pixels = (h * w) as f64;
+        let latents = (4 * batch * channels * h * w) as f64;
+        Estimate {
+            loaded: costs.loaded,
+            trajectory: 2.0 * self.steps as f64 * latents,
+            unet: self.branches() * (costs.unet_fixed + batch as f64 * (costs.unet_image + costs.unet_pixel * pixels)),
+            image: costs.image_fixed + costs.image_pixel * pixels,
+        }
+    }
+}
+
+/// How far the count rose above its start, in bytes.
+#[derive(Clone, Copy)]
+struct Rise {
+    least: f64,
+    /// How much more it was at most.
+    spread: f64,
+}
+
+/// The rise while `work` runs.
+///
+/// Threads' buffers are in use together or not, as it happens, and in small models they count. There it is cheap to look
+/// several times: the least rise is the one without such chances, which can be continued to other sizes.
+fn rise<T>(work: impl Fn() -> Result<T>) -> Result<Rise> {
+    let started = Instant::now();
+    let (mut least, mut most) = (usize::MAX, 0);
+    for _ in 0..MOST_LOOKS {
+        let before = live();
+        reset_peak();
+        work()?;
+        let rise = peak().saturating_sub(before);
+        (least, most) = (least.min(rise), most.max(rise));
+        if started.elapsed() > LOOKING {
+            break;
+        }
+    }
+    Ok(Rise { least: least as f64, spread: (most - least) as f64 })
+}
+
+const MOST_LOOKS: usize = 7;
+const LOOKING: Duration = Duration::from_millis(100);
+
+/// Bytes as small evaluations needed them.
+pub struct Costs {
+    /// With what the threads' buffers may add.
+    loaded: f64,
+    unet_fixed: f64,
+    unet_image: f64,
+    unet_pixel: f64,
+    image_fixed: f64,
+    image_pixel: f64,
+}
+
+/// Bytes that a run is expected to need.
+#[derive(Clone, Copy, Debug)]
+pub struct Estimate {
+    /// Weights, adapters, moments, threads' buffers.
+    pub loaded: f64,
+    /// The latents and predictions of a micro-batch.
+    pub trajectory: f64,
+    /// One differentiated step of a micro-batch, both branches of guidance.
+    pub unet: f64,
+    /// The decoder and the rewards, of one image, there and back.
+    pub image: f64,
+}
+
+impl Estimate {
+    pub fn total(&self) -> f64 {
+        self.loaded + self.trajectory + self.unet.max(self.image)
+    }
+}
+
+impl fmt::Display for Estimate {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let [loaded, unet, image] = [self.loaded, self.unet, self.image].map(size);
+        write!(f, "{} (loaded {loaded}, UNet {unet}, VAE and reward {image})", size(self.total()))
+    }
+}
+
+/// Bytes in GiB or MiB.
+pub fn size(bytes: f64) -> String {
+    let mib = bytes / f64::from(1 << 20);
+    if mib < 1024.0 { format!("{mib:.0} MiB") } else { format!("{:.2} GiB", mib / 1024.0) }
+}
+
+/// What the machine can still give, in bytes: Linux's `MemAvailable`, and less where a control group has a limit.
+pub fn available() -> Option<f64> {
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<f64>().ok();
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
+    let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
+    Some(group.map_or(kib * 1024.0, |(limit, used)| (limit - used).min(kib * 1024.0)))
+}
+
+/// The largest resident memory of this process so far in bytes, where the system tells it (Linux).
+pub fn resident_peak() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024.0)
+}
+
+/// How a run is split so that it fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Split {
+    pub checkpointing: Checkpointing,
+    pub batch_size: usize,
+}
+
+/// The first split that fits `budget`, fastest first: `step` and then `block` with the given micro-batch, then `block`
+/// with its divisors, downwards. The last one, and `false`, where none fits.
+pub fn fitting(batch_size: usize, budget: f64, total: impl Fn(Split) -> f64) -> (Split, bool) {
+    let whole = Split { checkpointing: Checkpointing::Step, batch_size };
+    let divisors = (1..=batch_size).rev().filter(|n| batch_size.is_multiple_of(*n));
+    let blocks = divisors.map(|batch_size| Split { checkpointing: Checkpointing::Block, batch_size });
+    let smallest = Split { checkpointing: Checkpointing::Block, batch_size: 1 };
+    match std::iter::once(whole).chain(blocks).find(|split| total(*split) <= budget) {
+        Some(split) => (split, true),
+        None => (smallest, false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fastest_split_that_fits_is_chosen() {
+        // an image costs 3 with `step` and 1 with `block`, beside 1 that is loaded
+        let total = |split: Split| {
+            let image = if split.checkpointing == Checkpointing::Step { 3.0 } else { 1.0 };
+            1.0 + image * split.batch_size as f64
+        };
+        let chosen = |budget| {
+            let (split, fits) = fitting(6, budget, total);
+            (split.checkpointing, split.batch_size, fits)
+        };
+        assert_eq!(chosen(19.0), (Checkpointing::Step, 6, true));
+        assert_eq!(chosen(18.9), (Checkpointing::Block, 6, true));
+        assert_eq!(chosen(6.0), (Checkpointing::Block, 3, true));
+        assert_eq!(chosen(2.0), (Checkpointing::Block, 1, true));
+        assert_eq!(chosen(1.9), (Checkpointing::Block, 1, false));
+    }
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!((size(3.0 * 1048576.0).as_str(), size(1.5 * 1073741824.0).as_str()), ("3 MiB", "1.50 GiB"));
+    }
+}

@@ -387,12 +387,30 @@ fn rewards_add_up_and_each_is_logged() {
 #[test]
 fn a_reward_of_weight_zero_is_logged_and_does_not_train() {
     let alone = Experiment::trained(&["reward.aesthetic.target=10"]);
-    let watched = train_with(&all_rewards([1.0, 0.0, 0.0, 0.0, 0.0]), &[]);
-    for kind in ["clip-head", "hps", "clip-score", "pickscore"] {
+    let sizes = ["reward.compressibility.weight=0", "reward.incompressibility.weight=0"];
+    let watched = train_with(&all_rewards([1.0, 0.0, 0.0, 0.0, 0.0]), &sizes);
+    for kind in ["clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility"] {
         assert_eq!(watched.metric(&format!("reward/{kind}")).len(), 2, "{kind}");
     }
     assert!(bytes(watched.adapters(2)) == bytes(alone.adapters(2)));
     assert_eq!(watched.metric("loss"), alone.metric("loss"));
+}
+
+#[test]
+fn compressibility_shows_sizes_of_files_and_trains_a_smooth_stand_in() {
+    let size = |weights: &str| {
+        let settings = [format!("reward={weights}"), "train.steps=1".to_owned()];
+        Experiment::trained(&settings.each_ref().map(String::as_str))
+    };
+    let small = size("{ compressibility = { weight = 1 }, incompressibility = { weight = 0 } }");
+    let large = size("{ compressibility = { weight = 0 }, incompressibility = { weight = 1 } }");
+    let kilobytes = small.metric("reward/incompressibility")[0];
+    assert!((0.6..40.0).contains(&kilobytes), "{kilobytes}");
+    assert_eq!(small.metric("reward/compressibility")[0], -kilobytes);
+    assert!((small.metric("loss")[0] / kilobytes - 1.0).abs() < 0.2);
+    assert_eq!(small.metric("loss")[0], -large.metric("loss")[0]);
+    assert!(norm(&small.first_gradients()) > 0.0);
+    assert!(distance(&small.first_gradients(), &large.first_gradients()) > 1.0);
 }
 
 #[test]

@@ -3,19 +3,19 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use candle_core::Tensor;
 use image::{ImageFormat, Rgb, RgbImage, imageops};
+
+use crate::rewards::to_bytes;
 
 /// Pixels between the pictures of a grid.
 const GAP: u32 = 4;
 
 /// One image (3, H, W) in [-1, 1] as bytes, rounded as diffusers rounds.
 pub(super) fn to_rgb(image: &Tensor) -> Result<RgbImage> {
-    let (channels, height, width) = image.dims3()?;
-    ensure!(channels == 3, "an image of {channels} channels");
-    let data: Vec<f32> = image.permute((1, 2, 0))?.flatten_all()?.to_vec1()?;
-    let bytes = data.into_iter().map(|x| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8).collect();
+    let (_, height, width) = image.dims3()?;
+    let bytes = to_bytes(image)?;
     RgbImage::from_raw(width as u32, height as u32, bytes).context("pixels that do not fill the image")
 }
 

@@ -138,7 +138,7 @@ impl Plane {
         let basis = cosine_basis();
         plane.each_block(|block| {
             sandwich(block, &basis);
-            block.iter_mut().zip(component.steps).for_each(|(c, step)| *c = *c / f64::from(step));
+            block.iter_mut().zip(component.steps).for_each(|(c, step)| *c /= f64::from(step));
         });
         plane
     }
@@ -173,7 +173,7 @@ impl Plane {
         }
         let basis = transposed(&cosine_basis());
         d.each_block(|block| {
-            block.iter_mut().zip(component.steps).for_each(|(c, step)| *c = *c / f64::from(step));
+            block.iter_mut().zip(component.steps).for_each(|(c, step)| *c /= f64::from(step));
             sandwich(block, &basis);
         });
         let weights = component.weights();

@@ -289,7 +289,12 @@ impl Trainer<'_> {
             scores.push(self.rewards.scores(&image, prompt)?);
             images.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
         }
-        pictures::save_png(&pictures::grid(&images, images.len().min(8))?, &run.samples(state.step))?;
+        let names = self.rewards.names();
+        let captions: Vec<String> =
+            prompts.iter().zip(&scores).map(|(prompt, row)| pictures::caption(prompt, &names, row)).collect();
+        let images = pictures::captioned(images, &captions);
+        pictures::save_png(&pictures::grid(&images, 4)?, &run.samples(state.step))?;
+        run.log_samples(state.step)?;
         let mut line = Map::from_iter([("step".to_owned(), json!(state.step))]);
         for (r, name) in self.rewards.names().iter().enumerate() {
             let mean = scores.iter().map(|row| row[r]).sum::<f64>() / scores.len() as f64;

@@ -160,6 +160,15 @@ impl Rewards {
         self.0.iter()
     }
 
+    /// The weighted loss of the given scores.
+    pub fn loss(&self, scores: &[f64]) -> f64 {
+        self.0
+            .iter()
+            .zip(scores)
+            .map(|(r, score)| if r.weight == 0.0 { 0.0 } else { r.weight * r.reward.objective().loss(*score) })
+            .sum()
+    }
+
     /// Scores of one image, (1, 3, H, W), without a gradient; exact where the gradient is that of a stand-in.
     pub fn scores(&self, image: &Tensor, prompt: &str) -> Result<Vec<f64>> {
         self.0.iter().map(|r| r.reported(image, prompt)).collect()
@@ -169,20 +178,20 @@ impl Rewards {
     pub fn scores_and_gradient(&self, image: &Tensor, prompt: &str, scale: f64) -> Result<ImageReward> {
         let prompts = [prompt.to_owned()];
         let mut scores = Vec::with_capacity(self.0.len());
-        let mut loss = 0.0;
+        let mut differentiated = Vec::with_capacity(self.0.len());
         let mut d_image: Option<Tensor> = None;
         for r in &self.0 {
             if r.weight == 0.0 {
                 scores.push(r.reported(image, prompt)?);
+                differentiated.push(0.0);
                 continue;
             }
             let tape = Tape::new();
             let leaf = tape.leaf(image);
             let score = r.reward.score(&leaf, &prompts)?;
             let value = scalar(&score, r.name)?;
-            let objective = r.reward.objective();
-            loss += r.weight * objective.loss(value);
-            let cotangent = score.tensor().ones_like()?.affine(scale * r.weight * objective.slope(value), 0.0)?;
+            let slope = scale * r.weight * r.reward.objective().slope(value);
+            let cotangent = score.tensor().ones_like()?.affine(slope, 0.0)?;
             let gradient = tape
                 .backward(&[(&score, &cotangent)])?
                 .take(&leaf, &format!("the image from the reward `{}`", r.name))?;
@@ -191,12 +200,13 @@ impl Rewards {
                 None => gradient,
             });
             scores.push(r.reward.exact(image)?.unwrap_or(value));
+            differentiated.push(value);
         }
         let d_image = match d_image {
             Some(d_image) => d_image,
             None => image.zeros_like()?,
         };
-        Ok(ImageReward { scores, loss, d_image })
+        Ok(ImageReward { loss: self.loss(&differentiated), scores, d_image })
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod backprop;
 pub mod checkpoint;
+pub mod events;
 pub mod rollout;
 pub mod run_folder;
 pub mod truncation;

@@ -24,6 +24,8 @@ pub enum Command {
     Soup(SoupArgs),
     /// Make images, with or without a LoRA
     Sample(SampleArgs),
+    /// List the runs in a folder: their best rewards, steps, time and settings
+    Runs(RunsArgs),
     /// Compare this program's numbers with recorded ones of the reference implementation
     Verify(VerifyArgs),
     /// Time one optimizer step, with its memory and its arithmetic
@@ -114,6 +116,13 @@ pub struct EvalArgs {
     /// cpu (this build has no GPU kernels yet); instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct RunsArgs {
+    /// A folder of runs; they may lie deeper in it
+    #[arg(value_name = "DIR", default_value = "runs")]
+    pub dir: PathBuf,
 }
 
 #[derive(Args, Debug)]

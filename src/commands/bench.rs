@@ -247,7 +247,7 @@ fn stable_diffusion_15(name: &str, divisor: usize, groups: usize, random: &Weigh
 }
 
 /// The largest resident memory of this process so far, where the system tells it (Linux).
-fn peak_mib() -> Option<u64> {
+pub(super) fn peak_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;

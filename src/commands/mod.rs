@@ -2,13 +2,16 @@
 
 pub mod bench;
 pub mod eval;
+pub mod runs;
 pub mod sample;
 pub mod soup;
 pub mod train;
 pub mod verify;
 
+mod chart;
 mod experiment;
 mod pictures;
+mod report;
 
 use anyhow::{Result, bail};
 
@@ -22,6 +25,7 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Eval(args) => eval::run(&args).map(|()| true),
         Command::Soup(args) => soup::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),
+        Command::Runs(args) => runs::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| true),
     }

@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value as Json, json};
 
 use super::experiment::{EMBEDDED, Model, config_of, counter};
+use super::report::write_report;
 use super::{check_device, pictures};
 use crate::cli::TrainArgs;
 use crate::config::Config;
@@ -80,6 +81,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         let due = |every: usize| every > 0 && state.step.is_multiple_of(every);
         if due(config.run.save_every) || state.step == end {
             save(&state)?;
+            write_report(&run, &config)?;
         }
         if trainer.samples_due(state.step) {
             trainer.draw_samples(&run, &state)?;
@@ -300,7 +302,8 @@ impl Trainer<'_> {
             let mean = scores.iter().map(|row| row[r]).sum::<f64>() / scores.len() as f64;
             line.insert(format!("sample/{name}"), json!(mean));
         }
-        run.log(&line)
+        run.log(&line)?;
+        write_report(run, self.config)
     }
 }
 

@@ -21,7 +21,8 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    fn at(dir: &Path) -> Self {
+    /// The folder, whatever is in it.
+    pub(crate) fn at(dir: &Path) -> Self {
         Self { dir: dir.to_owned(), events: RefCell::default(), events_from: Cell::default() }
     }
 

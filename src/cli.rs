@@ -119,6 +119,12 @@ pub struct EvalArgs {
 }
 
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop runs
+  alignprop runs runs/sweep
+
+Best is the guard's held-out score where the run has one, else the score of its samples, else that of a batch.")]
 pub struct RunsArgs {
     /// A folder of runs; they may lie deeper in it
     #[arg(value_name = "DIR", default_value = "runs")]
@@ -383,7 +389,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 17);
+        assert_eq!(count, 19);
     }
 
     #[test]
@@ -426,7 +432,7 @@ mod tests {
             ("alignprop train --precision fp16", "a similar value exists: 'f16'"),
             (
                 "alignprop eval --checkpoint r --reward hpsv2",
-                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore]",
+                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility]",
             ),
             ("alignprop eval --checkpoint r --seeds 0", "is not a whole number, 1 or more"),
             ("alignprop sample -o out.png", "--prompt <TEXT>..."),

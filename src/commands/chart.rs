@@ -11,9 +11,9 @@ pub(super) struct Series {
     pub noisy: bool,
 }
 
-const WIDTH: f64 = 480.0;
-const HEIGHT: f64 = 240.0;
-const LEFT: f64 = 56.0;
+const WIDTH: f64 = 360.0;
+const HEIGHT: f64 = 190.0;
+const LEFT: f64 = 48.0;
 const RIGHT: f64 = 12.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 28.0;
@@ -108,7 +108,9 @@ pub(super) fn short(value: f64) -> String {
 
 fn tick_text(value: f64) -> String {
     if value.abs() >= 1e5 || (value != 0.0 && value.abs() < 1e-3) {
-        return format!("{value:.0e}");
+        let text = format!("{value:.2e}");
+        let (digits, power) = text.split_once('e').unwrap_or((&text, "0"));
+        return format!("{}e{power}", digits.trim_end_matches('0').trim_end_matches('.'));
     }
     // ticks are whole multiples of 1, 2 or 5 of some power of ten: what is left is rounding
     format!("{}", (value * 1e6).round() / 1e6)

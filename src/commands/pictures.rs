@@ -45,7 +45,7 @@ pub(super) fn enlarge(picture: RgbImage, at_least: u32) -> RgbImage {
 /// Pictures of one size with a text under each, in 8x8 letters: prompt and score. Lines too many are cut off.
 pub(super) fn captioned(pictures: Vec<RgbImage>, captions: &[String]) -> Vec<RgbImage> {
     let scale = pictures.first().map_or(1, |picture| (picture.width() / 256).max(1));
-    let letters = pictures.first().map_or(1, |picture| (picture.width() / (8 * scale)).max(1)) as usize;
+    let letters = pictures.first().map_or(1, |picture| (picture.width() / (8 * scale)).max(2) - 1) as usize;
     let lines: Vec<Vec<String>> = captions.iter().map(|caption| wrap(caption, letters)).collect();
     let height = lines.iter().map(Vec::len).max().unwrap_or(0) as u32 * LINE * scale + GAP * scale;
     let with_text = |(picture, lines): (RgbImage, &Vec<String>)| {

@@ -33,6 +33,9 @@ impl Metric {
     fn is_batches(&self) -> bool {
         matches!(self.group(), "" | "reward")
     }
+    fn is_constant(&self) -> bool {
+        self.points.len() > 1 && self.points.iter().all(|point| point.1 == self.points[0].1)
+    }
     fn first(&self) -> f64 {
         self.points[0].1
     }
@@ -164,17 +167,28 @@ fn charts(metrics: &[Metric]) -> String {
             }
         }
     }
-    let cards: String = bases.into_iter().map(|base| chart_card(base, metrics)).collect();
-    if cards.is_empty() {
+    if bases.is_empty() {
         return r#"<p class="soft">Nothing is measured yet.</p>"#.to_owned();
     }
-    format!(r#"<h2>Curves</h2><div class="charts">{cards}</div>"#)
+    // a level line says no more than its number
+    let level = |base: &&str| metrics.iter().filter(|m| m.base() == *base).all(Metric::is_constant);
+    let (levels, curves): (Vec<&str>, Vec<&str>) = bases.into_iter().partition(level);
+    let cards: String = curves.into_iter().map(|base| chart_card(base, metrics)).collect();
+    let constants: Vec<String> = metrics
+        .iter()
+        .filter(|m| levels.contains(&m.base()))
+        .map(|m| format!("{} {}", escape(&m.key), short(m.first())))
+        .collect();
+    let note = if constants.is_empty() { String::new() } else { format!(" Constant: {}.", constants.join(", ")) };
+    format!(r#"<h2>Curves</h2><p class="soft">Against optimizer steps.{note}</p><div class="charts">{cards}</div>"#)
 }
 
 fn chart_card(base: &str, metrics: &[Metric]) -> String {
-    let series: Vec<Series> = metrics
-        .iter()
-        .filter(|metric| metric.base() == base)
+    let (batches, others): (Vec<&Metric>, Vec<&Metric>) =
+        metrics.iter().filter(|metric| metric.base() == base).partition(|metric| metric.is_batches());
+    let series: Vec<Series> = batches
+        .into_iter()
+        .chain(others)
         .map(|metric| Series {
             label: match metric.group() {
                 "" | "reward" => "training batches, and their running mean".to_owned(),
@@ -204,7 +218,7 @@ fn grids(run: &RunFolder) -> Result<String> {
         let name = if step == 0 { "Before: step 0".to_owned() } else { format!("After: step {step}") };
         let _ = write!(
             cards,
-            r#"<div class="card"><h3>{name}</h3><img alt="samples of step {step}" src="data:image/png;base64,{}"></div>"#,
+            r#"<div class="card"><h3>{name}</h3><div class="scroll"><img alt="samples of step {step}" src="data:image/png;base64,{}"></div></div>"#,
             base64(&png)
         );
     }
@@ -253,8 +267,8 @@ mod tests {
         assert!(std::fs::read_to_string(dir.join("report.html")).unwrap().contains("Nothing is measured yet"));
 
         for step in 0..4 {
-            let line = serde_json::json!({ "step": step, "loss": 0.5, "reward/hps": 0.1 * f64::from(step), "reward/hps_std": 0.1,
-                "guard/held_out": 0.2, "sample/hps": 0.3, "seconds": 30.0, "cause": "text" });
+            let line = serde_json::json!({ "step": step, "loss": 0.5 - f64::from(step), "reward/hps": 0.1 * f64::from(step), "reward/hps_std": 0.1,
+                "guard/held_out": 0.2 + f64::from(step), "lr": 0.001, "sample/hps": 0.3, "seconds": 30.0, "cause": "text" });
             run.log(line.as_object().unwrap()).unwrap();
         }
         image::RgbImage::new(2, 2)
@@ -268,6 +282,7 @@ mod tests {
         for part in [
             "<h3>hps</h3>",
             "<h3>loss</h3>",
+            "Constant: lr 0.001, seconds 30",
             "<h3>held_out</h3>",
             "samples: fixed",
             "step 3 of 100",

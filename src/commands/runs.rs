@@ -1,6 +1,6 @@
 //! `alignprop runs DIR`: the runs in a folder side by side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
@@ -87,15 +87,24 @@ impl Run {
         };
         run.steps = rows.iter().map(|(step, _)| *step).max().unwrap_or(0);
         run.seconds = rows.iter().filter_map(|(_, row)| row.get("seconds")?.as_f64()).sum();
-        run.best = best(&rows);
+        let untrained = |kind: &str| {
+            let weight = run.settings.get(&format!("reward.{kind}.weight"));
+            weight.is_some_and(|weight| weight.parse() == Ok(0.0))
+        };
+        run.best = best(&rows, untrained);
         run
     }
 }
 
-/// The best held-out score; without one, that of the samples, then that of a training batch.
-fn best(rows: &[(usize, serde_json::Map<String, serde_json::Value>)]) -> Option<Best> {
+/// The best held-out score; without one, that of the samples, then that of a training batch, by the first reward that
+/// is trained.
+fn best(
+    rows: &[(usize, serde_json::Map<String, serde_json::Value>)],
+    untrained: impl Fn(&str) -> bool,
+) -> Option<Best> {
     let keys = || rows.iter().flat_map(|(_, row)| row.keys());
-    let is_score = |key: &&String| !key.ends_with("_std") && !key.ends_with("/loss");
+    let kind = |key: &str| key.rsplit('/').next().unwrap_or_default().to_owned();
+    let is_score = |key: &&String| !key.ends_with("_std") && !key.ends_with("/loss") && !untrained(&kind(key));
     let of = |prefix: &str| keys().filter(is_score).find(|key| key.starts_with(prefix));
     let metric =
         of("guard/held_out").or_else(|| of("guard/reward")).or_else(|| of("sample/")).or_else(|| of("reward/"))?;
@@ -125,9 +134,12 @@ fn differences(runs: &[Run]) -> Vec<String> {
     let mut keys: Vec<&String> = readable.iter().flat_map(|run| run.settings.keys()).collect();
     keys.sort();
     keys.dedup();
-    // where a run lies, and what its name says already
     keys.retain(|key| {
-        *key != "run.dir" && readable.iter().any(|run| run.settings.get(*key) != readable[0].settings.get(*key))
+        let values: BTreeSet<_> = readable.iter().map(|run| run.settings.get(*key)).collect();
+        // of a reward that only some runs have, its weight says enough
+        let detail = key.starts_with("reward.") && !key.ends_with(".weight");
+        let different = if detail { values.iter().flatten().count() } else { values.len() };
+        *key != "run.dir" && different > 1
     });
     let of = |run: &Run| match &run.complaint {
         Some(complaint) => complaint.clone(),
@@ -168,7 +180,11 @@ mod tests {
             fs::create_dir_all(&dir).unwrap();
             fs::write(dir.join(file), text).unwrap();
         };
-        let config = |lr: &str| format!("[optimizer]\nlr = {lr}\n[train]\nsteps = 9\n[run]\ndir = 'x{lr}'\n");
+        let config = |lr: &str| {
+            format!(
+                "[optimizer]\nlr = {lr}\n[train]\nsteps = 9\n[run]\ndir = 'x{lr}'\n[reward.clip-score]\nweight = 0.0\n"
+            )
+        };
         write("a", "config.toml", &config("0.1"));
         write(
             "a",
@@ -176,7 +192,7 @@ mod tests {
             concat!(
                 r#"{"step":1,"loss":1.0,"reward/hps":0.9,"seconds":60.0}"#,
                 "\n",
-                r#"{"step":1,"sample/hps":0.2,"sample/loss":9.0}"#,
+                r#"{"step":1,"sample/clip-score":0.9,"sample/hps":0.2,"sample/loss":9.0}"#,
                 "\n",
                 r#"{"step":2,"loss":1.0,"reward/hps":0.8,"seconds":120.0}"#,
                 "\n",
@@ -185,7 +201,7 @@ mod tests {
                 r#"{"step":3,"samp"#,
             ),
         );
-        write("deep/b", "config.toml", &config("0.2"));
+        write("deep/b", "config.toml", &(config("0.2") + "[reward.hps]\nfile = 'h'\nweight = 2.0\n"));
         write("deep/b", "metrics.jsonl", "");
         write("broken", "config.toml", "lr = = 3");
         write("broken", "metrics.jsonl", r#"{"step":4,"guard/held_out":0.5,"sample/hps":0.7}"#);
@@ -208,7 +224,7 @@ mod tests {
 
         let settings = differences(&runs);
         assert_eq!(settings[0], "optimizer.lr=0.1");
-        assert_eq!(settings[2], "optimizer.lr=0.2");
+        assert_eq!(settings[2], "optimizer.lr=0.2 reward.hps.weight=2.0");
         assert!(settings[1].starts_with("config.toml: ") && settings[3] == "no config.toml", "{settings:?}");
         let text = table(&runs).to_string();
         assert!(text.contains("2/9") && text.contains("3.0 min") && text.contains("4/?"), "{text}");

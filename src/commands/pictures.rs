@@ -45,7 +45,7 @@ pub(super) fn enlarge(picture: RgbImage, at_least: u32) -> RgbImage {
 /// Pictures of one size with a text under each, in 8x8 letters: prompt and score. Lines too many are cut off.
 pub(super) fn captioned(pictures: Vec<RgbImage>, captions: &[String]) -> Vec<RgbImage> {
     let scale = pictures.first().map_or(1, |picture| (picture.width() / 256).max(1));
-    let letters = pictures.first().map_or(1, |picture| (picture.width() / (8 * scale)).max(2) - 1) as usize;
+    let letters = pictures.first().map_or(1, |picture| (picture.width() / (PITCH * scale)).max(2) - 1) as usize;
     let lines: Vec<Vec<String>> = captions.iter().map(|caption| wrap(caption, letters)).collect();
     let height = lines.iter().map(Vec::len).max().unwrap_or(0) as u32 * LINE * scale + GAP * scale;
     let with_text = |(picture, lines): (RgbImage, &Vec<String>)| {
@@ -54,7 +54,7 @@ pub(super) fn captioned(pictures: Vec<RgbImage>, captions: &[String]) -> Vec<Rgb
         for (row, line) in (0..).zip(lines) {
             let top = picture.height() + (GAP + row * LINE) * scale;
             for (column, letter) in (0..).zip(line.chars()) {
-                draw_letter(&mut cell, letter, column * 8 * scale, top, scale);
+                draw_letter(&mut cell, letter, column * PITCH * scale, top, scale);
             }
         }
         cell
@@ -68,6 +68,8 @@ pub(super) fn caption(prompt: &str, rewards: &[&str], scores: &[f64]) -> String 
     std::iter::once(prompt.replace('\n', " ")).chain(scores).collect()
 }
 
+/// Pixels from one letter to the next: most leave the last of their eight columns empty.
+const PITCH: u32 = 7;
 /// Pixels from one line of text to the next.
 const LINE: u32 = 10;
 /// Lines of a caption's paragraph, at most.

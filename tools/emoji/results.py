@@ -344,7 +344,7 @@ def main():
     parser.add_argument("--docs", default=os.path.join(ROOT, "docs"), help="where results.md, results.json and img/ go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the configs'")
-    parser.add_argument("--prompts", type=int, default=45, help="prompts of each set, of 90; 45 are one for each animal")
+    parser.add_argument("--prompts", type=int, default=90, help="prompts of each set; 45 are one for each animal")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side, which share the cores")
     args = parser.parse_args()
     started = time.time()

@@ -26,6 +26,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Make images, with or without a LoRA
     Sample(SampleArgs),
+    /// List the runs in a folder: their best rewards, steps, time and settings
+    Runs(RunsArgs),
     /// Compare this program's numbers with recorded ones of the reference implementation
     Verify(VerifyArgs),
     /// Time one optimizer step, with its memory and its arithmetic
@@ -132,6 +134,19 @@ pub struct EvalArgs {
     /// cpu (this build has no GPU kernels yet); instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop runs
+  alignprop runs runs/sweep
+
+Best is the guard's held-out score where the run has one, else the score of its samples, else that of a batch.")]
+pub struct RunsArgs {
+    /// A folder of runs; they may lie deeper in it
+    #[arg(value_name = "DIR", default_value = "runs")]
+    pub dir: PathBuf,
 }
 
 #[derive(Args, Debug)]
@@ -448,7 +463,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 21);
+        assert_eq!(count, 22);
     }
 
     #[test]
@@ -500,7 +515,7 @@ mod tests {
             ("alignprop train --precision fp16", "a similar value exists: 'f16'"),
             (
                 "alignprop eval --checkpoint r --reward hpsv2",
-                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore]",
+                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility]",
             ),
             ("alignprop eval --checkpoint r --seeds 0", "is not a whole number, 1 or more"),
             ("alignprop sample -o out.png", "--prompt <TEXT>..."),

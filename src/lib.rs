@@ -13,7 +13,7 @@
 //! Imports only go down:
 //!
 //! ```text
-//! commands     train, eval, soup, export, sample, verify, bench: recipes, read from top to bottom
+//! commands     train, eval, soup, export, sample, runs, verify, bench: recipes, read from top to bottom
 //! cli          the command line
 //! training     rollout, backprop, truncation (which steps keep their gradient), checkpoint, run folder
 //! rewards      the trait, CLIP heads, text-image cosines, preprocessing

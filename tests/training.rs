@@ -390,12 +390,31 @@ fn rewards_add_up_and_each_is_logged() {
 #[test]
 fn a_reward_of_weight_zero_is_logged_and_does_not_train() {
     let alone = Experiment::trained(&["reward.aesthetic.target=10"]);
-    let watched = train_with(&all_rewards([1.0, 0.0, 0.0, 0.0, 0.0]), &[]);
-    for kind in ["clip-head", "hps", "clip-score", "pickscore"] {
+    let sizes = ["reward.compressibility.weight=0", "reward.incompressibility.weight=0"];
+    let watched = train_with(&all_rewards([1.0, 0.0, 0.0, 0.0, 0.0]), &sizes);
+    for kind in ["clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility"] {
         assert_eq!(watched.metric(&format!("reward/{kind}")).len(), 2, "{kind}");
     }
     assert!(bytes(watched.adapters(2)) == bytes(alone.adapters(2)));
     assert_eq!(watched.metric("loss"), alone.metric("loss"));
+}
+
+#[test]
+fn compressibility_shows_sizes_of_files_and_trains_a_smooth_stand_in() {
+    let size = |weights: &str| {
+        let settings = [format!("reward={weights}"), "train.steps=1".into(), "optimizer.loss_coeff=1".into()];
+        Experiment::trained(&settings.each_ref().map(String::as_str))
+    };
+    let small = size("{ compressibility = { weight = 1 }, incompressibility = { weight = 0 } }");
+    let large = size("{ compressibility = { weight = 0 }, incompressibility = { weight = 1 } }");
+    let kilobytes = small.metric("reward/incompressibility")[0];
+    assert!((0.6..40.0).contains(&kilobytes), "{kilobytes}");
+    assert_eq!(small.metric("reward/compressibility")[0], -kilobytes);
+    let smooth = small.metric("loss")[0];
+    assert!((smooth / kilobytes - 1.0).abs() < 0.2, "{smooth} for {kilobytes} kB");
+    assert_eq!(small.metric("loss")[0], -large.metric("loss")[0]);
+    assert!(norm(&small.first_gradients()) > 0.0);
+    assert!(distance(&small.first_gradients(), &large.first_gradients()) > 1.0);
 }
 
 #[test]
@@ -461,8 +480,19 @@ fn the_adapter_says_how_it_was_made() {
 fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
     let run = Experiment::trained(&["train.steps=2", "run.sample_every=1", "run.num_samples=3"]);
     let folder = run.run_folder();
-    let expected = ["checkpoints", "config.toml", "metrics.jsonl", "pytorch_lora_weights.safetensors", "samples"];
+    let expected = [
+        "checkpoints",
+        "config.toml",
+        "metrics.jsonl",
+        "pytorch_lora_weights.safetensors",
+        "report.html",
+        "samples",
+        "tensorboard",
+    ];
     assert_eq!(listing(&folder), expected);
+    let report = fs::read_to_string(folder.join("report.html")).unwrap();
+    assert!(report.contains("optimizer step 2 of 2") && report.matches("data:image/png").count() == 2);
+    assert_eq!(listing(&folder.join("tensorboard")).len(), 1);
     assert_eq!(run.checkpoints(), ["step-000000", "step-000001", "step-000002"]);
     let expected = ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"];
     assert_eq!(listing(&run.checkpoint(2)), expected);
@@ -471,7 +501,7 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
         "the run's adapter is that of the last checkpoint"
     );
 
-    // three pictures of 40 x 72, four times as large, with 4 white pixels between them
+    // three pictures of 40 x 72, four times as large, with 4 white pixels between them and the captions under them
     let pictures: Vec<_> = (0..3)
         .map(|step| {
             let path = folder.join(format!("samples/step-{step:06}.png"));
@@ -479,7 +509,8 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
         })
         .collect();
     for picture in &pictures {
-        assert_eq!(picture.dimensions(), (3 * 160 + 2 * 4, 288));
+        // 4 pixels, and 10 each for the prompt and the score
+        assert_eq!(picture.dimensions(), (3 * 160 + 2 * 4, 288 + 24));
         assert!((160..164).all(|x| picture.get_pixel(x, 100).0 == [255; 3]));
     }
     assert!(pictures[0] != pictures[2], "the pictures of the base model and of the adapted one are the same");
@@ -558,7 +589,7 @@ fn a_size_with_odd_latents_trains_upright_and_lying() {
         let picture = image::open(run.run_folder().join("samples/step-000001.png")).unwrap();
         // enlarged to 128 pixels of width or more
         let factor = 128u32.div_ceil(width);
-        assert_eq!(picture.height(), height * factor);
+        assert!((height * factor + 1..height * factor + 90).contains(&picture.height()));
         assert!(run.metric("grad_norm")[0] > 0.0);
     }
 }
@@ -576,8 +607,8 @@ fn without_a_size_the_model_says_it() {
     fs::write(&config, without).unwrap();
     experiment.train(&["train.steps=1", "run.sample_every=1", "run.num_samples=1"]).unwrap();
     let picture = image::open(experiment.run_folder().join("samples/step-000001.png")).unwrap();
-    // sample_size 11 times 8, enlarged twice
-    assert_eq!((picture.width(), picture.height()), (176, 176));
+    // sample_size 11 times 8, enlarged twice, and two lines of text
+    assert_eq!((picture.width(), picture.height()), (176, 176 + 24));
 }
 
 // ---------------------------------------------------------------------------------------------------- not a number

@@ -3,14 +3,17 @@
 pub mod bench;
 pub mod eval;
 pub mod export;
+pub mod runs;
 pub mod sample;
 pub mod soup;
 pub mod train;
 pub mod verify;
 
 mod budget;
+mod chart;
 mod experiment;
 mod pictures;
+mod report;
 
 use anyhow::{Result, bail};
 
@@ -25,6 +28,7 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Soup(args) => soup::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),
+        Command::Runs(args) => runs::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| true),
     }

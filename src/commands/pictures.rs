@@ -3,19 +3,20 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use candle_core::Tensor;
+use font8x8::{BASIC_FONTS, GREEK_FONTS, HIRAGANA_FONTS, LATIN_FONTS, UnicodeFonts};
 use image::{ImageFormat, Rgb, RgbImage, imageops};
+
+use crate::rewards::to_bytes;
 
 /// Pixels between the pictures of a grid.
 const GAP: u32 = 4;
 
 /// One image (3, H, W) in [-1, 1] as bytes, rounded as diffusers rounds.
 pub(super) fn to_rgb(image: &Tensor) -> Result<RgbImage> {
-    let (channels, height, width) = image.dims3()?;
-    ensure!(channels == 3, "an image of {channels} channels");
-    let data: Vec<f32> = image.permute((1, 2, 0))?.flatten_all()?.to_vec1()?;
-    let bytes = data.into_iter().map(|x| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8).collect();
+    let (_, height, width) = image.dims3()?;
+    let bytes = to_bytes(image)?;
     RgbImage::from_raw(width as u32, height as u32, bytes).context("pixels that do not fill the image")
 }
 
@@ -41,6 +42,81 @@ pub(super) fn enlarge(picture: RgbImage, at_least: u32) -> RgbImage {
     imageops::resize(&picture, picture.width() * factor, picture.height() * factor, imageops::FilterType::Nearest)
 }
 
+/// Pictures of one size with a text under each, in 8x8 letters: prompt and score. Lines too many are cut off.
+pub(super) fn captioned(pictures: Vec<RgbImage>, captions: &[String]) -> Vec<RgbImage> {
+    let scale = pictures.first().map_or(1, |picture| (picture.width() / 256).max(1));
+    let letters = pictures.first().map_or(1, |picture| (picture.width() / (PITCH * scale)).max(2) - 1) as usize;
+    let lines: Vec<Vec<String>> = captions.iter().map(|caption| wrap(caption, letters)).collect();
+    let height = lines.iter().map(Vec::len).max().unwrap_or(0) as u32 * LINE * scale + GAP * scale;
+    let with_text = |(picture, lines): (RgbImage, &Vec<String>)| {
+        let mut cell = RgbImage::from_pixel(picture.width(), picture.height() + height, Rgb([255; 3]));
+        imageops::replace(&mut cell, &picture, 0, 0);
+        for (row, line) in (0..).zip(lines) {
+            let top = picture.height() + (GAP + row * LINE) * scale;
+            for (column, letter) in (0..).zip(line.chars()) {
+                draw_letter(&mut cell, letter, column * PITCH * scale, top, scale);
+            }
+        }
+        cell
+    };
+    pictures.into_iter().zip(&lines).map(with_text).collect()
+}
+
+/// A prompt with its scores, a line each.
+pub(super) fn caption(prompt: &str, rewards: &[&str], scores: &[f64]) -> String {
+    let scores = rewards.iter().zip(scores).map(|(name, score)| format!("\n{name} {score:.3}"));
+    std::iter::once(prompt.replace('\n', " ")).chain(scores).collect()
+}
+
+/// Pixels from one letter to the next: most leave the last of their eight columns empty.
+const PITCH: u32 = 7;
+/// Pixels from one line of text to the next.
+const LINE: u32 = 10;
+/// Lines of a caption's paragraph, at most.
+const MAX_LINES: usize = 4;
+
+/// Each line of the text in lines of at most `letters` letters, at spaces where it can be.
+fn wrap(text: &str, letters: usize) -> Vec<String> {
+    let mut all = Vec::new();
+    for paragraph in text.lines() {
+        let mut lines: Vec<String> = Vec::new();
+        for word in paragraph.split_whitespace() {
+            let word: Vec<char> = word.chars().collect();
+            for part in word.chunks(letters) {
+                let part: String = part.iter().collect();
+                match lines.last_mut() {
+                    Some(line) if line.chars().count() + 1 + part.chars().count() <= letters => {
+                        *line += &format!(" {part}")
+                    }
+                    _ => lines.push(part),
+                }
+            }
+        }
+        if lines.len() > MAX_LINES {
+            lines.truncate(MAX_LINES);
+            let last = &mut lines[MAX_LINES - 1];
+            *last = last.chars().take(letters.saturating_sub(2)).chain("..".chars()).collect();
+        }
+        all.extend(lines);
+    }
+    all
+}
+
+fn draw_letter(picture: &mut RgbImage, letter: char, left: u32, top: u32, scale: u32) {
+    let fonts: [&dyn UnicodeFonts; 4] = [&BASIC_FONTS, &LATIN_FONTS, &GREEK_FONTS, &HIRAGANA_FONTS];
+    let glyph = fonts.iter().find_map(|font| font.get(letter)).or_else(|| BASIC_FONTS.get('?')).unwrap_or_default();
+    for (row, bits) in (0..).zip(glyph) {
+        for column in (0..8u32).filter(|column| bits >> column & 1 == 1) {
+            for (dx, dy) in (0..scale).flat_map(|dx| (0..scale).map(move |dy| (dx, dy))) {
+                let (x, y) = (left + column * scale + dx, top + row * scale + dy);
+                if x < picture.width() && y < picture.height() {
+                    picture.put_pixel(x, y, Rgb([40; 3]));
+                }
+            }
+        }
+    }
+}
+
 /// Writes a PNG whole or not at all; missing folders are made.
 pub(super) fn save_png(picture: &RgbImage, path: &Path) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -55,4 +131,31 @@ pub(super) fn save_png(picture: &RgbImage, path: &Path) -> Result<()> {
         Ok(())
     };
     write().with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn captions_wrap_at_spaces_and_end_in_dots() {
+        assert_eq!(
+            wrap("a retro cat on a pink background\nclip-score 0.71", 16),
+            ["a retro cat on a", "pink background", "clip-score 0.71"]
+        );
+        assert_eq!(wrap("incomprehensibilities", 8), ["incompre", "hensibil", "ities"]);
+        assert_eq!(wrap("a b c d e f", 1), ["a", "b", "c", ".."]);
+        assert!(wrap("", 16).is_empty());
+    }
+
+    #[test]
+    fn captions_add_the_same_height_to_every_picture() {
+        let blank = || RgbImage::from_pixel(64, 32, Rgb([9; 3]));
+        let cells = captioned(vec![blank(), blank()], &["one line and more".to_owned(), "é\u{1f600}".to_owned()]);
+        assert_eq!(cells[0].dimensions(), cells[1].dimensions());
+        assert_eq!(cells[0].width(), 64);
+        let ink = |cell: &RgbImage| cell.rows().skip(32).flatten().filter(|pixel| pixel.0 == [40; 3]).count();
+        assert!(ink(&cells[0]) > ink(&cells[1]) && ink(&cells[1]) > 10);
+        assert_eq!(cells[1].get_pixel(5, 5).0, [9; 3]);
+    }
 }

@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value as Json, json};
 
 use super::experiment::{EMBEDDED, Model, config_of, counter};
+use super::report::write_report;
 use super::{budget, check_device, pictures};
 use crate::cli::TrainArgs;
 use crate::config::{Config, RunConfig};
@@ -112,6 +113,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         let due = |every: usize| every > 0 && state.step.is_multiple_of(every);
         if due(config.run.save_every) || due(config.guard.every) || state.step == end {
             save(&state)?;
+            write_report(&run, &config).with_context(|| going_on(&run))?;
         }
     }
     progress.finish_and_clear();
@@ -380,7 +382,12 @@ impl Trainer<'_> {
             scores.push(self.rewards.scores(&image, prompt)?);
             images.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
         }
-        pictures::save_png(&pictures::grid(&images, images.len().min(8))?, &run.samples(state.step))?;
+        let names = self.rewards.names();
+        let captions: Vec<String> =
+            prompts.iter().zip(&scores).map(|(prompt, row)| pictures::caption(prompt, &names, row)).collect();
+        let images = pictures::captioned(images, &captions);
+        pictures::save_png(&pictures::grid(&images, 4)?, &run.samples(state.step))?;
+        run.log_samples(state.step)?;
         let mut line = Map::from_iter([("step".to_owned(), json!(state.step))]);
         for (r, name) in self.rewards.names().iter().enumerate() {
             let mean = scores.iter().map(|row| row[r]).sum::<f64>() / scores.len() as f64;
@@ -388,7 +395,8 @@ impl Trainer<'_> {
         }
         let loss = scores.iter().map(|row| self.rewards.loss(row)).sum::<f64>() / scores.len() as f64;
         line.insert("sample/loss".to_owned(), json!(loss));
-        run.log(&line)
+        run.log(&line)?;
+        write_report(run, self.config)
     }
 }
 

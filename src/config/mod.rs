@@ -252,7 +252,8 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 5] = ["aesthetic", "clip-head", "hps", "clip-score", "pickscore"];
+pub const REWARD_KINDS: [&str; 7] =
+    ["aesthetic", "clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility"];
 
 /// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -263,6 +264,8 @@ pub struct RewardsConfig {
     pub hps: Option<HpsConfig>,
     pub clip_score: Option<ClipScoreConfig>,
     pub pickscore: Option<PickscoreConfig>,
+    pub compressibility: Option<CompressibilityConfig>,
+    pub incompressibility: Option<CompressibilityConfig>,
 }
 
 impl RewardsConfig {
@@ -278,6 +281,8 @@ impl RewardsConfig {
             hps: pick(wanted("hps"), &self.hps),
             clip_score: pick(wanted("clip-score"), &self.clip_score),
             pickscore: pick(wanted("pickscore"), &self.pickscore),
+            compressibility: pick(wanted("compressibility"), &self.compressibility),
+            incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
         }
     }
 
@@ -289,6 +294,8 @@ impl RewardsConfig {
             self.hps.as_ref().map(|reward| reward.weight),
             self.clip_score.as_ref().map(|reward| reward.weight),
             self.pickscore.as_ref().map(|reward| reward.weight),
+            self.compressibility.as_ref().map(|reward| reward.weight),
+            self.incompressibility.as_ref().map(|reward| reward.weight),
         ];
         let kinds = REWARD_KINDS.into_iter().zip(weights);
         kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
@@ -386,6 +393,15 @@ table! {
         /// A `tokenizer.json`, or a folder or hub id that has one. Absent: the one beside the
         /// model, else the pipeline's.
         tokenizer: Option<String> = None,
+    }
+}
+
+table! {
+    /// `[reward.compressibility]`: minus the image's size in kB (1000 bytes) as a JPEG of quality 95, as in DDPO; and
+    /// `[reward.incompressibility]`, its opposite. Scores are exact sizes; the loss is that of a smooth stand-in, ∓size.
+    pub struct CompressibilityConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
     }
 }
 

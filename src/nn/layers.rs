@@ -89,6 +89,13 @@ pub fn upsample_nearest(x: &Value, height: usize, width: usize) -> Result<Value>
     Ok(Value::step([x], y, move |d| Ok([Some(ops::upsample::upsample_nearest_bwd(d, h, w)?)])))
 }
 
+/// About the size in bytes, as a JPEG of quality 95, of each of the pixels (B, 3, H, W) in [0, 1].
+pub fn jpeg_size(pixels: &Value) -> Result<Value> {
+    let y = ops::jpeg_size::jpeg_size_fwd(pixels.tensor())?;
+    let input = pixels.tensor().clone();
+    Ok(Value::step([pixels], y, move |d| Ok([Some(ops::jpeg_size::jpeg_size_bwd(d, &input)?)])))
+}
+
 /// Scaled dot-product attention; q (B, N, C), k and v (B, M, C).
 pub fn dot_product_attention(q: &Value, k: &Value, v: &Value, heads: Heads) -> Result<Value> {
     let y = attention_fwd(q.tensor(), k.tensor(), v.tensor(), heads)?;

@@ -15,6 +15,7 @@ pub(crate) mod frozen;
 pub mod geglu;
 pub mod group_norm;
 mod host;
+pub mod jpeg_size;
 pub mod layer_norm;
 pub mod linear;
 pub mod sum;

@@ -4,6 +4,7 @@
 //! each one's scores are reported. A new reward is one file here and one table in the config.
 
 mod clip_head;
+mod jpeg;
 mod preprocess;
 mod text_image;
 
@@ -20,12 +21,19 @@ use crate::models::{Source, Weights};
 use crate::nn::{Tape, Value};
 use crate::ops::not_a_number;
 
+pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, preprocess, resize_matrix};
 
 /// A differentiable score of images.
 pub trait Reward {
     /// Scores (B) of images (B, 3, H, W) in [-1, 1] for their prompts; higher is better.
     fn score(&self, images: &Value, prompts: &[String]) -> Result<Value>;
+
+    /// The exact score of one image (1, 3, H, W), where `score` is a smooth stand-in for it: what is reported, while the
+    /// loss is that of `score`.
+    fn exact(&self, _image: &Tensor) -> Result<Option<f64>> {
+        Ok(None)
+    }
 
     fn objective(&self) -> Objective;
 
@@ -148,6 +156,12 @@ impl Rewards {
                 text_image::clip_score(&c.model, c.tokenizer.as_deref(), c.preprocess, &mut towers, tokenizer),
             )?;
         }
+        if let Some(c) = &config.compressibility {
+            push("compressibility", c.weight, Ok(jpeg::compressibility()))?;
+        }
+        if let Some(c) = &config.incompressibility {
+            push("incompressibility", c.weight, Ok(jpeg::incompressibility()))?;
+        }
         if rewards.is_empty() {
             bail!(
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
@@ -198,20 +212,21 @@ impl Rewards {
         Ok(None)
     }
 
-    /// Scores of one image, (1, 3, H, W), without a gradient.
+    /// Scores of one image, (1, 3, H, W), without a gradient; exact where the gradient is that of a stand-in.
     pub fn scores(&self, image: &Tensor, prompt: &str) -> Result<Vec<f64>> {
-        let (image, prompts) = (Value::constant(image), [prompt.to_owned()]);
-        self.0.iter().map(|r| scalar(&r.reward.score(&image, &prompts)?, r.name)).collect::<Result<_>>()
+        self.0.iter().map(|r| r.reported(image, prompt)).collect()
     }
 
     /// Scores of one image, its loss, and the gradient of `scale · loss` with respect to it.
     pub fn scores_and_gradient(&self, image: &Tensor, prompt: &str, scale: f64) -> Result<ImageReward> {
         let prompts = [prompt.to_owned()];
         let mut scores = Vec::with_capacity(self.0.len());
+        let mut differentiated = Vec::with_capacity(self.0.len());
         let mut d_image: Option<Tensor> = None;
         for r in &self.0 {
             if r.weight == 0.0 {
-                scores.push(scalar(&r.reward.score(&Value::constant(image), &prompts)?, r.name)?);
+                scores.push(r.reported(image, prompt)?);
+                differentiated.push(0.0);
                 continue;
             }
             let tape = Tape::new();
@@ -227,13 +242,24 @@ impl Rewards {
                 Some(sum) => (sum + gradient)?,
                 None => gradient,
             });
-            scores.push(value);
+            scores.push(r.reward.exact(image)?.unwrap_or(value));
+            differentiated.push(value);
         }
         let d_image = match d_image {
             Some(d_image) => d_image,
             None => image.zeros_like()?,
         };
-        Ok(ImageReward { loss: self.loss(&scores), scores, d_image })
+        Ok(ImageReward { loss: self.loss(&differentiated), scores, d_image })
+    }
+}
+
+impl Weighted {
+    /// The score of one image (1, 3, H, W), as it is reported.
+    fn reported(&self, image: &Tensor, prompt: &str) -> Result<f64> {
+        match self.reward.exact(image)? {
+            Some(score) => Ok(score),
+            None => scalar(&self.reward.score(&Value::constant(image), &[prompt.to_owned()])?, self.name),
+        }
     }
 }
 

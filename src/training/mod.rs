@@ -3,6 +3,7 @@
 pub mod anchor;
 pub mod backprop;
 pub mod checkpoint;
+pub mod events;
 pub mod guard;
 pub mod health;
 pub mod memory;

@@ -1,5 +1,6 @@
-//! A run on disk: `config.toml`, `metrics.jsonl`, `samples/`, `checkpoints/`.
+//! A run on disk: `config.toml`, `metrics.jsonl`, `samples/`, `checkpoints/`, `tensorboard/`, `report.html`.
 
+use std::cell::{Cell, RefCell};
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -8,20 +9,30 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 
 use super::checkpoint::{Checkpoint, folder_name};
+use super::events::EventFile;
 
 /// A folder that holds one run.
 pub struct RunFolder {
     dir: PathBuf,
+    /// TensorBoard's file of this session, from its first line of metrics on.
+    events: RefCell<Option<EventFile>>,
+    /// The step from which on this session replaces what earlier ones wrote there.
+    events_from: Cell<Option<usize>>,
 }
 
 impl RunFolder {
+    /// The folder, whatever is in it.
+    pub(crate) fn at(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), events: RefCell::default(), events_from: Cell::default() }
+    }
+
     /// Makes the folder of a new run and saves its resolved config.
     ///
     /// # Errors
     /// The folder holds a run already.
     pub fn create(dir: &Path, config_toml: &str) -> Result<Self> {
         Self::check_free(dir)?;
-        let run = Self { dir: dir.to_owned() };
+        let run = Self::at(dir);
         fs::create_dir_all(dir).with_context(|| format!("making the run folder {}", dir.display()))?;
         run.save_config(config_toml)?;
         Ok(run)
@@ -30,7 +41,7 @@ impl RunFolder {
     /// # Errors
     /// The folder holds a run, or cannot be one.
     pub fn check_free(dir: &Path) -> Result<()> {
-        let run = Self { dir: dir.to_owned() };
+        let run = Self::at(dir);
         if run.config().exists() || run.metrics().exists() {
             bail!(
                 "{} already holds a run; go on with it by `--resume {}`, or choose another folder by `--set run.dir=DIR`",
@@ -49,13 +60,16 @@ impl RunFolder {
     /// # Errors
     /// No run is there.
     pub fn open(dir: &Path) -> Result<Self> {
-        let run = Self { dir: dir.to_owned() };
+        let run = Self::at(dir);
         if !run.config().is_file() {
             bail!("{} is no run folder: it has no config.toml", dir.display());
         }
         Ok(run)
     }
 
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
     pub fn config(&self) -> PathBuf {
         self.dir.join("config.toml")
     }
@@ -113,17 +127,50 @@ impl RunFolder {
         Checkpoint::recover(&self.checkpoints())
     }
 
-    /// Adds a line to `metrics.jsonl`.
+    /// Adds a line to `metrics.jsonl`, and its numbers to TensorBoard's file.
     pub fn log(&self, line: &Map<String, Json>) -> Result<()> {
         let path = self.metrics();
         let mut text = serde_json::to_string(line)?;
         text.push('\n');
         let write = || OpenOptions::new().create(true).append(true).open(&path)?.write_all(text.as_bytes());
-        write().with_context(|| format!("writing {}", path.display()))
+        write().with_context(|| format!("writing {}", path.display()))?;
+        let Some(step) = line.get("step").and_then(Json::as_u64) else { return Ok(()) };
+        let numbers = line.iter().filter(|(key, _)| *key != "step");
+        let numbers = numbers.filter_map(|(key, value)| Some((key.as_str(), value.as_f64()?)));
+        self.with_events(|events| events.scalars(step as usize, numbers))
+    }
+
+    /// Adds the sample grid of a step, which is on disk, to TensorBoard's file.
+    pub fn log_samples(&self, step: usize) -> Result<()> {
+        let path = self.samples(step);
+        let read = || -> Result<_> { Ok((image::image_dimensions(&path)?, fs::read(&path)?)) };
+        let (size, png) = read().with_context(|| format!("reading {}", path.display()))?;
+        self.with_events(|events| events.image(step, "samples", size, &png))
+    }
+
+    fn with_events(&self, write: impl FnOnce(&mut EventFile) -> Result<()>) -> Result<()> {
+        let mut events = self.events.borrow_mut();
+        if events.is_none() {
+            *events = Some(EventFile::create(&self.dir.join("tensorboard"), self.events_from.get())?);
+        }
+        events.as_mut().map_or(Ok(()), write)
+    }
+
+    /// The steps that have a sample grid, in order.
+    pub fn sample_steps(&self) -> Vec<usize> {
+        let names = fs::read_dir(self.dir.join("samples"))
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut steps: Vec<usize> =
+            names.filter_map(|name| name.strip_prefix("step-")?.strip_suffix(".png")?.parse().ok()).collect();
+        steps.sort_unstable();
+        steps
     }
 
     /// Drops the metrics of the steps after `step`: they will be made again.
     pub fn rewind_metrics(&self, step: usize) -> Result<()> {
+        self.events_from.set(Some(step + 1));
         let kept: String = self
             .metrics_text()?
             .lines()
@@ -143,9 +190,15 @@ impl RunFolder {
 
     /// Every step's value of one metric, as far as it was logged.
     pub fn history(&self, metric: &str) -> Result<Vec<(usize, f64)>> {
+        let rows = self.rows()?;
+        Ok(rows.iter().filter_map(|(step, row)| Some((*step, row.get(metric)?.as_f64()?))).collect())
+    }
+
+    /// The lines of `metrics.jsonl` with their steps; a line that was cut off is left out.
+    pub fn rows(&self) -> Result<Vec<(usize, Map<String, Json>)>> {
         let text = self.metrics_text()?;
         let rows = text.lines().filter_map(|line| serde_json::from_str::<Map<String, Json>>(line).ok());
-        Ok(rows.filter_map(|row| Some((row.get("step")?.as_u64()? as usize, row.get(metric)?.as_f64()?))).collect())
+        Ok(rows.filter_map(|row| Some((row.get("step")?.as_u64()? as usize, row))).collect())
     }
 }
 

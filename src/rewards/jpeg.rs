@@ -1,0 +1,163 @@
+//! How well an image compresses: minus its size as a JPEG file (Black et al. 2023, DDPO), or plus.
+//!
+//! A file's size has no gradient. The loss is that of a smooth stand-in, `ops::jpeg_size`; the scores that are shown are
+//! sizes of files.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Tensor;
+use jpeg_encoder::{ChromaSubsamplingMethod, ColorType, Encoder, SamplingFactor};
+
+use super::{Objective, Reward};
+use crate::nn::Value;
+use crate::nn::layers::{activation, jpeg_size};
+use crate::ops::activation::Activation;
+
+/// PIL's and DDPO's. The tables of `ops::jpeg_size` are of this quality.
+const QUALITY: u8 = 95;
+
+struct Jpeg {
+    /// Of a kilobyte of 1000 bytes, as in DDPO: -1 where small files are wanted, 1 where large ones are.
+    per_kilobyte: f64,
+}
+
+impl Reward for Jpeg {
+    fn score(&self, images: &Value, _prompts: &[String]) -> Result<Value> {
+        let bytes = jpeg_size(&activation(images, Activation::UnitRange)?)?;
+        Ok(bytes.affine(self.per_kilobyte / 1000.0, 0.0)?)
+    }
+
+    fn exact(&self, image: &Tensor) -> Result<Option<f64>> {
+        let bytes = jpeg_bytes(&image.squeeze(0)?)?;
+        Ok(Some(self.per_kilobyte * bytes.len() as f64 / 1000.0))
+    }
+
+    fn objective(&self) -> Objective {
+        Objective::Maximize
+    }
+}
+
+/// Minus the kilobytes.
+pub(super) fn compressibility() -> Box<dyn Reward> {
+    Box::new(Jpeg { per_kilobyte: -1.0 })
+}
+
+/// The kilobytes.
+pub(super) fn incompressibility() -> Box<dyn Reward> {
+    Box::new(Jpeg { per_kilobyte: 1.0 })
+}
+
+/// One image (3, H, W) in [-1, 1] as a JPEG file of quality 95: 4:2:0, the standard's tables, as PIL writes it.
+///
+/// # Errors
+/// More than 65535 pixels along a side, which the format does not have.
+pub fn jpeg_bytes(image: &Tensor) -> Result<Vec<u8>> {
+    let (_, height, width) = image.dims3()?;
+    let side = |n: usize| u16::try_from(n).with_context(|| format!("a JPEG of {width}x{height} pixels"));
+    let mut file = Vec::new();
+    let mut encoder = Encoder::new(&mut file, QUALITY);
+    encoder.set_sampling_factor(SamplingFactor::F_2_2);
+    encoder.set_chroma_subsampling_method(ChromaSubsamplingMethod::Average);
+    encoder.encode(&to_bytes(image)?, side(width)?, side(height)?, ColorType::Rgb)?;
+    Ok(file)
+}
+
+/// One image (3, H, W) in [-1, 1] as 8-bit pixels, (H, W, 3), rounded as diffusers rounds.
+pub fn to_bytes(image: &Tensor) -> Result<Vec<u8>> {
+    let (channels, _, _) = image.dims3()?;
+    ensure!(channels == 3, "an image of {channels} channels");
+    let data: Vec<f32> = image.permute((1, 2, 0))?.flatten_all()?.to_vec1()?;
+    Ok(data.into_iter().map(|x| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::Tape;
+    use crate::ops::testing::Case;
+    use candle_core::{DType, Device};
+
+    /// Noise, blurred noise and waves of several strengths and sizes, (1, 3, H, W).
+    fn pictures() -> Vec<Tensor> {
+        let mut pictures = Vec::new();
+        for seed in 0..60u64 {
+            let (h, w) = [(64, 64), (64, 64), (50, 37), (96, 32)][seed as usize % 4];
+            let strength = 0.02 + 0.6 * (seed as f64 * 0.618).fract();
+            let mut x = (Case::normal(&[1, 3, h, w], seed) * strength).unwrap();
+            for _ in 0..seed % 3 * 2 {
+                // a box of 2x2, its border repeated
+                let shifted = |x: &Tensor, axis: usize| {
+                    let n = x.dim(axis).unwrap();
+                    let rest = x.narrow(axis, 1, n - 1).unwrap();
+                    Tensor::cat(&[rest, x.narrow(axis, n - 1, 1).unwrap()], axis).unwrap()
+                };
+                x = ((&x + shifted(&x, 2)).unwrap() * 0.5).unwrap();
+                x = ((&x + shifted(&x, 3)).unwrap() * 0.5).unwrap();
+            }
+            if seed % 5 == 0 {
+                let wave: Vec<f64> = (0..w).map(|i| (i as f64 * 0.05 * (seed + 1) as f64).sin()).collect();
+                x = x.broadcast_add(&Tensor::from_vec(wave, (1, 1, 1, w), &Device::Cpu).unwrap()).unwrap();
+            }
+            pictures.push(x.to_dtype(DType::F32).unwrap());
+        }
+        pictures
+    }
+
+    fn pearson(pairs: &[(f64, f64)]) -> f64 {
+        let n = pairs.len() as f64;
+        let mean = |f: &dyn Fn(&(f64, f64)) -> f64| pairs.iter().map(f).sum::<f64>() / n;
+        let (mx, my) = (mean(&|p| p.0), mean(&|p| p.1));
+        let covariance = mean(&|p| (p.0 - mx) * (p.1 - my));
+        covariance / (mean(&|p| (p.0 - mx).powi(2)) * mean(&|p| (p.1 - my).powi(2))).sqrt()
+    }
+
+    #[test]
+    fn the_stand_in_follows_the_size_of_the_file() {
+        let reward = compressibility();
+        let smooth = |x: &Tensor| {
+            f64::from(reward.score(&Value::constant(x), &[]).unwrap().tensor().to_vec1::<f32>().unwrap()[0])
+        };
+        let pairs: Vec<(f64, f64)> =
+            pictures().iter().map(|x| (reward.exact(x).unwrap().unwrap(), smooth(x))).collect();
+        let correlation = pearson(&pairs);
+        assert!(correlation > 0.995, "Pearson {correlation}");
+        for (exact, smooth) in &pairs {
+            assert!((smooth / exact - 1.0).abs() < 0.15, "{exact} kB and {smooth} kB");
+        }
+        // and where sizes are near each other
+        let small: Vec<_> = pairs.into_iter().filter(|(exact, _)| *exact > -3.0).collect();
+        assert!(small.len() > 10 && pearson(&small) > 0.98, "{} pictures, Pearson {}", small.len(), pearson(&small));
+    }
+
+    #[test]
+    fn following_the_gradient_makes_the_file_smaller_or_larger() {
+        let (small, large) = (compressibility(), incompressibility());
+        let gradient = |reward: &dyn Reward, x: &Tensor| {
+            let tape = Tape::new();
+            let leaf = tape.leaf(x);
+            let score = reward.score(&leaf, &[]).unwrap();
+            tape.backward(&[(&score, &score.tensor().ones_like().unwrap())]).unwrap().take(&leaf, "x").unwrap()
+        };
+        let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        let followed = |reward: &dyn Reward, x: &Tensor| {
+            (0..20).fold(x.clone(), |x, _| {
+                let d = gradient(reward, &x);
+                (&x + (&d * f64::from(0.01 * norm(&x) / norm(&d))).unwrap()).unwrap()
+            })
+        };
+        let kilobytes = |x: &Tensor| large.exact(x).unwrap().unwrap();
+        for x in &pictures()[1..5] {
+            let (less, now, more) = (kilobytes(&followed(&*small, x)), kilobytes(x), kilobytes(&followed(&*large, x)));
+            assert!(less < 0.98 * now && now < 0.98 * more, "{less}, {now} and {more} kB");
+        }
+    }
+
+    #[test]
+    fn the_file_is_a_jpeg_of_the_image() {
+        let x = pictures()[1].squeeze(0).unwrap();
+        let picture = image::load_from_memory(&jpeg_bytes(&x).unwrap()).unwrap().to_rgb8();
+        assert_eq!(picture.dimensions(), (64, 64));
+        let error: f64 =
+            picture.iter().zip(to_bytes(&x).unwrap()).map(|(a, b)| (f64::from(*a) - f64::from(b)).abs()).sum();
+        assert!(error / 64.0 / 64.0 / 3.0 < 30.0, "{error}");
+    }
+}

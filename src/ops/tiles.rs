@@ -3,6 +3,9 @@
 //! 24 accumulators, two vectors of lanes and one broadcast fill 27 of the 32 registers; each step of the reduction loads
 //! 2 vectors and 12 scalars for 24 fused multiply-adds, so the multipliers are what limits.
 
+// indices of registers: the loops are unrolled, and both sides are indexed
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
 /// Lanes of a vector.

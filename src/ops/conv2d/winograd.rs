@@ -116,8 +116,7 @@ fn transform(x: &[f32], channels: usize, grid: &Grid, patches: Range<usize>, tar
                         None => _mm512_setzero_ps(),
                     }))
                 });
-                for j in 0..4 {
-                    let column = spread([d[0][j], d[1][j], d[2][j], d[3][j]]);
+                for (j, column) in (0..4).map(|j| (j, spread([d[0][j], d[1][j], d[2][j], d[3][j]]))) {
                     for (i, v) in column.into_iter().enumerate() {
                         _mm512_mask_storeu_ps(target.add(((4 * i + j) * count + t) * channels + c), lanes, v);
                     }
@@ -379,7 +378,7 @@ impl Winograd {
 
 /// The place of U that `place` is for the kernel turned by 180 degrees.
 fn turned(place: usize) -> usize {
-    let swap = |i: usize| if i % 3 == 0 { 3 - i } else { i };
+    let swap = |i: usize| if i.is_multiple_of(3) { 3 - i } else { i };
     4 * swap(place / 4) + swap(place % 4)
 }
 

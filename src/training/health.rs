@@ -23,8 +23,7 @@ pub fn ensure_finite(what: &str, adapters: &Adapters, tensors: &[Tensor]) -> Res
     Ok(())
 }
 
-/// After the first update: some factor B, which started as zero, must have moved. Otherwise the model is the base model
-/// still, and would stay it.
+/// After the first update: some factor B must have moved. Otherwise the model is what it was at the start, and would stay it.
 ///
 /// # Errors
 /// None has moved.

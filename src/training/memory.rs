@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use candle_core::{DType, Tensor};
 
 use super::backprop::reward_cotangent;
 use super::rollout::Prompting;
@@ -110,7 +111,7 @@ impl Parts<'_> {
         let pixels = (large.0 * large.1 - small.0 * small.1).max(1) as f64;
 
         // once before they count: caches fill, and threads keep buffers for their next product
-        self.unet_peak(large, 1, checkpointing)?;
+        self.evaluate_once(large, checkpointing)?;
         self.image_peak(large, checkpointing)?;
         let peaks = [
             self.unet_peak(small, 1, checkpointing)?,
@@ -130,6 +131,14 @@ impl Parts<'_> {
             image_fixed: image - image_pixel * small,
             image_pixel,
         })
+    }
+
+    /// One differentiated step of one image, both branches of guidance side by side.
+    fn evaluate_once(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<()> {
+        let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..1, (self.latent_shape.0, h, w))?;
+        let prompting = self.prompting.select(&Tensor::zeros(1, DType::U32, x.device())?)?;
+        let mut sum = LoraGradients::new(self.adapters);
+        prompting.vjp(self.unet, &x, self.timestep, self.adapters, &x, checkpointing, &mut sum).map(|_| ())
     }
 
     fn unet_peak(&self, (h, w): (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {

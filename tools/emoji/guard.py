@@ -67,7 +67,7 @@ def train(args, name):
         return alignprop(args, f"{name}.log", "train", "--resume", folder)
     settings = [fill(s, args) for s in RUNS[name]] + [f"run.dir={json.dumps(folder)}", "run.sample_every=0"]
     if args.steps:
-        settings += [f"train.steps={args.steps}", "guard.every=2"]
+        settings += [f"train.steps={args.steps}", "guard.every=2", "guard.num_prompts=2"]
     line = ["train", "--config", CONFIG]
     for setting in settings:
         line += ["--set", setting]

@@ -44,7 +44,7 @@ def main():
             median = lambda i: statistics.median(pair[i][key] for pair in pairs)
             cells.append((form + " / " + form).format(median(0), median(1)))
             cells.append("{:.2f}".format(statistics.median(o[key] / p[key] for o, p in pairs)))
-        tflop = sum(pairs[0][0][k] for k in ("rollout_tflop", "reward_tflop", "backprop_tflop"))
+        tflop = sum(pairs[0][0][k] for k in ("rollout_tflop", "kept_steps_tflop", "reward_tflop", "backprop_tflop"))
         cells.append("{:.0f}".format(statistics.median(tflop * 1e3 / o["step_s"] for o, _ in pairs)))
         print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -34,7 +34,10 @@ struct Report {
     backprop_steps: usize,
     /// Medians, in seconds.
     step_s: f64,
+    /// The steps of the chain whose gradient is not kept.
     rollout_s: f64,
+    /// The forward passes of those whose gradient is.
+    kept_steps_s: f64,
     reward_s: f64,
     backprop_s: f64,
     /// The process' largest resident memory, MiB; absent where the system does not tell it.
@@ -45,6 +48,7 @@ struct Report {
     trainable: usize,
     /// Arithmetic of the matrix products, in 10¹² operations.
     rollout_tflop: f64,
+    kept_steps_tflop: f64,
     reward_tflop: f64,
     backprop_tflop: f64,
     /// The best matrix product of this machine, operations a second / 10⁹.
@@ -53,11 +57,11 @@ struct Report {
     share_of_peak: f64,
 }
 
-/// Seconds and operations of the three phases.
+/// Seconds and operations of the four phases.
 #[derive(Clone, Copy, Default)]
 struct Phases {
-    seconds: [f64; 3],
-    flops: [u64; 3],
+    seconds: [f64; 4],
+    flops: [u64; 4],
     total: f64,
 }
 
@@ -102,6 +106,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         steps: args.steps,
     };
     let estimate = parts.estimate(&parts.measure(args.checkpointing)?, args.batch).total();
+    memory::release();
     memory::reset_peak();
 
     let mut runs = Vec::with_capacity(args.reps);
@@ -114,9 +119,15 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             phases.flops[phase] += flops() - count;
             (lap, count) = (Instant::now(), flops());
         };
-        let trajectory =
-            rollout(&subject.unet, &plan.steps, x_t, &prompting, &adapters, |_| anyhow::bail!("eta is 0"))?;
+        let (first, kept) = plan.steps.split_at(args.steps - args.backprop_steps);
+        let no_noise = |_| anyhow::bail!("eta is 0");
+        let mut trajectory = rollout(&subject.unet, first, x_t, &prompting, &adapters, no_noise)?;
         mark(0);
+        let last = rollout(&subject.unet, kept, trajectory.latents, &prompting, &adapters, no_noise)?;
+        trajectory.inputs.extend(last.inputs);
+        trajectory.latents = last.latents;
+        memory::release();
+        mark(1);
         let credit = reward_cotangent(
             &subject.vae,
             &subject.rewards,
@@ -125,7 +136,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             0.01 / args.batch as f64,
             args.checkpointing,
         )?;
-        mark(1);
+        memory::release();
+        mark(2);
         let mut sum = LoraGradients::new(&adapters);
         backprop(
             &subject.unet,
@@ -141,7 +153,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         clip_grad_norm(&mut gradients, 5.0)?;
         let updated = optimizer.update(&adapters.tensors(), &gradients, 1e-3)?;
         adapters = adapters.with_tensors(updated)?;
-        mark(2);
+        memory::release();
+        mark(3);
         phases.total = start.elapsed().as_secs_f64();
         if repetition > 0 {
             runs.push(phases); // the first one warms the caches
@@ -164,17 +177,19 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         backprop_steps: args.backprop_steps,
         step_s,
         rollout_s: median(&|p| p.seconds[0]),
-        reward_s: median(&|p| p.seconds[1]),
-        backprop_s: median(&|p| p.seconds[2]),
+        kept_steps_s: median(&|p| p.seconds[1]),
+        reward_s: median(&|p| p.seconds[2]),
+        backprop_s: median(&|p| p.seconds[3]),
         peak_mib: memory::resident_peak().map(|bytes| mib(bytes) as u64),
         allocated_mib: mib(memory::peak() as f64),
         estimated_mib: mib(estimate),
         trainable: adapters.parameter_count(),
         rollout_tflop: tflop(0),
-        reward_tflop: tflop(1),
-        backprop_tflop: tflop(2),
+        kept_steps_tflop: tflop(1),
+        reward_tflop: tflop(2),
+        backprop_tflop: tflop(3),
         matmul_gflops,
-        share_of_peak: (tflop(0) + tflop(1) + tflop(2)) * 1e3 / matmul_gflops / step_s,
+        share_of_peak: (0..4).map(tflop).sum::<f64>() * 1e3 / matmul_gflops / step_s,
     };
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
@@ -185,6 +200,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         );
         for (phase, seconds, tflop) in [
             ("rollout", report.rollout_s, report.rollout_tflop),
+            ("kept steps", report.kept_steps_s, report.kept_steps_tflop),
             ("VAE and reward", report.reward_s, report.reward_tflop),
             ("backprop", report.backprop_s, report.backprop_tflop),
         ] {

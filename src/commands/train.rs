@@ -240,6 +240,7 @@ impl Trainer<'_> {
         let train = &self.config.train;
         let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
         let scale = self.config.optimizer.loss_coeff / images as f64;
+        memory::release();
         reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
     }
 
@@ -263,6 +264,7 @@ impl Trainer<'_> {
         let d_latents = credit.d_latents.clone();
         let unet = &self.model.pipeline.unet;
         let pull = anchor.as_mut();
+        memory::release();
         anchored_backprop(unet, adapters, trajectory, plan, prompting, &d_latents, checkpointing, pull, sum)?;
         if let Some(anchor) = anchor {
             let terms = anchor.distances.iter().map(|distance| regularization.kl_weight * distance);

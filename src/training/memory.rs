@@ -28,6 +28,9 @@ use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
 use crate::rewards::Rewards;
 
+/// Freed bytes that it takes for [`release`] to do something: small models would only pay for it.
+const WORTH_RELEASING: usize = 128 << 20;
+
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
@@ -44,6 +47,16 @@ pub fn peak() -> usize {
 /// The peak is what is allocated now.
 pub fn reset_peak() {
     PEAK.store(live(), Relaxed);
+}
+
+/// Gives freed pages back to the system. Between two phases of a step, which need blocks of other sizes: within a phase
+/// pages are kept, as the system would clear each one anew.
+pub fn release() {
+    if peak().saturating_sub(live()) < WORTH_RELEASING {
+        return;
+    }
+    // SAFETY: the allocator may be told this at any time, by any thread; it does nothing where another one is used.
+    unsafe { libmimalloc_sys::mi_collect(true) };
 }
 
 /// An allocator that counts what it gives and takes back: `#[global_allocator]` of the binary.

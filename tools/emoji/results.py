@@ -283,6 +283,20 @@ def table(results, prompts):
     return "\n".join(lines)
 
 
+def exploited(results):
+    """Which rewards rose while the judge fell by more than twice its standard error over the prompts."""
+    found = []
+    for name, run in results["runs"].items():
+        for prompts in SETS:
+            judge = run[prompts]["judge"]
+            if judge["difference"] < -2 * judge["stderr_over_prompts"]:
+                found.append(f"trained for {name}, on {prompts} prompts, by {-judge['difference']:.4f}")
+    if not found:
+        return "The judge fell by more than twice its standard error nowhere."
+    return ("The held-out judge fell by more than twice its standard error (over the prompts): " + "; ".join(found)
+            + ". There the reward is exploited, and the pictures show how: the last rows of the sheets above.")
+
+
 def page(results, args):
     judge, runs, counts = results["judge"], results["runs"], results["prompts"]
     minutes = ", ".join(f"{name} {mean(run['minutes']):.1f} ({run['steps']} steps)" for name, run in runs.items())
@@ -314,6 +328,10 @@ prompts. Minutes of one training run, {args.jobs} of them at a time on {os.cpu_c
 {table(results, "held-out")}
 
 ![Samples on held-out prompts](img/results-held-out.png)
+
+## Where a reward is exploited
+
+{exploited(results)}
 
 ## How good are the model and the judge?
 

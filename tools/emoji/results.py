@@ -206,7 +206,7 @@ def curve(runner, path):
     for seed in runner.args.seeds:
         rows = [r for r in metrics(runner, "alignment", seed) if "reward/clip-score" in r]
         runs[seed] = ([r["step"] for r in rows], [r["reward/clip-score"] for r in rows])
-    chart = Chart("Reward while training, alprop train: batches, and their running mean over 15".replace("alprop", "alignprop"), "optimizer step", "clip-score",
+    chart = Chart("Reward of each batch, and the mean of the last 15", "optimizer step", "clip-score",
                   [x for xs, _ in runs.values() for x in xs], [y for _, ys in runs.values() for y in ys])
     for i, (xs, ys) in enumerate(runs.values()):
         chart.line(list(zip(xs, ys)), f"raw c{i % 3}")

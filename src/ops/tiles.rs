@@ -10,6 +10,8 @@ use std::arch::x86_64::*;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
+/// Lanes of a tile at most, and of one step of a panel.
+pub(crate) const WIDE: usize = 2 * LANES;
 /// Rows of a tile at most.
 pub(crate) const ROWS: usize = 12;
 
@@ -115,6 +117,52 @@ pub(crate) unsafe fn tile<const R: usize, const V: usize>(
             }
         }
     }
+}
+
+/// One stretch: rows at a distance of `stride`, `depth` numbers of each, against a panel of 32 lanes a step.
+pub(crate) struct Strided {
+    pub first: *const f32,
+    pub stride: usize,
+    pub depth: usize,
+    pub lanes: *const f32,
+}
+
+impl<const R: usize> Segments<R> for Strided {
+    fn count(&self) -> usize {
+        1
+    }
+    #[inline(always)]
+    fn get(&self, _: usize) -> Segment<R> {
+        Segment {
+            rows: std::array::from_fn(|r| self.first.wrapping_add(r * self.stride)),
+            depth: self.depth,
+            lanes: self.lanes,
+            stride: WIDE,
+        }
+    }
+}
+
+/// [`tile`] of `rows` rows (1 to 12) and `lanes` lanes (1 to 32), from zero.
+///
+/// # Safety
+/// As for [`tile`].
+pub(crate) unsafe fn strided_tile(
+    rows: usize,
+    operands: &Strided,
+    destination: *mut f32,
+    row_stride: usize,
+    lanes: usize,
+) {
+    each_height!(rows, R => {
+        // SAFETY: the caller's promises.
+        unsafe {
+            if lanes > LANES {
+                tile::<R, 2>(operands, std::ptr::null(), destination, row_stride, lanes)
+            } else {
+                tile::<R, 1>(operands, std::ptr::null(), destination, row_stride, lanes)
+            }
+        }
+    });
 }
 
 /// A stretch of the transposed reduction: a panel's `depth` outputs of R channels, 32 numbers apart, against rows as lanes.

@@ -6,11 +6,9 @@ use super::cpu::Shape;
 use crate::ops::SharedMut;
 use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{
-    LANES, ROWS, Segment, Segments, each_height, exponentials, rows_to_lanes, softmax_backward, tile, tile_columns,
+    LANES, ROWS, Strided, WIDE, each_height, exponentials, rows_to_lanes, softmax_backward, strided_tile, tile_columns,
 };
 
-/// Lanes of a wide panel.
-const WIDE: usize = 2 * LANES;
 /// Scores that a block of queries holds in the backward: 256 KiB, and as much for their gradients.
 const BLOCK_SCORES: usize = 1 << 16;
 
@@ -76,29 +74,6 @@ impl Panels {
     }
 }
 
-/// One stretch: rows at a distance, all their numbers.
-struct Strided {
-    first: *const f32,
-    stride: usize,
-    depth: usize,
-    lanes: *const f32,
-}
-
-impl<const R: usize> Segments<R> for Strided {
-    fn count(&self) -> usize {
-        1
-    }
-    #[inline(always)]
-    fn get(&self, _: usize) -> Segment<R> {
-        Segment {
-            rows: std::array::from_fn(|r| self.first.wrapping_add(r * self.stride)),
-            depth: self.depth,
-            lanes: self.lanes,
-            stride: WIDE,
-        }
-    }
-}
-
 /// `destination[r, lane] = sum_k rows[r][k] panels[k][lane]`; at most 12 rows at a distance of `stride`.
 ///
 /// # Safety
@@ -114,18 +89,9 @@ unsafe fn product(
 ) {
     for p in 0..panels.count() {
         let (lanes, count) = panels.panel(p);
-        let segment = Strided { first, stride, depth: panels.depth, lanes };
-        let target = destination.wrapping_add(p * WIDE);
-        each_height!(rows, R => {
-            // SAFETY: the caller's promises.
-            unsafe {
-                if count > LANES {
-                    tile::<R, 2>(&segment, std::ptr::null(), target, row_stride, count)
-                } else {
-                    tile::<R, 1>(&segment, std::ptr::null(), target, row_stride, count)
-                }
-            }
-        });
+        let operands = Strided { first, stride, depth: panels.depth, lanes };
+        // SAFETY: the caller's promises.
+        unsafe { strided_tile(rows, &operands, destination.wrapping_add(p * WIDE), row_stride, count) };
     }
 }
 

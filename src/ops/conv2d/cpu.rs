@@ -34,6 +34,22 @@ struct Window {
     x: Axis,
 }
 
+impl Window {
+    /// From the sides (height, width) of what is read to those of what is written.
+    fn new(kernel: &Kernel, source: (usize, usize), destination: (usize, usize), transposed: bool) -> Self {
+        let axis = |source, destination, taps| Axis {
+            source,
+            destination,
+            taps,
+            stride: kernel.stride,
+            padding: kernel.padding,
+            transposed,
+        };
+        let (kh, kw) = kernel.sides;
+        Self { y: axis(source.0, destination.0, kh), x: axis(source.1, destination.1, kw) }
+    }
+}
+
 impl Taps for Window {
     fn count(&self) -> usize {
         self.y.taps * self.x.taps
@@ -56,15 +72,7 @@ pub(super) fn conv2d_fwd<T: Real>(x: &Tensor, kernel: &Kernel) -> Result<Tensor>
     let (out_h, out_w) = (kernel.out_side(height, kh)?, kernel.out_side(width, kw)?);
     let x = Host::<T>::read(x)?;
     let bias = kernel.bias.as_ref().map(Host::<T>::read).transpose()?;
-    let axis = |source, destination, taps| Axis {
-        source,
-        destination,
-        taps,
-        stride: kernel.stride,
-        padding: kernel.padding,
-        transposed: false,
-    };
-    let window = Window { y: axis(height, out_h, kh), x: axis(width, out_w, kw) };
+    let window = Window::new(kernel, (height, width), (out_h, out_w), false);
     let rows = batch * out_h * out_w;
     let mut y = vec![T::zero(); rows * kernel.outputs];
     match &kernel.weight {
@@ -80,17 +88,8 @@ pub(super) fn conv2d_fwd<T: Real>(x: &Tensor, kernel: &Kernel) -> Result<Tensor>
 
 pub(super) fn conv2d_bwd<T: Real>(cotangent: &Tensor, kernel: &Kernel, height: usize, width: usize) -> Result<Tensor> {
     let (batch, out_h, out_w, _) = cotangent.dims4()?;
-    let (kh, kw) = kernel.sides;
     let dy = Host::<T>::read(cotangent)?;
-    let axis = |source, destination, taps| Axis {
-        source,
-        destination,
-        taps,
-        stride: kernel.stride,
-        padding: kernel.padding,
-        transposed: true,
-    };
-    let window = Window { y: axis(out_h, height, kh), x: axis(out_w, width, kw) };
+    let window = Window::new(kernel, (out_h, out_w), (height, width), true);
     let rows = batch * height * width;
     let mut dx = vec![T::zero(); rows * kernel.inputs];
     match &kernel.weight {

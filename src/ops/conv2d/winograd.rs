@@ -24,9 +24,7 @@ use candle_core::{Result, Tensor};
 
 use crate::ops::frozen::panels::{PANEL, Panels, parallel, share};
 use crate::ops::gemm::FLOPS;
-use crate::ops::tiles::{
-    Block, LANES, ROWS, Segment, Segments, each_height, mask, rows_to_lanes, tile, tile_transposed,
-};
+use crate::ops::tiles::{Block, LANES, ROWS, Strided, each_height, mask, rows_to_lanes, strided_tile, tile_transposed};
 use crate::ops::{Host, SharedMut, tiles};
 
 /// Places of a transformed patch.
@@ -174,28 +172,6 @@ unsafe fn transform_back(
     }
 }
 
-/// Rows side by side, one stretch.
-struct Patches {
-    first: *const f32,
-    channels: usize,
-    lanes: *const f32,
-}
-
-impl<const R: usize> Segments<R> for Patches {
-    fn count(&self) -> usize {
-        1
-    }
-    #[inline(always)]
-    fn get(&self, _: usize) -> Segment<R> {
-        Segment {
-            rows: std::array::from_fn(|r| self.first.wrapping_add(r * self.channels)),
-            depth: self.channels,
-            lanes: self.lanes,
-            stride: PANEL,
-        }
-    }
-}
-
 impl Winograd {
     /// From PyTorch's layout (out, in, 3, 3), where that is worth it.
     pub(super) fn new(weight: &Tensor, stride: usize, padding: usize) -> Result<Option<Self>> {
@@ -260,17 +236,9 @@ impl Winograd {
             for block in (0..blocks).map(|b| share(patches, blocks, b)) {
                 let first = v[(place * patches + block.start) * self.inputs..][..block.len() * self.inputs].as_ptr();
                 let target = m[(place * patches + block.start) * PANEL..][..block.len() * PANEL].as_mut_ptr();
-                let rows = Patches { first, channels: self.inputs, lanes: panel };
-                each_height!(block.len(), R => {
-                    // SAFETY: all three were measured above.
-                    unsafe {
-                        if lanes > LANES {
-                            tile::<R, 2>(&rows, std::ptr::null(), target, PANEL, PANEL)
-                        } else {
-                            tile::<R, 1>(&rows, std::ptr::null(), target, PANEL, LANES)
-                        }
-                    }
-                });
+                let operands = Strided { first, stride: self.inputs, depth: self.inputs, lanes: panel };
+                // SAFETY: all three were measured above.
+                unsafe { strided_tile(block.len(), &operands, target, PANEL, lanes) };
             }
         }
         lanes

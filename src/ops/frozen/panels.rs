@@ -12,10 +12,12 @@ use rayon::prelude::*;
 use super::Taps;
 use crate::ops::SharedMut;
 use crate::ops::gemm::FLOPS;
-use crate::ops::tiles::{Block, LANES, ROWS, Segment, Segments, each_height, rows_to_lanes, tile, tile_transposed};
+use crate::ops::tiles::{
+    Block, LANES, ROWS, Segment, Segments, WIDE, each_height, rows_to_lanes, tile, tile_transposed,
+};
 
-/// Outputs of a panel; the last one may have 16.
-pub(in crate::ops) const PANEL: usize = 2 * LANES;
+/// Outputs of a panel; the last one is filled up with zeros.
+pub(in crate::ops) const PANEL: usize = WIDE;
 /// Rows that a task of the forward takes through one panel after the other.
 const TASK_ROWS: usize = 32 * ROWS;
 /// Bytes of rows turned into lanes at a time in the backward, by one task (half of a second-level cache) and by all
@@ -60,7 +62,7 @@ impl Panels {
         (&self.data[p * size..][..size], (self.outputs - p * PANEL).min(PANEL))
     }
 
-    /// y (rows, outputs) = start + the product. `bias` (outputs) is the start; without it, zero.
+    /// y (rows, outputs) = the product, plus `bias` (outputs).
     pub(in crate::ops) fn forward(
         &self,
         x: &[f32],

@@ -10,6 +10,7 @@
 pub mod activation;
 pub mod attention;
 pub mod conv2d;
+pub mod device;
 pub mod finite;
 pub(crate) mod frozen;
 pub mod geglu;
@@ -29,7 +30,7 @@ pub(crate) mod vector;
 
 pub use finite::{NotANumber, is_finite, not_a_number};
 pub use host::Real;
-pub(crate) use host::{Host, SharedMut, per_dtype, tensor_from};
+pub(crate) use host::{Host, Rounded, SharedMut, per_dtype, tensor_from, widened};
 
 /// Matrix products `dst = beta_dst * dst + a b`, over strided views of host memory.
 pub(crate) mod gemm;

@@ -139,8 +139,8 @@ pub(in crate::ops) struct Libraries {
     device: CudaDevice,
 }
 
-/// Bytes of the first workspace: what NVIDIA recommends for cuBLASLt on Hopper.
-const WORKSPACE: usize = 32 << 20;
+/// Bytes of workspace at first: what NVIDIA recommends for cuBLASLt on Hopper.
+pub(in crate::ops) const WORKSPACE: usize = 32 << 20;
 
 impl Libraries {
     /// Those of this thread; made when first asked for, kept until the thread ends.
@@ -177,9 +177,5 @@ impl Libraries {
         let workspace = self.workspace.borrow();
         let stream = self.device.cuda_stream();
         Ok((workspace.device_ptr(&stream).0, workspace.len()))
-    }
-
-    pub(in crate::ops) fn workspace_bytes(&self) -> usize {
-        self.workspace.borrow().len()
     }
 }

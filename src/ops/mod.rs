@@ -9,7 +9,10 @@
 
 pub mod activation;
 pub mod attention;
+pub mod concat;
 pub mod conv2d;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub mod finite;
 pub(crate) mod frozen;
 pub mod geglu;

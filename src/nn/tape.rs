@@ -206,9 +206,10 @@ impl Value {
     pub fn concat_last(&self, other: &Value) -> Result<Value> {
         let last = self.tensor.rank() - 1;
         let (n, m) = (self.tensor.dims()[last], other.tensor.dims()[last]);
-        let y = Tensor::cat(&[&self.tensor, &other.tensor], last)?.contiguous()?;
+        let y = ops::concat::concat_last_fwd(&self.tensor, &other.tensor)?;
         Ok(Self::step([self, other], y, move |d| {
-            Ok([Some(d.narrow(last, 0, n)?.contiguous()?), Some(d.narrow(last, n, m)?.contiguous()?)])
+            let (d_self, d_other) = ops::concat::concat_last_bwd(d, n, m)?;
+            Ok([Some(d_self), Some(d_other)])
         }))
     }
 }

@@ -7,6 +7,9 @@
 //! unit_range  clamp(x / 2 + 1/2, 0, 1)    1/2 inside [-1, 1], else 0   image in [-1, 1] to [0, 1]
 //! ```
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -112,11 +115,19 @@ impl Activation {
 
 /// f(x), elementwise.
 pub fn activation_fwd(x: &Tensor, function: Activation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::activation_fwd(x, function);
+    }
     per_dtype!(x, activation_fwd_cpu(x, function))
 }
 
 /// cotangent · f'(x).
 pub fn activation_bwd(cotangent: &Tensor, x: &Tensor, function: Activation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::activation_bwd(cotangent, x, function);
+    }
     per_dtype!(x, activation_bwd_cpu(cotangent, x, function))
 }
 

@@ -1,5 +1,8 @@
 //! Whether every number of a tensor is finite.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
@@ -25,6 +28,10 @@ const BLOCK: usize = 1 << 16;
 
 /// Whether no element is a NaN or an infinity.
 pub fn is_finite(x: &Tensor) -> Result<bool> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::is_finite(x);
+    }
     per_dtype!(x, is_finite_cpu(x))
 }
 

@@ -5,6 +5,9 @@
 //! d_u = d_y gelu(v)      d_v = d_y u (Φ(v) + v φ(v))
 //! ```
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -14,12 +17,20 @@ use super::{Host, Real, per_dtype, tensor_from};
 /// x (..., 2 F) -> (..., F).
 pub fn geglu_fwd(x: &Tensor) -> Result<Tensor> {
     half(x)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::geglu_fwd(x);
+    }
     per_dtype!(x, geglu_fwd_cpu(x))
 }
 
 /// cotangent (..., F), x (..., 2 F) -> (..., 2 F).
 pub fn geglu_bwd(cotangent: &Tensor, x: &Tensor) -> Result<Tensor> {
     half(x)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::geglu_bwd(cotangent, x);
+    }
     per_dtype!(x, geglu_bwd_cpu(cotangent, x))
 }
 

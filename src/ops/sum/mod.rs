@@ -5,6 +5,9 @@
 //! y[b, ..., c] = x + s[c]       d_x = d_y           s: one number a channel, frozen (the time embedding)
 //! ```
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -18,6 +21,10 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if a.dims() != b.dims() {
         bail!("adding tensors of shapes {:?} and {:?}", a.dims(), b.dims());
     }
+    #[cfg(feature = "cuda")]
+    if a.device().is_cuda() {
+        return cuda::add(a, b);
+    }
     per_dtype!(a, add_cpu(a, b))
 }
 
@@ -25,6 +32,10 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
     if x.dims().last() != Some(&shift.elem_count()) {
         bail!("adding {:?} to the channels of {:?}", shift.dims(), x.dims());
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::add_channels(x, shift);
     }
     per_dtype!(x, add_channels_cpu(x, shift))
 }

@@ -5,6 +5,9 @@
 //! d_x           = the sum of d_y over the pixels that copied it
 //! ```
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -16,11 +19,19 @@ pub fn upsample_nearest_fwd(x: &Tensor, height: usize, width: usize) -> Result<T
     if height < h || width < w {
         bail!("upsampling {h}x{w} pixels to {height}x{width}");
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::upsample_fwd(x, height, width);
+    }
     per_dtype!(x, upsample_fwd_cpu(x, height, width))
 }
 
 /// cotangent (B, height, width, C) -> (B, h, w, C).
 pub fn upsample_nearest_bwd(cotangent: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cotangent.device().is_cuda() {
+        return cuda::upsample_bwd(cotangent, h, w);
+    }
     per_dtype!(cotangent, upsample_bwd_cpu(cotangent, h, w))
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::experiment::{EMBEDDED, Model, config_of, counter};
 use super::report::write_report;
-use super::{budget, check_device, pictures};
+use super::{budget, open_device, pictures};
 use crate::cli::TrainArgs;
 use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
@@ -22,28 +22,29 @@ use crate::rewards::Rewards;
 use crate::training::checkpoint::{Checkpoint, EMA};
 use crate::training::guard::{Guard, best_checkpoint};
 use crate::training::health;
-use crate::training::memory::{self, Estimate};
+use crate::training::memory::{self, Estimate, Meter};
 use crate::training::run_folder::RunFolder;
 use crate::training::signals::{Interrupt, Interrupted};
 use crate::training::{Anchor, Credit, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let mut config = resolve_config(args)?;
-    check_device(&config.run.device, config.run.precision)?;
+    let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
     config.require_trained()?;
     let prompts = config.prompts.load()?;
     if args.resume.is_none() {
         RunFolder::check_free(&config.run.dir)?; // before gigabytes are read
     }
-    let model = Model::load(&config)?;
+    let model = Model::load(&config, &compute)?;
     let tokenizer = &model.pipeline.tokenizer;
-    let rewards = Rewards::load(&config.reward, tokenizer)?.with_caps(&config.regularization.reward_cap);
-    let guard = Guard::load(&config, &prompts, tokenizer)?;
+    let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
+    let guard = Guard::load(&config, &prompts, tokenizer, &compute)?;
     let noise = Noise::new(config.run.seed);
     let mut state = match &args.resume {
         Some(dir) => resume(dir, &mut config, &model, &noise)?,
         None => start(&mut config, &model, &noise)?,
-    };
+    }
+    .to_device(compute.device())?;
     describe(&config, &model, &rewards, &prompts, &state)?;
     let estimate = budget::plan(&mut config, &model, &rewards, &state.adapters)?;
     let config = config;
@@ -72,7 +73,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     save(&state)?; // so that a run can be resumed from its first moment on
     let progress = progress_bar(&config, state.step);
-    memory::reset_peak();
+    let meter = Meter::of(&compute);
+    meter.reset_peak()?;
 
     let end = args.stop_at.map_or(config.train.steps, |step| step.min(config.train.steps));
     let mut objection = None;
@@ -133,7 +135,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         formats::save(ema, &metadata(state.step), &config.run.dir.join(EMA)).with_context(|| going_on(&run))?;
     }
     report(&config, &run, &rewards, &adapters)?;
-    report_memory(estimate);
+    report_memory(estimate, meter)?;
     Ok(())
 }
 
@@ -178,7 +180,7 @@ impl Trainer<'_> {
                 .collect();
             let plan = Plan::new(truncation, &model.schedule, noise, step, samples.clone())?;
             let prompting = model.prompting(&prompts)?;
-            let x_t = noise.normal_batch(Stream::Latents, step, samples.clone(), model.latent_shape)?;
+            let x_t = model.noise(noise, Stream::Latents, step, samples.clone())?;
             let variance = |i| model.variance_noise(noise, step, i, samples.clone());
 
             let trajectory = rollout(&model.pipeline.unet, &plan.steps, x_t, &prompting, &state.adapters, variance)?;
@@ -289,7 +291,7 @@ impl Trainer<'_> {
         adapters: &Adapters,
         sum: &mut LoraGradients,
     ) -> Result<Credit> {
-        let Model { pipeline, schedule, latent_shape, .. } = self.model;
+        let Model { pipeline, schedule, .. } = self.model;
         let last = schedule.len() - 1;
         let (signal, spread) = schedule.add_noise(last);
         let only_last = Plan {
@@ -300,8 +302,7 @@ impl Trainer<'_> {
         };
         let mut total: Option<Credit> = None;
         for repetition in 0..plan.renoise {
-            let z =
-                self.noise.normal_batch(Stream::Renoise, counter(step, repetition), samples.clone(), *latent_shape)?;
+            let z = self.model.noise(self.noise, Stream::Renoise, counter(step, repetition), samples.clone())?;
             let x_1 = ((&trajectory.latents * signal)? + (z * spread)?)?;
             // places after the chain's own
             let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
@@ -423,22 +424,17 @@ impl Outcome {
 /// The config of the command line: a file, or a run's own where it is resumed.
 fn resolve_config(args: &TrainArgs) -> Result<Config> {
     let set = &args.config.set;
-    let mut config = match (&args.resume, &args.config.config) {
+    match (&args.resume, &args.config.config) {
         (Some(_), Some(_)) => {
             bail!("--resume goes on with the run's own config: leave --config out and change settings with --set")
         }
         (Some(dir), None) => {
             let mut config = Config::load(&RunFolder::open(dir)?.config(), set)?;
             config.run.dir.clone_from(dir); // the folder may have been moved
-            config
+            Ok(config)
         }
-        (None, path) => config_of(path.as_deref(), set, EMBEDDED)?,
-    };
-    if let Some(device) = &args.device {
-        config.run.device.clone_from(device);
+        (None, path) => config_of(path.as_deref(), set, EMBEDDED),
     }
-    config.run.precision = args.precision.unwrap_or(config.run.precision);
-    Ok(config)
 }
 
 /// Fresh adapters, or those of `lora.init_from`, whose rank, alpha and layers the config then has.
@@ -545,6 +541,7 @@ fn describe(config: &Config, model: &Model, rewards: &Rewards, prompts: &[String
         state.adapters.factors().len(),
         state.adapters.parameter_count()
     );
+    eprintln!("device      {}, {}", model.compute().describe(), model.compute().precision_name());
     let names: Vec<String> = rewards
         .iter()
         .map(|r| if r.weight == 1.0 { r.name.to_owned() } else { format!("{} x {}", r.weight, r.name) })
@@ -607,10 +604,10 @@ fn report(config: &Config, run: &RunFolder, rewards: &Rewards, adapters: &Path) 
 }
 
 /// The measured peak beside its estimate, on stderr.
-fn report_memory(estimate: Option<Estimate>) {
-    let Some(estimate) = estimate else { return };
-    let peak = memory::peak() as f64;
-    let resident = memory::resident_peak().map(|bytes| format!("; resident at most {}", memory::size(bytes)));
+fn report_memory(estimate: Option<Estimate>, meter: Meter) -> Result<()> {
+    let Some(estimate) = estimate else { return Ok(()) };
+    let peak = meter.peak()? as f64;
+    let resident = meter.held().map(|bytes| format!("; resident at most {}", memory::size(bytes)));
     eprintln!(
         "memory      {} at the peak, {} estimated (ratio {:.2}){}",
         memory::size(peak),
@@ -618,6 +615,7 @@ fn report_memory(estimate: Option<Estimate>) {
         estimate.total() / peak,
         resident.unwrap_or_default()
     );
+    Ok(())
 }
 
 fn mean_std(values: &[f64]) -> (f64, f64) {

@@ -42,6 +42,16 @@ pub fn folder_name(step: usize) -> String {
 }
 
 impl Checkpoint {
+    /// The same state on another device.
+    pub fn to_device(mut self, device: &Device) -> Result<Self> {
+        self.adapters = self.adapters.to_device(device)?;
+        self.ema = self.ema.map(|ema| ema.to_device(device)).transpose()?;
+        for (m, v) in &mut self.optimizer.moments {
+            (*m, *v) = (m.to_device(device)?, v.to_device(device)?);
+        }
+        Ok(self)
+    }
+
     /// Writes `parent/step-NNNNNN/`: into a folder of another name first, which is renamed when all of it is on disk.
     pub fn save(&self, parent: &Path, metadata: &HashMap<String, String>) -> Result<PathBuf> {
         let target = parent.join(folder_name(self.step));

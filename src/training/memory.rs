@@ -26,6 +26,7 @@ use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
+use crate::ops::device::{Compute, Counts};
 use crate::rewards::Rewards;
 
 /// Freed bytes that it takes for [`release`] to do something: small models would only pay for it.
@@ -47,6 +48,69 @@ pub fn peak() -> usize {
 /// The peak is what is allocated now.
 pub fn reset_peak() {
     PEAK.store(live(), Relaxed);
+}
+
+/// Whose memory a run's large blocks are in.
+#[derive(Clone, Copy)]
+pub enum Meter<'a> {
+    /// This process' allocator.
+    Host,
+    Gpu(&'a Compute),
+}
+
+impl<'a> Meter<'a> {
+    pub fn of(compute: &'a Compute) -> Self {
+        if compute.device().is_cpu() { Self::Host } else { Self::Gpu(compute) }
+    }
+
+    fn counts(compute: &Compute) -> Result<Counts> {
+        Ok(compute.gpu_memory().map(|memory| memory.counts()).transpose()?.unwrap_or_default())
+    }
+
+    /// Bytes that are allocated now.
+    pub fn live(self) -> Result<usize> {
+        match self {
+            Self::Host => Ok(live()),
+            Self::Gpu(compute) => Ok(Self::counts(compute)?.live),
+        }
+    }
+
+    /// The most bytes that were allocated at a time, since the last [`Self::reset_peak`].
+    pub fn peak(self) -> Result<usize> {
+        match self {
+            Self::Host => Ok(peak()),
+            Self::Gpu(compute) => Ok(Self::counts(compute)?.peak),
+        }
+    }
+
+    /// The peak is what is allocated now.
+    pub fn reset_peak(self) -> Result<()> {
+        match self {
+            Self::Host => reset_peak(),
+            Self::Gpu(compute) => {
+                if let Some(memory) = compute.gpu_memory() {
+                    memory.reset_peak()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that can still be had; `None` where nobody says.
+    pub fn available(self) -> Option<f64> {
+        match self {
+            Self::Host => available(),
+            Self::Gpu(compute) => compute.gpu_memory()?.available().ok().map(|bytes| bytes as f64),
+        }
+    }
+
+    /// The most that the process held so far, with what its allocator keeps; `None` where nobody says.
+    pub fn held(self) -> Option<f64> {
+        match self {
+            Self::Host => resident_peak(),
+            Self::Gpu(compute) => Self::counts(compute).ok().map(|counts| counts.reserved_peak as f64),
+        }
+    }
 }
 
 /// Gives freed pages back to the system. Between two phases of a step, which need blocks of other sizes: within a phase
@@ -137,7 +201,7 @@ impl Parts<'_> {
         let small = (small.0 * small.1) as f64;
         let (per_image, unet_pixel, image_pixel) = (two - one, (large - one) / pixels, (large_image - image) / pixels);
         Ok(Costs {
-            loaded: live() as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
+            loaded: self.meter().live()? as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
             unet_fixed: one - per_image,
             unet_image: per_image - unet_pixel * small,
             unet_pixel,
@@ -146,20 +210,28 @@ impl Parts<'_> {
         })
     }
 
+    fn meter(&self) -> Meter<'_> {
+        Meter::of(self.unet.compute())
+    }
+
+    fn latents(&self, (h, w): (usize, usize), batch: u64) -> Result<Tensor> {
+        let noise = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (self.latent_shape.0, h, w))?;
+        Ok(noise.to_device(self.unet.compute().device())?)
+    }
+
     /// One differentiated step of one image, both branches of guidance side by side.
-    fn evaluate_once(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<()> {
-        let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..1, (self.latent_shape.0, h, w))?;
+    fn evaluate_once(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<()> {
+        let x = self.latents(sides, 1)?;
         let prompting = self.prompting.select(&Tensor::zeros(1, DType::U32, x.device())?)?;
         let mut sum = LoraGradients::new(self.adapters);
         prompting.vjp(self.unet, &x, self.timestep, self.adapters, &x, checkpointing, &mut sum).map(|_| ())
     }
 
-    fn unet_peak(&self, (h, w): (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {
-        let channels = self.latent_shape.0;
-        let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (channels, h, w))?;
+    fn unet_peak(&self, sides: (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {
+        let x = self.latents(sides, batch)?;
         let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
         // one branch of guidance alone: how far two overlap is another thing in every measurement
-        rise(|| {
+        rise(self.meter(), || {
             let mut sum = LoraGradients::new(self.adapters);
             self.unet.vjp(&x, self.timestep, &context, self.adapters, &x, checkpointing, &mut sum)
         })
@@ -167,13 +239,14 @@ impl Parts<'_> {
 
     /// Branches of guidance that are in memory together at most.
     fn branches(&self) -> f64 {
-        if self.prompting.guidance_scale > 1.0 && rayon::current_num_threads() > 1 { 2.0 } else { 1.0 }
+        let together = self.unet.compute().batches_guidance() || rayon::current_num_threads() > 1;
+        if self.prompting.guidance_scale > 1.0 && together { 2.0 } else { 1.0 }
     }
 
-    fn image_peak(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
-        let latents = Noise::new(0).normal_batch(Stream::Latents, 0, 0..1, (self.latent_shape.0, h, w))?;
+    fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
+        let latents = self.latents(sides, 1)?;
         let prompt = [String::new()];
-        rise(|| reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing))
+        rise(self.meter(), || reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing))
     }
 
     /// The peak of a run with micro-batches of `batch` images.
@@ -202,14 +275,14 @@ struct Rise {
 ///
 /// Threads' buffers are in use together or not, as it happens, and in small models they count. There it is cheap to look
 /// several times: the least rise is the one without such chances, which can be continued to other sizes.
-fn rise<T>(work: impl Fn() -> Result<T>) -> Result<Rise> {
+fn rise<T>(meter: Meter, work: impl Fn() -> Result<T>) -> Result<Rise> {
     let started = Instant::now();
     let (mut least, mut most) = (usize::MAX, 0);
     for _ in 0..MOST_LOOKS {
-        let before = live();
-        reset_peak();
+        let before = meter.live()?;
+        meter.reset_peak()?;
         work()?;
-        let rise = peak().saturating_sub(before);
+        let rise = meter.peak()?.saturating_sub(before);
         (least, most) = (least.min(rise), most.max(rise));
         if started.elapsed() > LOOKING {
             break;

@@ -6,9 +6,9 @@ use super::Counts;
 
 const ABSENT: &str = "this build has no GPU kernels";
 
-pub(super) fn open(ordinal: usize, _allow_tf32: bool) -> anyhow::Result<Device> {
+pub(super) fn open(name: &str, _ordinal: usize, _allow_tf32: bool) -> anyhow::Result<Device> {
     anyhow::bail!(
-        "device `cuda:{ordinal}`: this build computes on the CPU only; use --device cpu (or run.device = \"cpu\"), or build it with `--features cuda`"
+        "device `{name}`: this build computes on the CPU only; use --device cpu (or run.device = \"cpu\"), or build it with `--features cuda`"
     )
 }
 

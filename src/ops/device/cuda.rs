@@ -20,20 +20,20 @@ pub(in crate::ops) fn allow_tf32() -> bool {
 
 /// # Errors
 /// No driver, no library, no such GPU; says which.
-pub(super) fn open(ordinal: usize, allow_tf32: bool) -> anyhow::Result<Device> {
+pub(super) fn open(name: &str, ordinal: usize, allow_tf32: bool) -> anyhow::Result<Device> {
     let or_else = "use --device cpu, or mend this";
     // cudarc panics where a library is missing, so each one is looked for first
     for (found, library, package) in libraries() {
         anyhow::ensure!(
             found,
-            "device `cuda:{ordinal}`: {library} is not to be found ({package}); is its folder in LD_LIBRARY_PATH? {or_else}"
+            "device `{name}`: {library} is not to be found ({package}); is its folder in LD_LIBRARY_PATH? {or_else}"
         );
     }
-    result::init().map_err(|e| anyhow::anyhow!("device `cuda:{ordinal}`: the driver does not start: {e}; {or_else}"))?;
-    let count = result::device::get_count().map_err(|e| anyhow::anyhow!("device `cuda:{ordinal}`: {e}; {or_else}"))?;
+    result::init().map_err(|e| anyhow::anyhow!("device `{name}`: the driver does not start: {e}; {or_else}"))?;
+    let count = result::device::get_count().map_err(|e| anyhow::anyhow!("device `{name}`: {e}; {or_else}"))?;
     anyhow::ensure!(
         ordinal < count as usize,
-        "device `cuda:{ordinal}`: there are {count} GPUs here, counted from 0; {or_else}"
+        "device `{name}`: there are {count} GPUs here, counted from 0; {or_else}"
     );
     let opened = || -> anyhow::Result<Device> {
         let device = Device::new_cuda(ordinal)?;
@@ -43,7 +43,7 @@ pub(super) fn open(ordinal: usize, allow_tf32: bool) -> anyhow::Result<Device> {
         keep_freed_memory(cuda)?;
         Ok(device)
     };
-    let device = opened().map_err(|e| e.context(format!("device `cuda:{ordinal}` cannot be opened; {or_else}")))?;
+    let device = opened().map_err(|e| e.context(format!("device `{name}` cannot be opened; {or_else}")))?;
     ALLOW_TF32.store(allow_tf32, Relaxed);
     candle_core::cuda_backend::set_gemm_reduced_precision_f32(allow_tf32);
     Ok(device)

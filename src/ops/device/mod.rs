@@ -54,7 +54,7 @@ impl Compute {
             name => {
                 let ordinal = name.strip_prefix("cuda:").map_or(Ok(0), str::parse);
                 let ordinal = ordinal.map_err(|_| anyhow::anyhow!("device `{name}`: must be cpu, cuda or cuda:N"))?;
-                (cuda::open(ordinal, allow_tf32)?, Precision::Bf16)
+                (cuda::open(name, ordinal, allow_tf32)?, Precision::Bf16)
             }
         };
         let dtype = match precision.unwrap_or(default) {

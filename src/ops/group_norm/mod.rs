@@ -9,6 +9,8 @@
 //! ```
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::{Result, Tensor, bail};
 
@@ -47,12 +49,20 @@ impl GroupNorm {
 /// x (B, H, W, C) or (B, N, C) -> the same shape.
 pub fn group_norm_fwd(x: &Tensor, norm: &GroupNorm) -> Result<Tensor> {
     norm.check(x)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::group_norm_fwd(x, norm);
+    }
     per_dtype!(x, group_norm_fwd_cpu(x, norm))
 }
 
 /// The gradient of the input, from the cotangent and the forward's input; the statistics are computed again.
 pub fn group_norm_bwd(cotangent: &Tensor, x: &Tensor, norm: &GroupNorm) -> Result<Tensor> {
     norm.check(x)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::group_norm_bwd(cotangent, x, norm);
+    }
     per_dtype!(x, group_norm_bwd_cpu(cotangent, x, norm))
 }
 

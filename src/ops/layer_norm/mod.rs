@@ -6,6 +6,8 @@
 //! ```
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::{Result, Tensor, bail};
 
@@ -33,12 +35,20 @@ impl LayerNorm {
 /// x (..., C) -> (..., C).
 pub fn layer_norm_fwd(x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
     norm.check(x)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::layer_norm_fwd(x, norm);
+    }
     per_dtype!(x, layer_norm_fwd_cpu(x, norm))
 }
 
 /// The gradient of the input, from the cotangent and the forward's input.
 pub fn layer_norm_bwd(cotangent: &Tensor, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
     norm.check(x)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::layer_norm_bwd(cotangent, x, norm);
+    }
     per_dtype!(x, layer_norm_bwd_cpu(cotangent, x, norm))
 }
 

@@ -1,0 +1,224 @@
+// A GPU for checks: the kernels' source compiled as C++, where the threads of a block are fibers.
+//
+// A fiber runs until it meets a barrier (of its block or of its warp: shuffles and matrix fragments are exchanges behind
+// a barrier) and goes on when all have met it. Barriers that not all threads reach are an error here, as they would be
+// on a GPU. Fibers run in ascending, descending or random order between barriers: where a barrier is missing, the three
+// give different numbers. Dynamic shared memory starts as NaN; an asynchronous copy arrives when it is waited for.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define KERNEL static void
+#define DYNAMIC_SHARED(name) unsigned char* name = emulator::shared_memory
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    _Float16 value;
+};
+static inline float __bfloat162float(bf16 x) {
+    const uint32_t bits = (uint32_t)x.bits << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+// To nearest, ties to even.
+static inline bf16 __float2bfloat16_rn(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return {(uint16_t)0x7fff};
+    return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+static inline float __half2float(f16 x) { return (float)x.value; }
+static inline f16 __float2half_rn(float x) { return {(_Float16)x}; }
+using std::isfinite;
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+namespace emulator {
+
+enum State { READY, AT_BLOCK, AT_WARP, DONE };
+struct Copy {
+    void* to;
+    unsigned char data[16];
+};
+struct Fiber {
+    ucontext_t start;
+    jmp_buf jump;
+    std::vector<char> stack;
+    State state;
+    bool started;
+    unsigned exchanges;
+    std::vector<std::vector<Copy>> copies;  // groups, the last one open
+};
+
+inline std::vector<Fiber> fibers;
+inline jmp_buf scheduler;
+inline unsigned current;
+inline dim3 block_dim, grid_dim, block_idx;
+inline std::function<void()> body;
+alignas(64) inline unsigned char shared_memory[256 << 10];
+// What a thread shows to its warp, for exchanges of even and odd number: those who are late still read the one before.
+alignas(16) inline unsigned char slots[2][1024][64];
+inline int order = 0;
+inline std::mt19937 shuffler(7);
+
+[[noreturn]] inline void fail(const char* what) {
+    fprintf(stderr, "emulator: %s (block %u %u %u, thread %u)\n", what, block_idx.x, block_idx.y, block_idx.z, current);
+    exit(1);
+}
+
+inline void wait(State state) {
+    Fiber& fiber = fibers[current];
+    fiber.state = state;
+    if (_setjmp(fiber.jump) == 0) _longjmp(scheduler, 1);
+}
+
+inline void enter() {
+    body();
+    Fiber& fiber = fibers[current];
+    if (!fiber.copies.back().empty() || fiber.copies.size() > 1) {
+        for (const auto& group : fiber.copies)
+            if (!group.empty()) fail("an asynchronous copy was never waited for");
+    }
+    fiber.state = DONE;
+    _longjmp(scheduler, 1);
+}
+
+// Runs one fiber to its next barrier.
+inline void resume(unsigned index) {
+    current = index;
+    if (_setjmp(scheduler) == 0) {
+        Fiber& fiber = fibers[index];
+        if (fiber.started) _longjmp(fiber.jump, 1);
+        fiber.started = true;
+        setcontext(&fiber.start);
+    }
+}
+
+// Releases those who wait for each other and all have come; whether there were any.
+inline bool release(unsigned from, unsigned to, State state) {
+    unsigned waiting = 0, done = 0;
+    for (unsigned i = from; i < to; i++) {
+        waiting += fibers[i].state == state;
+        done += fibers[i].state == DONE;
+    }
+    if (waiting == 0 || waiting + done < to - from) return false;
+    current = from;
+    if (done > 0) fail("some threads have ended before a barrier of the others");
+    for (unsigned i = from; i < to; i++) fibers[i].state = READY;
+    return true;
+}
+
+inline void run_block(unsigned threads) {
+    while (fibers.size() < threads) {
+        fibers.emplace_back();
+        fibers.back().stack.resize(128 << 10);
+    }
+    for (unsigned i = 0; i < threads; i++) {
+        Fiber& fiber = fibers[i];
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = fiber.stack.data();
+        fiber.start.uc_stack.ss_size = fiber.stack.size();
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, enter, 0);
+        fiber.state = READY;
+        fiber.started = false;
+        fiber.exchanges = 0;
+        fiber.copies.assign(1, {});
+    }
+    std::vector<unsigned> turns(threads);
+    for (unsigned i = 0; i < threads; i++) turns[i] = order == 1 ? threads - 1 - i : i;
+    for (;;) {
+        if (order == 2) std::shuffle(turns.begin(), turns.end(), shuffler);
+        bool progress = false, alive = false;
+        for (unsigned turn : turns) {
+            if (fibers[turn].state == READY) {
+                resume(turn);
+                progress = true;
+            }
+            alive |= fibers[turn].state != DONE;
+        }
+        if (!alive) return;
+        for (unsigned warp = 0; warp < threads; warp += 32)
+            progress |= release(warp, std::min(warp + 32, threads), AT_WARP);
+        progress |= release(0, threads, AT_BLOCK);
+        if (!progress) fail("threads wait for each other at different barriers");
+    }
+}
+
+// <<<grid, threads, shared>>>
+template <typename F> void launch(dim3 grid, unsigned threads, size_t shared, F kernel) {
+    if (threads > 1024 || shared > (99 << 10) || grid.y > 65535 || grid.z > 65535) fail("such a launch is not possible");
+    grid_dim = grid;
+    block_dim = {threads, 1, 1};
+    body = kernel;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                block_idx = {x, y, z};
+                memset(shared_memory, 0xff, sizeof shared_memory);
+                run_block(threads);
+                for (size_t i = shared; i < sizeof shared_memory; i++)
+                    if (shared_memory[i] != 0xff) fail("a write beyond the dynamic shared memory");
+            }
+}
+
+struct ThreadIndex {
+    struct X {
+        operator unsigned() const { return current; }
+    } x;
+};
+
+// Shows `mine` to the warp; the result is what each lane showed.
+template <typename V> const unsigned char (*exchange(const V& mine))[64] {
+    static_assert(sizeof(V) <= 64);
+    Fiber& fiber = fibers[current];
+    auto* all = slots[fiber.exchanges++ % 2];
+    memcpy(all[current], &mine, sizeof mine);
+    wait(AT_WARP);
+    return all + current / 32 * 32;
+}
+template <typename V> V shown(const unsigned char (*all)[64], unsigned lane) {
+    V value;
+    memcpy(&value, all[lane], sizeof value);
+    return value;
+}
+
+}  // namespace emulator
+
+inline emulator::ThreadIndex threadIdx;
+#define blockIdx emulator::block_idx
+#define blockDim emulator::block_dim
+#define gridDim emulator::grid_dim
+
+inline void __syncthreads() { emulator::wait(emulator::AT_BLOCK); }
+inline void __syncwarp() { emulator::wait(emulator::AT_WARP); }
+template <typename V> V __shfl_xor_sync(unsigned mask, V value, int lanes) {
+    if (mask != 0xffffffffu) emulator::fail("a shuffle of part of a warp");
+    return emulator::shown<V>(emulator::exchange(value), (emulator::current % 32) ^ lanes);
+}
+template <typename V> V __shfl_sync(unsigned mask, V value, int lane) {
+    if (mask != 0xffffffffu) emulator::fail("a shuffle of part of a warp");
+    return emulator::shown<V>(emulator::exchange(value), lane);
+}

@@ -22,6 +22,7 @@ use crate::rewards::Rewards;
 use crate::training::checkpoint::{Checkpoint, EMA};
 use crate::training::guard::{Guard, best_checkpoint};
 use crate::training::health;
+use crate::training::loss_scale::{LossScale, unscale};
 use crate::training::memory::{self, Estimate, Meter};
 use crate::training::run_folder::RunFolder;
 use crate::training::signals::{Interrupt, Interrupted};
@@ -102,7 +103,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 
         let started = Instant::now();
         let lr = learning_rate(&config.optimizer, state.step, config.train.steps);
-        match trainer.step(&mut state, lr, &progress) {
+        match trainer.scaled_step(&mut state, lr, &progress) {
             Ok(outcome) => {
                 run.log(&outcome.metrics(&rewards, &state, lr, started.elapsed())).with_context(|| going_on(&run))?;
                 progress.set_message(summary(&run, &rewards, &outcome.mean_scores)?);
@@ -162,12 +163,36 @@ struct Outcome {
 }
 
 impl Trainer<'_> {
+    /// One optimizer step; in f16 again with a smaller loss scale where something overflowed.
+    fn scaled_step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
+        let before = state.loss_scale;
+        loop {
+            match self.step(state, lr, progress) {
+                Err(error) if health::is_not_a_number(&error) => {
+                    let Some(smaller) = state.loss_scale.and_then(|scale| scale.smaller()) else {
+                        state.loss_scale = before; // it was not the scale
+                        return Err(error);
+                    };
+                    state.loss_scale = Some(smaller);
+                    progress.set_position((state.step * self.config.train.gradient_accumulation_steps) as u64);
+                }
+                outcome => {
+                    state.loss_scale.iter_mut().for_each(LossScale::grow);
+                    return outcome;
+                }
+            }
+        }
+    }
+
     /// One optimizer step: micro-batches of rollout, reward and backprop, then clipping and AdamW.
     fn step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
         let Config { train, optimizer, truncation, regularization, .. } = self.config;
         let Self { model, noise, .. } = self;
         let step = state.step as u64;
         let global_batch = train.batch_size * train.gradient_accumulation_steps;
+        let loss_scale = state.loss_scale.map_or(1.0, |scale| scale.get());
+        // the loss is a mean over the global batch
+        let images = global_batch as f64 / loss_scale;
         let mut sum = LoraGradients::new(&state.adapters);
         let (mut scores, mut losses, mut distances, mut kept_steps) = (Vec::new(), Vec::new(), Vec::new(), 0);
 
@@ -185,10 +210,10 @@ impl Trainer<'_> {
 
             let trajectory = rollout(&model.pipeline.unet, &plan.steps, x_t, &prompting, &state.adapters, variance)?;
             let credit = if plan.renoise > 0 {
-                self.renoised(&plan, &trajectory, &prompting, &prompts, samples, step, &state.adapters, &mut sum)?
+                self.renoised(&plan, &trajectory, &prompting, &prompts, samples, step, images, &state.adapters, &mut sum)?
             } else {
-                let mut credit = self.credit(&trajectory.latents, &prompts, 1)?;
-                self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, 1, &mut sum)?;
+                let mut credit = self.credit(&trajectory.latents, &prompts, images)?;
+                self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, images, &mut sum)?;
                 credit
             };
             scores.extend(credit.scores);
@@ -205,6 +230,7 @@ impl Trainer<'_> {
         } else {
             // all of it is checked before any of it becomes the run's state
             let mut gradients = sum.finish(&state.adapters)?;
+            unscale(&mut gradients, loss_scale)?;
             health::ensure_finite("the LoRA gradient", &state.adapters, &gradients)?;
             grad_norm = clip_grad_norm(&mut gradients, optimizer.max_grad_norm)?;
             let mut optimizer = state.optimizer.clone();
@@ -236,12 +262,11 @@ impl Trainer<'_> {
         })
     }
 
-    /// The rewards of some latents, and the gradient of their part of the loss: a mean over the global batch and over
-    /// `repetitions` of each image.
-    fn credit(&self, latents: &Tensor, prompts: &[String], repetitions: usize) -> Result<Credit> {
+    /// The rewards of some latents, and the gradient of their part of the loss: a mean over `images`, which a loss scale
+    /// makes fewer.
+    fn credit(&self, latents: &Tensor, prompts: &[String], images: f64) -> Result<Credit> {
         let train = &self.config.train;
-        let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
-        let scale = self.config.optimizer.loss_coeff / images as f64;
+        let scale = self.config.optimizer.loss_coeff / images;
         memory::release();
         reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
     }
@@ -255,12 +280,11 @@ impl Trainer<'_> {
         plan: &Plan,
         prompting: &Prompting,
         credit: &mut Credit,
-        repetitions: usize,
+        images: f64,
         sum: &mut LoraGradients,
     ) -> Result<()> {
         let Config { train, optimizer, regularization, .. } = self.config;
-        let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
-        let scale = optimizer.loss_coeff * regularization.kl_weight / images as f64;
+        let scale = optimizer.loss_coeff * regularization.kl_weight / images;
         let mut anchor = (regularization.kl_weight > 0.0).then(|| Anchor::new(scale, credit.losses.len()));
         let checkpointing = train.checkpointing.into();
         let d_latents = credit.d_latents.clone();
@@ -288,9 +312,11 @@ impl Trainer<'_> {
         prompts: &[String],
         samples: std::ops::Range<u64>,
         step: u64,
+        images: f64,
         adapters: &Adapters,
         sum: &mut LoraGradients,
     ) -> Result<Credit> {
+        let images = images * plan.renoise as f64;
         let Model { pipeline, schedule, .. } = self.model;
         let last = schedule.len() - 1;
         let (signal, spread) = schedule.add_noise(last);
@@ -307,8 +333,8 @@ impl Trainer<'_> {
             // places after the chain's own
             let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
             let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance)?;
-            let mut credit = self.credit(&again.latents, prompts, plan.renoise)?;
-            self.backprop(adapters, &again, &only_last, prompting, &mut credit, plan.renoise, sum)?;
+            let mut credit = self.credit(&again.latents, prompts, images)?;
+            self.backprop(adapters, &again, &only_last, prompting, &mut credit, images, sum)?;
             match &mut total {
                 None => total = Some(credit),
                 Some(total) => {
@@ -448,7 +474,9 @@ fn start(config: &mut Config, model: &Model, noise: &Noise) -> Result<Checkpoint
         None => fresh(config, model, noise)?,
     };
     let ema = (config.regularization.ema_decay > 0.0).then(|| adapters.clone());
-    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &adapters.tensors())?, adapters, ema })
+    let optimizer = AdamW::new(&config.optimizer, &adapters.tensors())?;
+    let loss_scale = LossScale::new(model.compute().dtype());
+    Ok(Checkpoint { step: 0, optimizer, adapters, ema, loss_scale })
 }
 
 fn fresh(config: &Config, model: &Model, noise: &Noise) -> Result<Adapters> {
@@ -486,6 +514,9 @@ fn resume(dir: &Path, config: &mut Config, model: &Model, noise: &Noise) -> Resu
     // an average that is asked for from here on starts here
     let averaged = config.regularization.ema_decay > 0.0;
     checkpoint.ema = averaged.then(|| checkpoint.ema.unwrap_or_else(|| checkpoint.adapters.clone()));
+    // and so does a loss scale, if the run goes on in another precision
+    let scale = LossScale::new(model.compute().dtype());
+    checkpoint.loss_scale = scale.map(|start| checkpoint.loss_scale.unwrap_or(start));
     Ok(checkpoint)
 }
 

@@ -13,17 +13,17 @@ pub(super) fn open(name: &str, _ordinal: usize, _allow_tf32: bool) -> anyhow::Re
 }
 
 pub(super) fn name(_: &Device) -> Result<String> {
-    bail!(ABSENT)
+    bail!("{ABSENT}")
 }
 
 pub(super) fn memory(_: &Device) -> Result<(usize, usize)> {
-    bail!(ABSENT)
+    bail!("{ABSENT}")
 }
 
 pub(super) fn counts(_: &Device) -> Result<Counts> {
-    bail!(ABSENT)
+    bail!("{ABSENT}")
 }
 
 pub(super) fn reset_peak(_: &Device) -> Result<()> {
-    bail!(ABSENT)
+    bail!("{ABSENT}")
 }

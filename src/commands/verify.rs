@@ -47,12 +47,15 @@ const CPU: Bounds = Bounds { parts: 1e-4, all_gradients: 1e-4, one_gradient: Som
 /// f32 on a GPU, whose sums are of other lengths and orders.
 const GPU: Bounds = Bounds { parts: 1e-3, all_gradients: 1e-3, one_gradient: Some(1e-2), cosine: 1e-4, adapters: 1e-3 };
 
-/// bf16, f16, and f32 with inputs rounded to TF32: 8 to 11 bits of mantissa.
+/// bf16, f16, and f32 with inputs rounded to TF32: 8 to 11 bits of mantissa. [`loosen`] may make them wider.
 const ROUNDED: Bounds =
     Bounds { parts: 5e-2, all_gradients: 5e-2, one_gradient: None, cosine: 1e-2, adapters: 5e-2 };
 
 /// A LoRA tensor whose gradient is less than this share of all gradients' norm is mostly rounding in half precision.
 const NEGLIGIBLE: f64 = 1e-2;
+
+/// How many times as far from the reference as with rounded weights alone half precision may be.
+const OF_ROUNDED_WEIGHTS: f64 = 5.0;
 
 impl Bounds {
     fn of(compute: &Compute, allow_tf32: bool) -> &'static Self {
@@ -189,8 +192,11 @@ impl Distance {
 
 pub fn run(args: &VerifyArgs) -> Result<bool> {
     let compute = Compute::open_any(&args.device, args.precision, args.allow_tf32)?;
-    let bounds = Bounds::of(&compute, args.allow_tf32);
-    let report = compare(&args.dir, args.head.as_deref(), &compute, bounds)?;
+    let report = if args.allow_tf32 {
+        compare(&args.dir, args.head.as_deref(), &compute, Bounds::of(&compute, true))?
+    } else {
+        verify_on(&args.dir, args.head.as_deref(), &compute)?
+    };
     if !args.json {
         println!("{}, {}", compute.describe(), compute.precision_name());
     }
@@ -213,7 +219,22 @@ pub fn verify(dir: &Path, head: Option<&Path>) -> Result<Report> {
 
 /// As [`verify`], on another device or in another number format. Half precision has wider bounds.
 pub fn verify_on(dir: &Path, head: Option<&Path>, compute: &Compute) -> Result<Report> {
-    compare(dir, head, compute, Bounds::of(compute, false))
+    let mut report = compare(dir, head, compute, Bounds::of(compute, false))?;
+    if compute.dtype() != DType::F32 {
+        loosen(&mut report, &compare(dir, head, &compute.in_f32_with_rounded_weights(), &ROUNDED)?);
+    }
+    Ok(report)
+}
+
+/// Chains of tiny models with guidance amplify what rounding does: rounding the weights to bf16 and computing in f32 moves
+/// the gradients of these cases by up to 0.17 (docs/log.md). So a bound in half precision is a multiple of what that does,
+/// where it is more than the plain bound; an angle's goes with the square.
+fn loosen(report: &mut Report, rounded_weights: &Report) {
+    for (row, rounded) in report.rows.iter_mut().zip(&rounded_weights.rows) {
+        let times = if row.what.starts_with("1 - cosine") { OF_ROUNDED_WEIGHTS.powi(2) } else { OF_ROUNDED_WEIGHTS };
+        row.bound = row.bound.max(if row.bound > 0.0 { times * rounded.error } else { 0.0 });
+        row.pass = row.error <= row.bound;
+    }
 }
 
 fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static Bounds) -> Result<Report> {

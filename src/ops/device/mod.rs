@@ -19,12 +19,14 @@ use crate::config::Precision;
 pub struct Compute {
     device: Device,
     dtype: DType,
+    /// What weights are rounded to before they are stored in `dtype`.
+    weights: DType,
 }
 
 impl Compute {
     /// f32 on the CPU.
     pub fn cpu() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32 }
+        Self { device: Device::Cpu, dtype: DType::F32, weights: DType::F32 }
     }
 
     /// `device` is `cpu`, `cuda` or `cuda:N`; without a `precision` the device's own is taken (f32 on the CPU, bf16 on a
@@ -62,7 +64,7 @@ impl Compute {
             Precision::Bf16 => DType::BF16,
             Precision::F16 => DType::F16,
         };
-        Ok(Self { device, dtype })
+        Ok(Self { device, dtype, weights: dtype })
     }
 
     pub fn device(&self) -> &Device {
@@ -76,7 +78,12 @@ impl Compute {
 
     /// The same device in f32: what the rewards compute in.
     pub fn in_f32(&self) -> Self {
-        Self { device: self.device.clone(), dtype: DType::F32 }
+        Self { device: self.device.clone(), dtype: DType::F32, weights: DType::F32 }
+    }
+
+    /// The same device in f32, with weights that are rounded as they are here: shows what rounding the weights alone does.
+    pub fn in_f32_with_rounded_weights(&self) -> Self {
+        Self { weights: self.dtype, ..self.in_f32() }
     }
 
     /// `f32`, `bf16` or `f16`.
@@ -98,9 +105,9 @@ impl Compute {
         self.device.is_cuda() || self.dtype != DType::F32
     }
 
-    /// A tensor as weights and activations are here.
+    /// A tensor as weights are here.
     pub fn put(&self, tensor: &Tensor) -> Result<Tensor> {
-        tensor.to_dtype(self.dtype)?.to_device(&self.device)
+        tensor.to_dtype(self.weights)?.to_dtype(self.dtype)?.to_device(&self.device)
     }
 
     /// `cpu`, or `NVIDIA H100 80GB HBM3, 79.1 of 79.6 GiB free`.

@@ -80,6 +80,7 @@ inline std::function<void()> body;
 alignas(64) inline unsigned char shared_memory[256 << 10];
 // What a thread shows to its warp, for exchanges of even and odd number: those who are late still read the one before.
 alignas(16) inline unsigned char slots[2][1024][64];
+inline size_t shared_size;
 inline int order = 0;
 inline std::mt19937 shuffler(7);
 
@@ -173,6 +174,7 @@ template <typename F> void launch(dim3 grid, unsigned threads, size_t shared, F 
     grid_dim = grid;
     block_dim = {threads, 1, 1};
     body = kernel;
+    shared_size = shared;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
@@ -221,4 +223,77 @@ template <typename V> V __shfl_xor_sync(unsigned mask, V value, int lanes) {
 template <typename V> V __shfl_sync(unsigned mask, V value, int lane) {
     if (mask != 0xffffffffu) emulator::fail("a shuffle of part of a warp");
     return emulator::shown<V>(emulator::exchange(value), lane);
+}
+
+[[noreturn]] inline void __trap() { emulator::fail("the kernel stopped itself: it was launched with other sizes than its own"); }
+inline unsigned dynamic_shared_size() { return (unsigned)emulator::shared_size; }
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float exp2_fast(float x) { return exp2f(x); }
+
+// The matrix instructions, by the tables of the PTX ISA: "Matrix fragments for mma.m16n8k16 with floating point type" and
+// "ldmatrix".
+namespace emulator {
+struct Fragments {
+    uint32_t a[4], b[2];
+};
+template <typename T> float half_of(uint32_t pair, int which) {
+    T value;
+    memcpy(&value, (const char*)&pair + 2 * which, 2);
+    if constexpr (std::is_same<T, bf16>::value) {
+        return __bfloat162float(value);
+    } else {
+        return __half2float(value);
+    }
+}
+inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+    if ((uintptr_t)row % 16) fail("ldmatrix from an address that is not at a multiple of 16");
+    const auto* all = exchange(row);
+    const unsigned lane = current % 32;
+    for (unsigned matrix = 0; matrix < 4; matrix++)
+        for (unsigned half = 0; half < 2; half++) {
+            const unsigned i = transposed ? 2 * (lane % 4) + half : lane / 4, j = transposed ? lane / 4 : 2 * (lane % 4) + half;
+            const char* address = (const char*)shown<const void*>(all, 8 * matrix + i) + 2 * j;
+            memcpy((char*)&r[matrix] + 2 * half, address, 2);
+        }
+    // nobody may overwrite the rows before all have read them, as one instruction reads them
+    exchange(0);
+}
+}  // namespace emulator
+inline void ldmatrix(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, false); }
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, true); }
+
+template <typename T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const auto* all = emulator::exchange(emulator::Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    const unsigned lane = emulator::current % 32;
+    for (unsigned e = 0; e < 4; e++) {
+        const unsigned row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        float sum = 0;
+        for (unsigned k = 0; k < 16; k++) {
+            const auto from_a = emulator::shown<emulator::Fragments>(all, row % 8 * 4 + k % 8 / 2);
+            const auto from_b = emulator::shown<emulator::Fragments>(all, column * 4 + k % 8 / 2);
+            sum += emulator::half_of<T>(from_a.a[row / 8 + k / 8 * 2], k % 2) * emulator::half_of<T>(from_b.b[k / 8], k % 2);
+        }
+        c[e] += sum;
+    }
+}
+
+// An asynchronous copy reads its source at once and arrives when its group is waited for.
+inline void copy16(void* to, const void* from, bool valid) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16) emulator::fail("cp.async between addresses that are not at multiples of 16");
+    emulator::Copy copy = {to, {}};
+    if (valid) memcpy(copy.data, from, 16);
+    emulator::fibers[emulator::current].copies.back().push_back(copy);
+}
+inline void copy_commit() { emulator::fibers[emulator::current].copies.emplace_back(); }
+template <int N> void copy_wait() {
+    auto& groups = emulator::fibers[emulator::current].copies;
+    while (groups.size() > N + 1) {
+        for (const auto& copy : groups.front()) memcpy(copy.to, copy.data, 16);
+        groups.erase(groups.begin());
+    }
 }

@@ -2,19 +2,20 @@
 //!
 //! `cargo bench --bench step`; the rate is 10⁹ floating point operations a second, as the products count them.
 
+use alignprop::allocator::{Allocator, keep_pages};
 use alignprop::cli::{Cli, Command};
 use alignprop::commands::bench::Work;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::ops::flops;
-use alignprop::training::memory;
 use clap::Parser;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator;
 
 fn main() {
+    keep_pages();
     println!("peak of matrix products: {:.0} GFLOP/s", alignprop::ops::matmul_peak(1536, 5) / 1e9);
     divan::main();
 }
@@ -103,5 +104,4 @@ fn optimizer_step(bencher: Bencher, name: &str) {
         number += 1;
         work.step(number, |_| ()).unwrap();
     });
-    memory::release();
 }

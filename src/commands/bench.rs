@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use serde::Serialize;
 
+use crate::allocator;
 use crate::cli::{Architecture, BenchArgs};
 use crate::config::{Checkpointing, ModelConfig, OptimizerConfig};
 use crate::diffusion::{DdimSchedule, Noise, SchedulerConfig, Stream};
@@ -70,8 +71,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let matmul_gflops = matmul_peak(PEAK_SIDE, 5) / 1e9;
     let mut work = Work::load(args)?;
     let estimate = work.estimate()?;
-    memory::release();
-    memory::reset_peak();
+    allocator::reset_peak();
 
     let mut runs = Vec::with_capacity(args.reps);
     for repetition in 0..=args.reps {
@@ -110,7 +110,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         reward_s: median(&|p| p.seconds[2]),
         backprop_s: median(&|p| p.seconds[3]),
         peak_mib: memory::resident_peak().map(|bytes| mib(bytes) as u64),
-        allocated_mib: mib(memory::peak() as f64),
+        allocated_mib: mib(allocator::peak() as f64),
         estimated_mib: mib(estimate),
         trainable: work.adapters.parameter_count(),
         rollout_tflop: tflop(0),
@@ -236,11 +236,9 @@ impl Work {
         let last = rollout(unet, kept, trajectory.latents, &self.prompting, &self.adapters, no_noise)?;
         trajectory.inputs.extend(last.inputs);
         trajectory.latents = last.latents;
-        memory::release();
         mark(1);
         let scale = 0.01 / self.batch as f64;
         let credit = reward_cotangent(vae, rewards, &trajectory.latents, &prompts, scale, self.checkpointing)?;
-        memory::release();
         mark(2);
         let mut sum = LoraGradients::new(&self.adapters);
         backprop(
@@ -257,7 +255,6 @@ impl Work {
         clip_grad_norm(&mut gradients, 5.0)?;
         let updated = self.optimizer.update(&self.adapters.tensors(), &gradients, 1e-3)?;
         self.adapters = self.adapters.with_tensors(updated)?;
-        memory::release();
         mark(3);
         Ok(())
     }

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 
 use super::experiment::Model;
+use crate::allocator;
 use crate::config::{Checkpointing, CheckpointingChoice, Config};
 use crate::lora::Adapters;
 use crate::rewards::Rewards;
@@ -19,7 +20,7 @@ pub(super) fn plan(
     rewards: &Rewards,
     adapters: &Adapters,
 ) -> Result<Option<Estimate>> {
-    if memory::live() == 0 {
+    if allocator::live() == 0 {
         config.train.checkpointing = explicit(config.train.checkpointing.into());
         return Ok(None);
     }
@@ -37,7 +38,7 @@ pub(super) fn plan(
     let train = &mut config.train;
     let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
     // what the process holds already is not to be found again
-    let budget = given.or_else(|| memory::available().map(|free| free + memory::live() as f64));
+    let budget = given.or_else(|| memory::available().map(|free| free + allocator::live() as f64));
     let step = parts.measure(Checkpointing::Step)?;
     let block = match train.checkpointing {
         CheckpointingChoice::Step => None,

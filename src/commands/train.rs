@@ -12,6 +12,7 @@ use serde_json::{Map, Value as Json, json};
 use super::experiment::{EMBEDDED, Model, config_of, counter};
 use super::report::write_report;
 use super::{budget, check_device, pictures};
+use crate::allocator;
 use crate::cli::TrainArgs;
 use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
@@ -72,7 +73,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     save(&state)?; // so that a run can be resumed from its first moment on
     let progress = progress_bar(&config, state.step);
-    memory::reset_peak();
+    allocator::reset_peak();
 
     let end = args.stop_at.map_or(config.train.steps, |step| step.min(config.train.steps));
     let mut objection = None;
@@ -240,7 +241,6 @@ impl Trainer<'_> {
         let train = &self.config.train;
         let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
         let scale = self.config.optimizer.loss_coeff / images as f64;
-        memory::release();
         reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
     }
 
@@ -264,7 +264,6 @@ impl Trainer<'_> {
         let d_latents = credit.d_latents.clone();
         let unet = &self.model.pipeline.unet;
         let pull = anchor.as_mut();
-        memory::release();
         anchored_backprop(unet, adapters, trajectory, plan, prompting, &d_latents, checkpointing, pull, sum)?;
         if let Some(anchor) = anchor {
             let terms = anchor.distances.iter().map(|distance| regularization.kl_weight * distance);
@@ -609,7 +608,7 @@ fn report(config: &Config, run: &RunFolder, rewards: &Rewards, adapters: &Path) 
 /// The measured peak beside its estimate, on stderr.
 fn report_memory(estimate: Option<Estimate>) {
     let Some(estimate) = estimate else { return };
-    let peak = memory::peak() as f64;
+    let peak = allocator::peak() as f64;
     let resident = memory::resident_peak().map(|bytes| format!("; resident at most {}", memory::size(bytes)));
     eprintln!(
         "memory      {} at the peak, {} estimated (ratio {:.2}){}",

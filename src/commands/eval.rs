@@ -104,8 +104,7 @@ struct ScaleReport {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let Checkpointed { mut config, adapters: adapters_path, run, .. } =
-        checkpoint_of(&args.checkpoint, &args.config)?;
+    let Checkpointed { mut config, adapters: adapters_path, run, .. } = checkpoint_of(&args.checkpoint, &args.config)?;
     let adapters_path = if args.ema { average(&adapters_path)? } else { adapters_path };
     let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
     let prompts = match &args.prompts {

@@ -210,7 +210,17 @@ impl Trainer<'_> {
 
             let trajectory = rollout(&model.pipeline.unet, &plan.steps, x_t, &prompting, &state.adapters, variance)?;
             let credit = if plan.renoise > 0 {
-                self.renoised(&plan, &trajectory, &prompting, &prompts, samples, step, images, &state.adapters, &mut sum)?
+                self.renoised(
+                    &plan,
+                    &trajectory,
+                    &prompting,
+                    &prompts,
+                    samples,
+                    step,
+                    images,
+                    &state.adapters,
+                    &mut sum,
+                )?
             } else {
                 let mut credit = self.credit(&trajectory.latents, &prompts, images)?;
                 self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, images, &mut sum)?;
@@ -267,7 +277,6 @@ impl Trainer<'_> {
     fn credit(&self, latents: &Tensor, prompts: &[String], images: f64) -> Result<Credit> {
         let train = &self.config.train;
         let scale = self.config.optimizer.loss_coeff / images;
-        memory::release();
         reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
     }
 
@@ -290,7 +299,6 @@ impl Trainer<'_> {
         let d_latents = credit.d_latents.clone();
         let unet = &self.model.pipeline.unet;
         let pull = anchor.as_mut();
-        memory::release();
         anchored_backprop(unet, adapters, trajectory, plan, prompting, &d_latents, checkpointing, pull, sum)?;
         if let Some(anchor) = anchor {
             let terms = anchor.distances.iter().map(|distance| regularization.kl_weight * distance);

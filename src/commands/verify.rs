@@ -48,8 +48,7 @@ const CPU: Bounds = Bounds { parts: 1e-4, all_gradients: 1e-4, one_gradient: Som
 const GPU: Bounds = Bounds { parts: 1e-3, all_gradients: 1e-3, one_gradient: Some(1e-2), cosine: 1e-4, adapters: 1e-3 };
 
 /// bf16, f16, and f32 with inputs rounded to TF32: 8 to 11 bits of mantissa. [`loosen`] may make them wider.
-const ROUNDED: Bounds =
-    Bounds { parts: 5e-2, all_gradients: 5e-2, one_gradient: None, cosine: 1e-2, adapters: 5e-2 };
+const ROUNDED: Bounds = Bounds { parts: 5e-2, all_gradients: 5e-2, one_gradient: None, cosine: 1e-2, adapters: 5e-2 };
 
 /// A LoRA tensor whose gradient is less than this share of all gradients' norm is mostly rounding in half precision.
 const NEGLIGIBLE: f64 = 1e-2;
@@ -280,7 +279,8 @@ struct Subject<'a> {
 impl Subject<'_> {
     fn tensors(&self, name: &str) -> Result<std::collections::HashMap<String, Tensor>> {
         let path = self.dir.join(name);
-        candle_core::safetensors::load(&path, self.compute.device()).with_context(|| format!("reading {}", path.display()))
+        candle_core::safetensors::load(&path, self.compute.device())
+            .with_context(|| format!("reading {}", path.display()))
     }
 
     fn with_alpha(&self, adapters: &Adapters) -> Result<Adapters> {
@@ -355,7 +355,13 @@ impl Subject<'_> {
             report.push("tokenizer", name, unequal(&ids, part(name)?)?, 0.0);
         }
         let prompting = self.prompting(1.0)?;
-        report.compare("text encoder", "text_embeds", &prompting.prompt_embeds, part("text_embeds")?, self.bounds.parts)?;
+        report.compare(
+            "text encoder",
+            "text_embeds",
+            &prompting.prompt_embeds,
+            part("text_embeds")?,
+            self.bounds.parts,
+        )?;
         report.compare(
             "text encoder",
             "uncond_embeds",
@@ -368,7 +374,8 @@ impl Subject<'_> {
         let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep as f64).collect();
         report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
 
-        let t = part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0] as usize;
+        let t =
+            part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0] as usize;
         let (x, dy) = (part("unet_x")?, part("unet_dy")?);
         let none = Adapters::default();
         let y = unet.forward(x, t, &prompting.prompt_embeds, &none)?;
@@ -382,7 +389,13 @@ impl Subject<'_> {
         }
         let decoded = vae.trace(part("vae_z")?, Checkpointing::Step)?;
         report.compare("VAE", "image", decoded.image(), part("vae_image")?, self.bounds.parts)?;
-        report.compare("VAE", "gradient of z", &decoded.pull(part("vae_dimage")?)?, part("vae_dz")?, self.bounds.parts)?;
+        report.compare(
+            "VAE",
+            "gradient of z",
+            &decoded.pull(part("vae_dimage")?)?,
+            part("vae_dz")?,
+            self.bounds.parts,
+        )?;
 
         let images = part("reward_image")?;
         let side = part("clip_input")?.dims4()?.2;
@@ -571,9 +584,7 @@ impl Subject<'_> {
 
 /// The largest number, or the first that is none, and whose it is.
 fn largest<'a>(values: impl Iterator<Item = (f64, &'a String)>) -> (f64, &'a str) {
-    values.fold((0.0, ""), |worst, (value, name)| {
-        if value > worst.0 || value.is_nan() { (value, name) } else { worst }
-    })
+    values.fold((0.0, ""), |worst, (value, name)| if value > worst.0 || value.is_nan() { (value, name) } else { worst })
 }
 
 /// How many entries differ.

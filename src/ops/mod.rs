@@ -11,9 +11,9 @@ pub mod activation;
 pub mod attention;
 pub mod concat;
 pub mod conv2d;
-pub mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub mod device;
 pub mod finite;
 pub(crate) mod frozen;
 pub mod geglu;

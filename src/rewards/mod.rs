@@ -293,11 +293,7 @@ impl Towers {
     fn new(config: &RewardsConfig, compute: &Compute) -> Self {
         let with_text =
             [config.clip_score.as_ref().map(|c| c.model.clone()), config.pickscore.as_ref().map(|c| c.model.clone())];
-        Self {
-            with_text: with_text.into_iter().flatten().collect(),
-            loaded: HashMap::new(),
-            compute: compute.clone(),
-        }
+        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new(), compute: compute.clone() }
     }
 
     fn get(&mut self, model: &str) -> Result<Rc<Clip>> {

@@ -10,9 +10,7 @@
 //! peak of the run           = what is loaded + trajectory + the larger of the two
 //! ```
 
-use std::alloc::{GlobalAlloc, Layout};
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -20,6 +18,7 @@ use candle_core::{DType, Tensor};
 
 use super::backprop::reward_cotangent;
 use super::rollout::Prompting;
+use crate::allocator;
 use crate::config::Checkpointing;
 use crate::diffusion::{Noise, Stream};
 use crate::lora::Adapters;
@@ -28,27 +27,6 @@ use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
 use crate::ops::device::{Compute, Counts};
 use crate::rewards::Rewards;
-
-/// Freed bytes that it takes for [`release`] to do something: small models would only pay for it.
-const WORTH_RELEASING: usize = 128 << 20;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-/// Bytes that are allocated now; 0 where the program's allocator does not count.
-pub fn live() -> usize {
-    LIVE.load(Relaxed)
-}
-
-/// The most bytes that were allocated at a time, since the start or the last [`reset_peak`].
-pub fn peak() -> usize {
-    PEAK.load(Relaxed)
-}
-
-/// The peak is what is allocated now.
-pub fn reset_peak() {
-    PEAK.store(live(), Relaxed);
-}
 
 /// Whose memory a run's large blocks are in.
 #[derive(Clone, Copy)]
@@ -70,7 +48,7 @@ impl<'a> Meter<'a> {
     /// Bytes that are allocated now.
     pub fn live(self) -> Result<usize> {
         match self {
-            Self::Host => Ok(live()),
+            Self::Host => Ok(allocator::live()),
             Self::Gpu(compute) => Ok(Self::counts(compute)?.live),
         }
     }
@@ -78,7 +56,7 @@ impl<'a> Meter<'a> {
     /// The most bytes that were allocated at a time, since the last [`Self::reset_peak`].
     pub fn peak(self) -> Result<usize> {
         match self {
-            Self::Host => Ok(peak()),
+            Self::Host => Ok(allocator::peak()),
             Self::Gpu(compute) => Ok(Self::counts(compute)?.peak),
         }
     }
@@ -86,7 +64,7 @@ impl<'a> Meter<'a> {
     /// The peak is what is allocated now.
     pub fn reset_peak(self) -> Result<()> {
         match self {
-            Self::Host => reset_peak(),
+            Self::Host => allocator::reset_peak(),
             Self::Gpu(compute) => {
                 if let Some(memory) = compute.gpu_memory() {
                     memory.reset_peak()?;
@@ -110,50 +88,6 @@ impl<'a> Meter<'a> {
             Self::Host => resident_peak(),
             Self::Gpu(compute) => Self::counts(compute).ok().map(|counts| counts.reserved_peak as f64),
         }
-    }
-}
-
-/// Gives freed pages back to the system. Between two phases of a step, which need blocks of other sizes: within a phase
-/// pages are kept, as the system would clear each one anew.
-pub fn release() {
-    if peak().saturating_sub(live()) < WORTH_RELEASING {
-        return;
-    }
-    // SAFETY: the allocator may be told this at any time, by any thread; it does nothing where another one is used.
-    unsafe { libmimalloc_sys::mi_collect(true) };
-}
-
-/// An allocator that counts what it gives and takes back: `#[global_allocator]` of the binary.
-pub struct Counting<A>(pub A);
-
-fn grow(bytes: usize) {
-    let live = LIVE.fetch_add(bytes, Relaxed) + bytes;
-    PEAK.fetch_max(live, Relaxed);
-}
-
-// SAFETY: every call goes on to the inner allocator unchanged; the counters are atomic and allocate nothing.
-unsafe impl<A: GlobalAlloc> GlobalAlloc for Counting<A> {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: the caller's promise about `layout` is the inner allocator's requirement.
-        unsafe { self.0.alloc(layout) }
-    }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: as in `alloc`.
-        unsafe { self.0.alloc_zeroed(layout) }
-    }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: `ptr` came from the inner allocator with this layout, as the caller promises.
-        unsafe { self.0.dealloc(ptr, layout) }
-    }
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        // as a move: both are there for a moment
-        grow(new_size);
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as in `dealloc`; `new_size` is the caller's promise.
-        unsafe { self.0.realloc(ptr, layout, new_size) }
     }
 }
 

@@ -99,8 +99,10 @@ impl Unet {
         sum: &mut LoraGradients,
     ) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, context)?;
-        let trace =
-            self.stages.trace(to_inside(x, &self.compute)?, &evaluation, adapters, checkpointing).context("in the UNet")?;
+        let trace = self
+            .stages
+            .trace(to_inside(x, &self.compute)?, &evaluation, adapters, checkpointing)
+            .context("in the UNet")?;
         let dx = trace.pull(to_inside(cotangent, &self.compute)?, sum).context("in the UNet")?;
         Ok(from_inside(&dx)?)
     }

@@ -221,7 +221,8 @@ impl Vae {
     /// Latents (B, C, h, w) in the UNet's scale -> images (B, 3, factor·h, factor·w), about [-1, 1], f32.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let z = (latents / self.config.scaling_factor)?;
-        let image = self.stages.forward(to_inside(&z, &self.compute)?, &(), &Adapters::default()).context("in the VAE")?;
+        let image =
+            self.stages.forward(to_inside(&z, &self.compute)?, &(), &Adapters::default()).context("in the VAE")?;
         Ok(from_inside(&image)?)
     }
 
@@ -229,7 +230,8 @@ impl Vae {
     pub fn trace(&self, latents: &Tensor, checkpointing: Checkpointing) -> Result<DecodeTrace<'_>> {
         static NO_ADAPTERS: LazyLock<Adapters> = LazyLock::new(Adapters::default);
         let z = (latents / self.config.scaling_factor)?;
-        let trace = self.stages.trace(to_inside(&z, &self.compute)?, &(), &NO_ADAPTERS, checkpointing).context("in the VAE")?;
+        let trace =
+            self.stages.trace(to_inside(&z, &self.compute)?, &(), &NO_ADAPTERS, checkpointing).context("in the VAE")?;
         let image = from_inside(trace.output())?;
         Ok(DecodeTrace { trace, image, scaling_factor: self.config.scaling_factor, compute: &self.compute })
     }

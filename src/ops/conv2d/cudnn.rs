@@ -289,9 +289,8 @@ impl Plan {
                     at,
                 )
                 .map_err(Error::wrap)?;
-                let usable = |perf: &&sys::cudnnConvolutionBwdDataAlgoPerf_t| {
-                    usable(perf.status, perf.determinism, perf.memory)
-                };
+                let usable =
+                    |perf: &&sys::cudnnConvolutionBwdDataAlgoPerf_t| usable(perf.status, perf.determinism, perf.memory);
                 let Some(best) = found.iter().take(count as usize).find(usable) else { return Err(none_usable()) };
                 (Algorithm::Backward(best.algo), best.mathType, best.memory)
             } else {

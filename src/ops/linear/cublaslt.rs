@@ -96,7 +96,8 @@ fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, backward: bool) -
         if let Some(plan) = plans.borrow().get(&shape) {
             return Ok(plan.clone());
         }
-        let plan = Plan::new(&libraries, &shape).map_err(|e| e.context(format!("planning a product of {rows} rows")))?;
+        let plan =
+            Plan::new(&libraries, &shape).map_err(|e| e.context(format!("planning a product of {rows} rows")))?;
         let plan = Rc::new(plan);
         plans.borrow_mut().insert(shape, plan.clone());
         Ok(plan)
@@ -151,8 +152,7 @@ impl Plan {
         let layout = |rows: usize, columns: usize| {
             result::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64).map_err(Error::wrap)
         };
-        let description =
-            result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F).map_err(Error::wrap)?;
+        let description = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F).map_err(Error::wrap)?;
         let weight = layout(shape.inputs, shape.outputs)?;
         let input = layout(k, shape.rows)?;
         let output = layout(m, shape.rows)?;

@@ -3,6 +3,7 @@
 //! `cargo bench --bench ops`; the rate is 10⁹ floating point operations a second, as the products count them. The first
 //! line, a square product of the `gemm` crate, is the yardstick.
 
+use alignprop::allocator::{Allocator, keep_pages};
 use alignprop::ops::attention::{Heads, attention_bwd, attention_fwd};
 use alignprop::ops::conv2d::{Kernel, conv2d_bwd, conv2d_fwd};
 use alignprop::ops::linear::{Weight, linear_bwd, linear_fwd};
@@ -11,9 +12,10 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator;
 
 fn main() {
+    keep_pages();
     println!("peak of matrix products: {:.0} GFLOP/s", alignprop::ops::matmul_peak(1536, 5) / 1e9);
     divan::main();
 }

@@ -72,7 +72,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub dry_run: bool,
 
-    /// cpu (this build has no GPU kernels yet); instead of run.device
+    /// cpu, cuda or cuda:N; instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
 
@@ -131,9 +131,13 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 
-    /// cpu (this build has no GPU kernels yet); instead of run.device
+    /// cpu, cuda or cuda:N; instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
+
+    /// Format of weights and activations; instead of run.precision
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
 }
 
 #[derive(Args, Debug)]
@@ -301,16 +305,22 @@ pub struct SampleArgs {
     #[arg(long, value_name = "FILE")]
     pub save_tensors: Option<PathBuf>,
 
-    /// cpu (this build has no GPU kernels yet); instead of run.device
+    /// cpu, cuda or cuda:N; instead of run.device
     #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
     pub device: Option<String>,
+
+    /// Format of weights and activations; instead of run.precision
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
 }
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   alignprop verify fixtures
-  alignprop verify fixtures --json")]
+  alignprop verify fixtures --json
+  alignprop verify fixtures --device cuda --precision f32
+  alignprop verify fixtures --precision bf16")]
 pub struct VerifyArgs {
     /// Folder with models and recorded numbers
     #[arg(value_name = "DIR")]
@@ -320,13 +330,18 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE")]
     pub head: Option<PathBuf>,
 
-    /// cpu (this build has no GPU kernels yet)
+    /// cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: String,
 
-    /// Format of weights and activations
-    #[arg(long, value_name = "PRECISION", value_enum, default_value_t = Precision::F32)]
-    pub precision: Precision,
+    /// Format of weights and activations; without it f32 on the CPU and bf16 on a GPU. The CPU can round to bf16 and f16
+    /// after every operation, as a GPU does
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
+
+    /// Let products of f32 round their inputs to TF32 on a GPU
+    #[arg(long)]
+    pub allow_tf32: bool,
 
     /// Print the comparison as JSON
     #[arg(long)]
@@ -337,7 +352,8 @@ pub struct VerifyArgs {
 #[command(after_help = "\
 Examples:
   alignprop bench --arch sd15-quarter --random-weights --size 256x256 --steps 10 --backprop-steps 2
-  alignprop bench --model some/folder --batch 4 --steps 20 --backprop-steps 5 --json")]
+  alignprop bench --model some/folder --batch 4 --steps 20 --backprop-steps 5 --json
+  alignprop bench --arch sd15 --random-weights --device cuda --precision bf16 --size 512x512 --steps 50")]
 pub struct BenchArgs {
     /// A pipeline's folder or hub id, or a single file
     #[arg(long, value_name = "DIR_OR_ID", conflicts_with = "arch", required_unless_present = "arch")]
@@ -382,6 +398,18 @@ pub struct BenchArgs {
     /// What a backward pass recomputes
     #[arg(long, value_enum, default_value_t = Checkpointing::Step)]
     pub checkpointing: Checkpointing,
+
+    /// cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    pub device: String,
+
+    /// Format of weights and activations; without it f32 on the CPU and bf16 on a GPU
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
+
+    /// Let products of f32 round their inputs to TF32 on a GPU
+    #[arg(long)]
+    pub allow_tf32: bool,
 
     /// Measured steps, of which the median is taken; one more comes before them
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = at_least_one)]

@@ -30,6 +30,7 @@
 //! The loop is `run` and `Trainer::step` in `commands/train.rs`. Contracts and decisions are in `docs/architecture.md`,
 //! the backward passes in `docs/backward.md`.
 
+pub mod allocator;
 pub mod cli;
 pub mod commands;
 pub mod config;

@@ -4,22 +4,22 @@
 
 mod support;
 
-use std::alloc::System;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
+use alignprop::allocator::{self, Allocator};
 use alignprop::config::{AestheticConfig, Checkpointing, ModelConfig, RewardsConfig};
 use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
 use alignprop::models::Pipeline;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::rewards::Rewards;
-use alignprop::training::memory::{self, Counting, Parts};
+use alignprop::training::memory::Parts;
 use alignprop::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
 use candle_core::{DType, Device, Tensor};
 use support::{Experiment, fixture, text};
 
 #[global_allocator]
-static ALLOCATOR: Counting<System> = Counting(System);
+static ALLOCATOR: Allocator = Allocator;
 
 /// One measurement at a time, since the counters are the process's; and on one thread, since the buffers of several
 /// are in use together or not, as it happens.
@@ -33,10 +33,10 @@ fn alone() -> MutexGuard<'static, ()> {
 /// How far the memory in use rises above what it was.
 fn peak(mut work: impl FnMut()) -> f64 {
     work(); // what is made once and kept
-    let before = memory::live();
-    memory::reset_peak();
+    let before = allocator::live();
+    allocator::reset_peak();
     work();
-    (memory::peak() - before) as f64
+    (allocator::peak() - before) as f64
 }
 
 fn assert_flat(what: &str, few: f64, many: f64) {
@@ -172,7 +172,7 @@ fn the_estimate_is_near_the_peak() {
             let prompting = prompting.select(&rows).unwrap();
             let (unet, vae) = (&chain.pipeline.unet, &chain.pipeline.vae);
             let x_t = chain.noise.normal_batch(Stream::Latents, 0, 0..batch as u64, latent_shape).unwrap();
-            let loaded = memory::live() as f64;
+            let loaded = allocator::live() as f64;
             let peak = loaded
                 + peak(|| {
                     let steps = &plan.steps;

@@ -6,7 +6,7 @@ use super::experiment::Model;
 use crate::config::{Checkpointing, CheckpointingChoice, Config};
 use crate::lora::Adapters;
 use crate::rewards::Rewards;
-use crate::training::memory::{self, Estimate, Parts, Split, fitting, size};
+use crate::training::memory::{Estimate, Meter, Parts, Split, fitting, size};
 
 /// Estimates the run's memory, makes the choice that `checkpointing = "auto"` leaves open (in `config`, so that the run
 /// keeps it), and says both on stderr. `None` where the program's allocator does not count.
@@ -19,7 +19,8 @@ pub(super) fn plan(
     rewards: &Rewards,
     adapters: &Adapters,
 ) -> Result<Option<Estimate>> {
-    if memory::live() == 0 {
+    let meter = Meter::of(model.compute());
+    if meter.live()? == 0 {
         config.train.checkpointing = explicit(config.train.checkpointing.into());
         return Ok(None);
     }
@@ -37,7 +38,8 @@ pub(super) fn plan(
     let train = &mut config.train;
     let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
     // what the process holds already is not to be found again
-    let budget = given.or_else(|| memory::available().map(|free| free + memory::live() as f64));
+    let live = meter.live()? as f64;
+    let budget = given.or_else(|| meter.available().map(|free| free + live));
     let step = parts.measure(Checkpointing::Step)?;
     let block = match train.checkpointing {
         CheckpointingChoice::Step => None,
@@ -77,7 +79,7 @@ pub(super) fn plan(
         );
     }
     if !fits {
-        eprintln!("warning: the run may need more memory than the machine has free");
+        eprintln!("warning: the run may need more memory than is free");
     }
     Ok(Some(estimate))
 }

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::experiment::{Checkpointed, Model, checkpoint_of};
-use super::{check_device, pictures};
+use super::{open_device, pictures};
 use crate::cli::EvalArgs;
 use crate::config::PromptsConfig;
 use crate::lora::Adapters;
@@ -104,17 +104,17 @@ struct ScaleReport {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let Checkpointed { config, adapters: adapters_path, run, .. } = checkpoint_of(&args.checkpoint, &args.config)?;
+    let Checkpointed { mut config, adapters: adapters_path, run, .. } = checkpoint_of(&args.checkpoint, &args.config)?;
     let adapters_path = if args.ema { average(&adapters_path)? } else { adapters_path };
-    check_device(args.device.as_deref().unwrap_or(&config.run.device), config.run.precision)?;
+    let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
     let prompts = match &args.prompts {
         Some(file) => PromptsConfig { file: Some(file.clone()), ..Default::default() }.load()?,
         None => config.prompts.load()?,
     };
     let reward_config = if args.reward.is_empty() { config.reward.clone() } else { config.reward.select(&args.reward) };
-    let model = Model::load(&config)?;
+    let model = Model::load(&config, &compute)?;
     let tuned = model.load_lora(&adapters_path)?.adapters;
-    let rewards = Rewards::load(&reward_config, &model.pipeline.tokenizer)?;
+    let rewards = Rewards::load_on(&reward_config, &model.pipeline.tokenizer, &compute)?;
     // the base model, then each scale of the LoRA
     let mut variants = vec![Adapters::default()];
     variants.extend(args.lora_scale.iter().map(|scale| tuned.scaled(*scale)));

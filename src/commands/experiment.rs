@@ -12,6 +12,7 @@ use crate::diffusion::{DdimSchedule, Noise, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
 use crate::models::Pipeline;
+use crate::ops::device::Compute;
 use crate::ops::{is_finite, not_a_number};
 use crate::training::run_folder::RunFolder;
 use crate::training::{Prompting, anchor, rollout};
@@ -39,8 +40,8 @@ pub(super) struct Drawn {
 }
 
 impl Model {
-    pub fn load(config: &Config) -> Result<Self> {
-        let pipeline = Pipeline::load(&config.model)?;
+    pub fn load(config: &Config, compute: &Compute) -> Result<Self> {
+        let pipeline = Pipeline::load_on(&config.model, compute)?;
         let sampler = &config.sampler;
         let schedule = DdimSchedule::load(&pipeline.source, sampler.num_inference_steps, sampler.eta)?;
         let (height, width) = pipeline.default_size();
@@ -48,6 +49,16 @@ impl Model {
         let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(&sampler.negative_prompt))?;
         ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
         Ok(Self { pipeline, schedule, latent_shape, guidance_scale: sampler.guidance_scale, negative_prompt_embeds })
+    }
+
+    /// What it computes on.
+    pub fn compute(&self) -> &Compute {
+        self.pipeline.unet.compute()
+    }
+
+    /// Noise (B, C, h, w) for some samples, on the model's device.
+    pub fn noise(&self, noise: &Noise, stream: Stream, step: u64, samples: Range<u64>) -> Result<Tensor> {
+        Ok(noise.normal_batch(stream, step, samples, self.latent_shape)?.to_device(self.compute().device())?)
     }
 
     /// Height and width of its images.
@@ -68,7 +79,7 @@ impl Model {
 
     /// The noise of DDIM step `i` (where eta is not zero) for some samples of optimizer step `step`.
     pub fn variance_noise(&self, noise: &Noise, step: u64, i: usize, samples: Range<u64>) -> Result<Tensor> {
-        Ok(noise.normal_batch(Stream::Variance, counter(step, i), samples, self.latent_shape)?)
+        self.noise(noise, Stream::Variance, counter(step, i), samples)
     }
 
     /// Images (B, 3, H, W) of the prompts, from the evaluation noise of `seed`; `first` is the first prompt's number.
@@ -100,10 +111,9 @@ impl Model {
     ) -> Result<Drawn> {
         let noise = Noise::new(seed);
         let samples = first..first + prompts.len() as u64;
-        let x_t = noise.normal_batch(Stream::Evaluation, 0, samples.clone(), self.latent_shape)?;
+        let x_t = self.noise(&noise, Stream::Evaluation, 0, samples.clone())?;
         let prompting = self.prompting(prompts)?;
-        let variance =
-            |i| Ok(noise.normal_batch(Stream::EvaluationVariance, i as u64, samples.clone(), self.latent_shape)?);
+        let variance = |i| self.noise(&noise, Stream::EvaluationVariance, i as u64, samples.clone());
         let (unet, steps) = (&self.pipeline.unet, self.schedule.steps());
         // timesteps fall along the chain
         let (early, late) =
@@ -117,10 +127,9 @@ impl Model {
     /// An image (1, 3, H, W) on the guard's noise, and the mean distance of its noise predictions from the base model's.
     pub fn watched_image(&self, prompt: &str, number: u64, seed: u64, adapters: &Adapters) -> Result<(Tensor, f64)> {
         let (noise, sample, prompts) = (Noise::new(seed), number..number + 1, [prompt.to_owned()]);
-        let x_t = noise.normal_batch(Stream::Guard, 0, sample.clone(), self.latent_shape)?;
+        let x_t = self.noise(&noise, Stream::Guard, 0, sample.clone())?;
         let prompting = self.prompting(&prompts)?;
-        let variance =
-            |i| Ok(noise.normal_batch(Stream::GuardVariance, i as u64, sample.clone(), self.latent_shape)?);
+        let variance = |i| self.noise(&noise, Stream::GuardVariance, i as u64, sample.clone());
         let (unet, steps) = (&self.pipeline.unet, self.schedule.steps());
         let trajectory = rollout(unet, steps, x_t, &prompting, adapters, variance)?;
         let distances = anchor::distances(unet, steps, &trajectory, &prompting)?;
@@ -158,7 +167,8 @@ impl Model {
         loaded.adapters = loaded
             .adapters
             .fitted(&self.pipeline.unet.targets())
-            .with_context(|| format!("{} does not fit {}", path.display(), self.pipeline.source.label()))?;
+            .with_context(|| format!("{} does not fit {}", path.display(), self.pipeline.source.label()))?
+            .to_device(self.compute().device())?;
         loaded.warn(path);
         Ok(loaded)
     }

@@ -15,10 +15,11 @@ mod experiment;
 mod pictures;
 mod report;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::cli::{Cli, Command};
-use crate::config::Precision;
+use crate::config::{Config, Precision};
+use crate::ops::device::Compute;
 
 /// Runs the command; the exit code of the process is 0 for `Ok(true)`, 1 for `Ok(false)` and for errors.
 pub fn run(cli: Cli) -> Result<bool> {
@@ -34,19 +35,16 @@ pub fn run(cli: Cli) -> Result<bool> {
     }
 }
 
-/// What this build can compute on.
+/// What the config's run computes on, as `--device` and `--precision` change it. Both become the config's own.
 ///
 /// # Errors
-/// A device or a number format that it has no kernels for.
-fn check_device(device: &str, precision: Precision) -> Result<()> {
-    if device != "cpu" {
-        bail!("device `{device}`: this build computes on the CPU only; use --device cpu (or run.device = \"cpu\")");
+/// A device or a number format that this build or this machine has not.
+fn open_device(config: &mut Config, device: Option<&str>, precision: Option<Precision>) -> Result<Compute> {
+    let run = &mut config.run;
+    if let Some(device) = device {
+        device.clone_into(&mut run.device);
     }
-    if precision != Precision::F32 {
-        bail!(
-            "precision {}: this build computes in f32 (half-precision weight files are read all the same); use --precision f32",
-            format!("{precision:?}").to_lowercase()
-        );
-    }
-    Ok(())
+    let compute = Compute::open(&run.device, precision.or(run.precision), run.allow_tf32)?;
+    run.precision = Some(compute.precision());
+    Ok(compute)
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
 
 use super::experiment::{DEFAULTS, Drawn, Model, config_of};
-use super::{check_device, pictures};
+use super::{open_device, pictures};
 use crate::cli::SampleArgs;
 use crate::files;
 use crate::lora::Adapters;
@@ -27,9 +27,9 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     sampler.height = args.height.or(sampler.height);
     sampler.width = args.width.or(sampler.width);
     config.validate()?;
-    check_device(args.device.as_deref().unwrap_or(&config.run.device), config.run.precision)?;
+    let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
 
-    let model = Model::load(&config)?;
+    let model = Model::load(&config, &compute)?;
     let adapters = match &args.lora {
         Some(path) => model.load_lora(path)?.adapters.scaled(args.lora_scale),
         None => Adapters::default(),

@@ -11,7 +11,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::experiment::{EMBEDDED, Model, config_of, counter};
 use super::report::write_report;
-use super::{budget, check_device, pictures};
+use super::{budget, open_device, pictures};
 use crate::cli::TrainArgs;
 use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
@@ -22,28 +22,30 @@ use crate::rewards::Rewards;
 use crate::training::checkpoint::{Checkpoint, EMA};
 use crate::training::guard::{Guard, best_checkpoint};
 use crate::training::health;
-use crate::training::memory::{self, Estimate};
+use crate::training::loss_scale::{LossScale, unscale};
+use crate::training::memory::{self, Estimate, Meter};
 use crate::training::run_folder::RunFolder;
 use crate::training::signals::{Interrupt, Interrupted};
 use crate::training::{Anchor, Credit, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let mut config = resolve_config(args)?;
-    check_device(&config.run.device, config.run.precision)?;
+    let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
     config.require_trained()?;
     let prompts = config.prompts.load()?;
     if args.resume.is_none() {
         RunFolder::check_free(&config.run.dir)?; // before gigabytes are read
     }
-    let model = Model::load(&config)?;
+    let model = Model::load(&config, &compute)?;
     let tokenizer = &model.pipeline.tokenizer;
-    let rewards = Rewards::load(&config.reward, tokenizer)?.with_caps(&config.regularization.reward_cap);
-    let guard = Guard::load(&config, &prompts, tokenizer)?;
+    let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
+    let guard = Guard::load(&config, &prompts, tokenizer, &compute)?;
     let noise = Noise::new(config.run.seed);
     let mut state = match &args.resume {
         Some(dir) => resume(dir, &mut config, &model, &noise)?,
         None => start(&mut config, &model, &noise)?,
-    };
+    }
+    .to_device(compute.device())?;
     describe(&config, &model, &rewards, &prompts, &state)?;
     let estimate = budget::plan(&mut config, &model, &rewards, &state.adapters)?;
     let config = config;
@@ -72,7 +74,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     save(&state)?; // so that a run can be resumed from its first moment on
     let progress = progress_bar(&config, state.step);
-    memory::reset_peak();
+    let meter = Meter::of(&compute);
+    meter.reset_peak()?;
 
     let end = args.stop_at.map_or(config.train.steps, |step| step.min(config.train.steps));
     let mut objection = None;
@@ -100,7 +103,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 
         let started = Instant::now();
         let lr = learning_rate(&config.optimizer, state.step, config.train.steps);
-        match trainer.step(&mut state, lr, &progress) {
+        match trainer.scaled_step(&mut state, lr, &progress) {
             Ok(outcome) => {
                 run.log(&outcome.metrics(&rewards, &state, lr, started.elapsed())).with_context(|| going_on(&run))?;
                 progress.set_message(summary(&run, &rewards, &outcome.mean_scores)?);
@@ -133,7 +136,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         formats::save(ema, &metadata(state.step), &config.run.dir.join(EMA)).with_context(|| going_on(&run))?;
     }
     report(&config, &run, &rewards, &adapters)?;
-    report_memory(estimate);
+    report_memory(estimate, meter)?;
     Ok(())
 }
 
@@ -160,12 +163,36 @@ struct Outcome {
 }
 
 impl Trainer<'_> {
+    /// One optimizer step; in f16 again with a smaller loss scale where something overflowed.
+    fn scaled_step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
+        let before = state.loss_scale;
+        loop {
+            match self.step(state, lr, progress) {
+                Err(error) if health::is_not_a_number(&error) => {
+                    let Some(smaller) = state.loss_scale.and_then(|scale| scale.smaller()) else {
+                        state.loss_scale = before; // it was not the scale
+                        return Err(error);
+                    };
+                    state.loss_scale = Some(smaller);
+                    progress.set_position((state.step * self.config.train.gradient_accumulation_steps) as u64);
+                }
+                outcome => {
+                    state.loss_scale.iter_mut().for_each(LossScale::grow);
+                    return outcome;
+                }
+            }
+        }
+    }
+
     /// One optimizer step: micro-batches of rollout, reward and backprop, then clipping and AdamW.
     fn step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
         let Config { train, optimizer, truncation, regularization, .. } = self.config;
         let Self { model, noise, .. } = self;
         let step = state.step as u64;
         let global_batch = train.batch_size * train.gradient_accumulation_steps;
+        let loss_scale = state.loss_scale.map_or(1.0, |scale| scale.get());
+        // the loss is a mean over the global batch
+        let images = global_batch as f64 / loss_scale;
         let mut sum = LoraGradients::new(&state.adapters);
         let (mut scores, mut losses, mut distances, mut kept_steps) = (Vec::new(), Vec::new(), Vec::new(), 0);
 
@@ -178,15 +205,25 @@ impl Trainer<'_> {
                 .collect();
             let plan = Plan::new(truncation, &model.schedule, noise, step, samples.clone())?;
             let prompting = model.prompting(&prompts)?;
-            let x_t = noise.normal_batch(Stream::Latents, step, samples.clone(), model.latent_shape)?;
+            let x_t = model.noise(noise, Stream::Latents, step, samples.clone())?;
             let variance = |i| model.variance_noise(noise, step, i, samples.clone());
 
             let trajectory = rollout(&model.pipeline.unet, &plan.steps, x_t, &prompting, &state.adapters, variance)?;
             let credit = if plan.renoise > 0 {
-                self.renoised(&plan, &trajectory, &prompting, &prompts, samples, step, &state.adapters, &mut sum)?
+                self.renoised(
+                    &plan,
+                    &trajectory,
+                    &prompting,
+                    &prompts,
+                    samples,
+                    step,
+                    images,
+                    &state.adapters,
+                    &mut sum,
+                )?
             } else {
-                let mut credit = self.credit(&trajectory.latents, &prompts, 1)?;
-                self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, 1, &mut sum)?;
+                let mut credit = self.credit(&trajectory.latents, &prompts, images)?;
+                self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, images, &mut sum)?;
                 credit
             };
             scores.extend(credit.scores);
@@ -203,6 +240,7 @@ impl Trainer<'_> {
         } else {
             // all of it is checked before any of it becomes the run's state
             let mut gradients = sum.finish(&state.adapters)?;
+            unscale(&mut gradients, loss_scale)?;
             health::ensure_finite("the LoRA gradient", &state.adapters, &gradients)?;
             grad_norm = clip_grad_norm(&mut gradients, optimizer.max_grad_norm)?;
             let mut optimizer = state.optimizer.clone();
@@ -234,13 +272,11 @@ impl Trainer<'_> {
         })
     }
 
-    /// The rewards of some latents, and the gradient of their part of the loss: a mean over the global batch and over
-    /// `repetitions` of each image.
-    fn credit(&self, latents: &Tensor, prompts: &[String], repetitions: usize) -> Result<Credit> {
+    /// The rewards of some latents, and the gradient of their part of the loss: a mean over `images`, which a loss scale
+    /// makes fewer.
+    fn credit(&self, latents: &Tensor, prompts: &[String], images: f64) -> Result<Credit> {
         let train = &self.config.train;
-        let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
-        let scale = self.config.optimizer.loss_coeff / images as f64;
-        memory::release();
+        let scale = self.config.optimizer.loss_coeff / images;
         reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
     }
 
@@ -253,18 +289,16 @@ impl Trainer<'_> {
         plan: &Plan,
         prompting: &Prompting,
         credit: &mut Credit,
-        repetitions: usize,
+        images: f64,
         sum: &mut LoraGradients,
     ) -> Result<()> {
         let Config { train, optimizer, regularization, .. } = self.config;
-        let images = train.batch_size * train.gradient_accumulation_steps * repetitions;
-        let scale = optimizer.loss_coeff * regularization.kl_weight / images as f64;
+        let scale = optimizer.loss_coeff * regularization.kl_weight / images;
         let mut anchor = (regularization.kl_weight > 0.0).then(|| Anchor::new(scale, credit.losses.len()));
         let checkpointing = train.checkpointing.into();
         let d_latents = credit.d_latents.clone();
         let unet = &self.model.pipeline.unet;
         let pull = anchor.as_mut();
-        memory::release();
         anchored_backprop(unet, adapters, trajectory, plan, prompting, &d_latents, checkpointing, pull, sum)?;
         if let Some(anchor) = anchor {
             let terms = anchor.distances.iter().map(|distance| regularization.kl_weight * distance);
@@ -286,10 +320,12 @@ impl Trainer<'_> {
         prompts: &[String],
         samples: std::ops::Range<u64>,
         step: u64,
+        images: f64,
         adapters: &Adapters,
         sum: &mut LoraGradients,
     ) -> Result<Credit> {
-        let Model { pipeline, schedule, latent_shape, .. } = self.model;
+        let images = images * plan.renoise as f64;
+        let Model { pipeline, schedule, .. } = self.model;
         let last = schedule.len() - 1;
         let (signal, spread) = schedule.add_noise(last);
         let only_last = Plan {
@@ -300,14 +336,13 @@ impl Trainer<'_> {
         };
         let mut total: Option<Credit> = None;
         for repetition in 0..plan.renoise {
-            let z =
-                self.noise.normal_batch(Stream::Renoise, counter(step, repetition), samples.clone(), *latent_shape)?;
+            let z = self.model.noise(self.noise, Stream::Renoise, counter(step, repetition), samples.clone())?;
             let x_1 = ((&trajectory.latents * signal)? + (z * spread)?)?;
             // places after the chain's own
             let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
             let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance)?;
-            let mut credit = self.credit(&again.latents, prompts, plan.renoise)?;
-            self.backprop(adapters, &again, &only_last, prompting, &mut credit, plan.renoise, sum)?;
+            let mut credit = self.credit(&again.latents, prompts, images)?;
+            self.backprop(adapters, &again, &only_last, prompting, &mut credit, images, sum)?;
             match &mut total {
                 None => total = Some(credit),
                 Some(total) => {
@@ -423,22 +458,17 @@ impl Outcome {
 /// The config of the command line: a file, or a run's own where it is resumed.
 fn resolve_config(args: &TrainArgs) -> Result<Config> {
     let set = &args.config.set;
-    let mut config = match (&args.resume, &args.config.config) {
+    match (&args.resume, &args.config.config) {
         (Some(_), Some(_)) => {
             bail!("--resume goes on with the run's own config: leave --config out and change settings with --set")
         }
         (Some(dir), None) => {
             let mut config = Config::load(&RunFolder::open(dir)?.config(), set)?;
             config.run.dir.clone_from(dir); // the folder may have been moved
-            config
+            Ok(config)
         }
-        (None, path) => config_of(path.as_deref(), set, EMBEDDED)?,
-    };
-    if let Some(device) = &args.device {
-        config.run.device.clone_from(device);
+        (None, path) => config_of(path.as_deref(), set, EMBEDDED),
     }
-    config.run.precision = args.precision.unwrap_or(config.run.precision);
-    Ok(config)
 }
 
 /// Fresh adapters, or those of `lora.init_from`, whose rank, alpha and layers the config then has.
@@ -452,7 +482,9 @@ fn start(config: &mut Config, model: &Model, noise: &Noise) -> Result<Checkpoint
         None => fresh(config, model, noise)?,
     };
     let ema = (config.regularization.ema_decay > 0.0).then(|| adapters.clone());
-    Ok(Checkpoint { step: 0, optimizer: AdamW::new(&config.optimizer, &adapters.tensors())?, adapters, ema })
+    let optimizer = AdamW::new(&config.optimizer, &adapters.tensors())?;
+    let loss_scale = LossScale::new(model.compute().dtype());
+    Ok(Checkpoint { step: 0, optimizer, adapters, ema, loss_scale })
 }
 
 fn fresh(config: &Config, model: &Model, noise: &Noise) -> Result<Adapters> {
@@ -490,6 +522,9 @@ fn resume(dir: &Path, config: &mut Config, model: &Model, noise: &Noise) -> Resu
     // an average that is asked for from here on starts here
     let averaged = config.regularization.ema_decay > 0.0;
     checkpoint.ema = averaged.then(|| checkpoint.ema.unwrap_or_else(|| checkpoint.adapters.clone()));
+    // and so does a loss scale, if the run goes on in another precision
+    let scale = LossScale::new(model.compute().dtype());
+    checkpoint.loss_scale = scale.map(|start| checkpoint.loss_scale.unwrap_or(start));
     Ok(checkpoint)
 }
 
@@ -545,6 +580,7 @@ fn describe(config: &Config, model: &Model, rewards: &Rewards, prompts: &[String
         state.adapters.factors().len(),
         state.adapters.parameter_count()
     );
+    eprintln!("device      {}, {}", model.compute().describe(), model.compute().precision_name());
     let names: Vec<String> = rewards
         .iter()
         .map(|r| if r.weight == 1.0 { r.name.to_owned() } else { format!("{} x {}", r.weight, r.name) })
@@ -607,10 +643,10 @@ fn report(config: &Config, run: &RunFolder, rewards: &Rewards, adapters: &Path) 
 }
 
 /// The measured peak beside its estimate, on stderr.
-fn report_memory(estimate: Option<Estimate>) {
-    let Some(estimate) = estimate else { return };
-    let peak = memory::peak() as f64;
-    let resident = memory::resident_peak().map(|bytes| format!("; resident at most {}", memory::size(bytes)));
+fn report_memory(estimate: Option<Estimate>, meter: Meter) -> Result<()> {
+    let Some(estimate) = estimate else { return Ok(()) };
+    let peak = meter.peak()? as f64;
+    let resident = meter.held().map(|bytes| format!("; resident at most {}", memory::size(bytes)));
     eprintln!(
         "memory      {} at the peak, {} estimated (ratio {:.2}){}",
         memory::size(peak),
@@ -618,6 +654,7 @@ fn report_memory(estimate: Option<Estimate>) {
         estimate.total() / peak,
         resident.unwrap_or_default()
     );
+    Ok(())
 }
 
 fn mean_std(values: &[f64]) -> (f64, f64) {

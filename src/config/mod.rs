@@ -549,10 +549,13 @@ table! {
         dir: PathBuf = "runs/alignprop".into(),
         /// Every random number of the run follows from it; up to 2^63 - 1, the largest TOML integer.
         seed: u64 = 0,
-        /// `cpu`; `cuda` and `cuda:N` are for builds with GPU kernels, which this version is not.
+        /// `cpu`, or `cuda` or `cuda:N` in a build with GPU kernels (`--features cuda`).
         device: String = "cpu".into(),
-        /// Weights and activations; LoRA factors, optimizer and rewards stay in f32.
-        precision: Precision = Precision::F32,
+        /// Weights and activations: `f32`, `bf16` or `f16`; LoRA factors, latents, optimizer and rewards stay in f32. Absent:
+        /// f32 on the CPU, which has no other, and bf16 on a GPU. In f16 the gradients are scaled up while they are in f16.
+        precision: Option<Precision> = None,
+        /// Whether products of f32 may round their inputs to TF32 (10 bits of mantissa) on a GPU.
+        allow_tf32: bool = false,
         /// Optimizer steps between checkpoints; 0: only at the end.
         save_every: usize = 25,
         /// Optimizer steps between sample grids; 0: never.

@@ -382,7 +382,7 @@ mod tests {
             ("[optimiser]", "unknown key `optimiser` (x.toml line 1); did you mean `optimizer`?"),
             (
                 "[run]\nmodel = 'x'",
-                "unknown key `run.model` (x.toml line 2); expected `dir`, `seed`, `device`, `precision`, `save_every`, `sample_every`, `num_samples`, `keep_checkpoints`, `keep_best`",
+                "unknown key `run.model` (x.toml line 2); expected `dir`, `seed`, `device`, `precision`, `allow_tf32`, `save_every`, `sample_every`, `num_samples`, `keep_checkpoints`, `keep_best`",
             ),
             (
                 "[optimizer]\neps = 1e-8\nepsilon = 1",
@@ -540,7 +540,7 @@ mod tests {
         assert_eq!(config.model.path, "some/folder");
         assert_eq!(config.run.dir, Path::new("2024-01-01"));
         assert_eq!(config.sampler.negative_prompt, "7");
-        assert_eq!(config.run.precision, Precision::Bf16);
+        assert_eq!(config.run.precision, Some(Precision::Bf16));
         assert_eq!(config.optimizer.betas, [0.8, 0.9]);
         assert_eq!(config.reward.hps, Some(HpsConfig { weight: 0.5, ..Default::default() }));
         assert_eq!(config.prompts.load().unwrap(), ["a=b"]);

@@ -152,6 +152,16 @@ impl Adapters {
     pub fn parameter_count(&self) -> usize {
         self.factors.iter().map(|f| f.a.elem_count() + f.b.elem_count()).sum()
     }
+    /// The same factors on another device; f32, as everywhere.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let mut moved = self.clone();
+        for factor in &mut moved.factors {
+            factor.a = factor.a.to_device(device)?;
+            factor.b = factor.b.to_device(device)?;
+        }
+        Ok(moved)
+    }
+
     /// Every factor with its alpha multiplied: `lora_scale` of diffusers.
     pub fn scaled(&self, scale: f64) -> Self {
         let mut scaled = self.clone();

@@ -1,11 +1,12 @@
 //! Layers out of named weights, their shapes checked.
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::Weights;
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear};
 use crate::ops;
+use crate::ops::device::Compute;
 
 /// `weight` (out, in), stored so or as a 1x1 convolution (out, in, 1, 1), and `bias` (out).
 pub(super) fn linear(w: &Weights, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
@@ -50,6 +51,16 @@ pub(super) fn layer_norm(w: &Weights, channels: usize, eps: f64) -> Result<Layer
         bias: w.get("bias", &[channels])?,
         eps,
     }))
+}
+
+/// (B, C, H, W) in f32 -> (B, H, W, C), contiguous, in the number format of activations: what comes in at a network's border.
+pub(super) fn to_inside(x: &Tensor, compute: &Compute) -> candle_core::Result<Tensor> {
+    channels_last(x)?.to_dtype(compute.dtype())
+}
+
+/// (B, H, W, C) -> (B, C, H, W) in f32, contiguous: what goes out.
+pub(super) fn from_inside(x: &Tensor) -> candle_core::Result<Tensor> {
+    channels_first(x)?.to_dtype(DType::F32)
 }
 
 /// (B, C, H, W) -> (B, H, W, C), contiguous.

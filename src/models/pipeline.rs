@@ -12,6 +12,7 @@ use super::tokenizer::ClipTokenizer;
 use super::unet::{PerBlock, Unet};
 use super::vae::Vae;
 use crate::config::ModelConfig;
+use crate::ops::device::Compute;
 
 /// The frozen parts of a text-to-image model.
 pub struct Pipeline {
@@ -30,11 +31,19 @@ struct ModelIndex {
 }
 
 impl Pipeline {
-    /// Loads the pipeline of `[model]`: a folder, a hub id or a single file.
+    /// Loads the pipeline of `[model]`, a folder, a hub id or a single file, for the CPU.
     ///
     /// # Errors
     /// Says which part could not be loaded, from where and why.
     pub fn load(model: &ModelConfig) -> Result<Self> {
+        Self::load_on(model, &Compute::cpu())
+    }
+
+    /// As [`Self::load`], for another device or number format.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_on(model: &ModelConfig, compute: &Compute) -> Result<Self> {
         let source = Source::pipeline(model)?;
         let variant = model.variant.as_deref();
         let index: ModelIndex = source
@@ -52,7 +61,7 @@ impl Pipeline {
         let part = |name: &str| format!("loading the {name} of {}", source.label());
         let tokenizer = ClipTokenizer::load(&source.sub("tokenizer")).with_context(|| part("tokenizer"))?;
         let text_encoder =
-            TextEncoder::load(&source.sub("text_encoder"), variant).with_context(|| part("text encoder"))?;
+            TextEncoder::load(&source.sub("text_encoder"), variant, compute).with_context(|| part("text encoder"))?;
         if tokenizer.vocab_size() > text_encoder.vocab_size() {
             bail!(
                 "{}: the tokenizer has {} ids and the text encoder {}: they belong to different models",
@@ -61,8 +70,8 @@ impl Pipeline {
                 text_encoder.vocab_size()
             );
         }
-        let unet = Unet::load(&source.sub("unet"), variant).with_context(|| part("UNet"))?;
-        let vae = Vae::load(&source.sub("vae"), variant).with_context(|| part("VAE"))?;
+        let unet = Unet::load(&source.sub("unet"), variant, compute).with_context(|| part("UNet"))?;
+        let vae = Vae::load(&source.sub("vae"), variant, compute).with_context(|| part("VAE"))?;
         if unet.config().in_channels != vae.config().latent_channels {
             bail!(
                 "{}: the UNet takes {} channels and the VAE has {}: an inpainting or upscaling model cannot be trained here",

@@ -5,14 +5,15 @@ use candle_core::Tensor;
 
 use super::clip::{TextConfig, TextTower};
 use super::{Source, Weights};
+use crate::ops::device::Compute;
 
 /// A frozen text encoder.
 pub struct TextEncoder(TextTower);
 
 impl TextEncoder {
-    pub fn load(source: &Source, variant: Option<&str>) -> Result<Self> {
+    pub fn load(source: &Source, variant: Option<&str>, compute: &Compute) -> Result<Self> {
         let config: TextConfig = source.read_json("config.json")?;
-        let weights = Weights::open(source, "model", variant)?;
+        let weights = Weights::open(source, "model", variant)?.on(compute);
         Ok(Self(
             config.load_encoder(&weights).with_context(|| format!("loading the text encoder of {}", source.label()))?,
         ))

@@ -1,4 +1,4 @@
-//! The named tensors of one component, memory-mapped: a component is read once, in f32, into the layers that hold it.
+//! The named tensors of one component, memory-mapped: a component is read once, into the layers that hold it.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,6 +18,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::files::pickle;
 use crate::models::hub::Source;
+use crate::ops::device::Compute;
 
 /// Variants to try, in this order, when none is asked for and there is no plain file.
 const VARIANTS: [&str; 4] = ["fp16", "bf16", "fp32", "non_ema"];
@@ -27,6 +28,8 @@ const VARIANTS: [&str; 4] = ["fp16", "bf16", "fp32", "non_ema"];
 pub struct Weights {
     files: Arc<Files>,
     prefix: String,
+    /// Where tensors go, and in what number format.
+    compute: Compute,
 }
 
 struct Files {
@@ -118,14 +121,14 @@ impl Weights {
         } else {
             files.add_safetensors(path, map)?;
         }
-        Ok(Self { files: Arc::new(files), prefix: String::new() })
+        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() })
     }
 
     /// Weights of any name and shape, without a file: uniform numbers of variance 1 / fan-in, norms near one. For
     /// measuring an architecture's time and memory, which do not depend on the numbers.
     pub fn random(seed: u64) -> Self {
         let files = Files { random: Some(seed), ..Files::new(Path::new("random weights")) };
-        Self { files: Arc::new(files), prefix: String::new() }
+        Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() }
     }
 
     fn open_shards(source: &Source, index: &str) -> Result<Self> {
@@ -142,12 +145,22 @@ impl Weights {
         if let Some((key, shard)) = weight_map.iter().find(|(key, _)| !files.entries.contains_key(*key)) {
             bail!("{}: `{key}` should be in {shard}, and is not; download the shards again", files.label);
         }
-        Ok(Self { files: Arc::new(files), prefix: String::new() })
+        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() })
     }
 
     /// The tensors under `prefix.`: `weights.pp("down_blocks").pp(0)`.
     pub fn pp(&self, prefix: impl Display) -> Self {
-        Self { files: self.files.clone(), prefix: self.key(&prefix.to_string()) }
+        Self { prefix: self.key(&prefix.to_string()), ..self.clone() }
+    }
+
+    /// The same tensors for another device, in another number format.
+    pub fn on(&self, compute: &Compute) -> Self {
+        Self { compute: compute.clone(), ..self.clone() }
+    }
+
+    /// Where the tensors go.
+    pub fn compute(&self) -> &Compute {
+        &self.compute
     }
 
     /// The dotted prefix, without a trailing dot.
@@ -179,13 +192,14 @@ impl Weights {
         self.files.entries.get(&self.key(name)).map(|entry| entry.shape.clone())
     }
 
-    /// A tensor of a known shape: f32, on the CPU, contiguous, whatever float type the file has.
+    /// A tensor of a known shape, contiguous, whatever float type the file has: f32 on the CPU, unless [`Self::on`] said
+    /// otherwise.
     ///
     /// # Errors
     /// When the key is missing (names the nearest key), has another shape, or is not of a float type.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         if let Some(seed) = self.files.random {
-            return random(seed, &self.key(name), shape);
+            return Ok(self.compute.put(&random(seed, &self.key(name), shape)?)?);
         }
         if let Some(found) = self.shape(name).filter(|found| found != shape) {
             bail!(
@@ -204,7 +218,8 @@ impl Weights {
     pub fn get_any(&self, name: &str) -> Result<Tensor> {
         let key = self.key(name);
         let entry = self.files.entries.get(&key).ok_or_else(|| self.files.missing(&key))?;
-        self.files.read(entry).with_context(|| format!("{}: reading `{key}`", self.file()))
+        let read = || -> Result<Tensor> { Ok(self.compute.put(&self.files.read(entry)?)?) };
+        read().with_context(|| format!("{}: reading `{key}`", self.file()))
     }
 
     /// The type and the shape of a tensor in the file.
@@ -267,7 +282,7 @@ impl Weights {
             integers: old.integers.clone(),
             random: None,
         };
-        Ok(Self { files: Arc::new(files), prefix: String::new() })
+        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() })
     }
 
     /// A whole number that was saved beside a pickled state dict: `global_step`.

@@ -7,6 +7,12 @@ use super::host::{Real, SharedMut};
 /// Floating point operations of all products so far: 2 m n k each.
 pub(crate) static FLOPS: AtomicU64 = AtomicU64::new(0);
 
+/// Counts products that other code than [`gemm`] computes: a GPU's.
+#[cfg(feature = "cuda")]
+pub(crate) fn count_flops(flops: u64) {
+    FLOPS.fetch_add(flops, Ordering::Relaxed);
+}
+
 /// A read-only matrix: element (r, c) lies at `r * row_stride + c * col_stride`.
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a, T> {

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, Device, Result, Shape, Storage, StorageRef, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor, WithDType};
 use num_traits::Float;
 
 /// The element types that the CPU kernels are written for.
@@ -82,12 +82,12 @@ impl Real for f64 {
     }
 }
 
-/// A contiguous tensor in host memory, read as a slice while the guard lives.
-pub(crate) struct Host<'a, T> {
-    guard: StorageRef<'a>,
-    start: usize,
-    len: usize,
-    element: PhantomData<T>,
+/// A contiguous tensor in host memory, read as a slice while the guard lives. Half precision is read as f32.
+pub(crate) struct Host<'a, T>(Data<'a, T>);
+
+enum Data<'a, T> {
+    InPlace { guard: StorageRef<'a>, start: usize, len: usize },
+    Widened(Vec<T>),
 }
 
 impl<'a, T: Real> Host<'a, T> {
@@ -104,25 +104,66 @@ impl<'a, T: Real> Host<'a, T> {
         };
         match &*guard {
             Storage::Cpu(storage) if T::slice(storage).is_some() => {}
+            Storage::Cpu(CpuStorage::BF16(data)) if T::DTYPE == DType::F32 => {
+                return Ok(Self(Data::Widened(data[start..end].iter().map(|x| T::lit(x.to_f64())).collect())));
+            }
+            Storage::Cpu(CpuStorage::F16(data)) if T::DTYPE == DType::F32 => {
+                return Ok(Self(Data::Widened(data[start..end].iter().map(|x| T::lit(x.to_f64())).collect())));
+            }
             Storage::Cpu(_) => {
                 candle_core::bail!("a kernel for {:?} was given {:?}", T::DTYPE, tensor.dtype())
             }
             _ => candle_core::bail!("this operation has no kernel for {:?} yet", tensor.device().location()),
         }
-        Ok(Self { guard, start, len: end - start, element: PhantomData })
+        Ok(Self(Data::InPlace { guard, start, len: end - start }))
     }
 }
 
 impl<T: Real> Deref for Host<'_, T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        match &*self.guard {
+        let (guard, start, len) = match &self.0 {
+            Data::InPlace { guard, start, len } => (guard, *start, *len),
+            Data::Widened(data) => return data,
+        };
+        match &**guard {
             Storage::Cpu(storage) => {
                 let data = T::slice(storage).expect("checked in Host::read");
-                &data[self.start..self.start + self.len]
+                &data[start..start + len]
             }
             _ => unreachable!("checked in Host::read"),
         }
+    }
+}
+
+/// bf16 and f16 as f32, others as they are.
+pub(crate) fn widened(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.dtype() {
+        DType::BF16 | DType::F16 => tensor.to_dtype(DType::F32),
+        _ => Ok(tensor.clone()),
+    }
+}
+
+/// What a kernel gives, rounded to the number format of activations.
+pub(crate) trait Rounded: Sized {
+    fn rounded(self, dtype: DType) -> Result<Self>;
+}
+
+impl Rounded for Tensor {
+    fn rounded(self, dtype: DType) -> Result<Self> {
+        self.to_dtype(dtype)
+    }
+}
+
+impl Rounded for (Tensor, Tensor, Tensor) {
+    fn rounded(self, dtype: DType) -> Result<Self> {
+        Ok((self.0.to_dtype(dtype)?, self.1.to_dtype(dtype)?, self.2.to_dtype(dtype)?))
+    }
+}
+
+impl Rounded for bool {
+    fn rounded(self, _: DType) -> Result<Self> {
+        Ok(self)
     }
 }
 
@@ -160,12 +201,16 @@ impl<'a, T> SharedMut<'a, T> {
     }
 }
 
-/// Calls a kernel generic over [`Real`] with the tensor's element type.
+/// Calls a kernel generic over [`Real`] with the tensor's element type. In half precision the kernel computes in f32, and
+/// its results are rounded: what a GPU does, for checking its roundings on a CPU.
 macro_rules! per_dtype {
     ($tensor:expr, $kernel:ident ( $($argument:expr),* $(,)? )) => {
         match $tensor.dtype() {
             candle_core::DType::F32 => $kernel::<f32>($($argument),*),
             candle_core::DType::F64 => $kernel::<f64>($($argument),*),
+            half @ (candle_core::DType::BF16 | candle_core::DType::F16) => {
+                $crate::ops::Rounded::rounded($kernel::<f32>($($argument),*)?, half)
+            }
             other => candle_core::bail!("{} has no CPU kernel for {other:?}: use f32", stringify!($kernel)),
         }
     };

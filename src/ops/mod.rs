@@ -13,6 +13,7 @@ pub mod concat;
 pub mod conv2d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub mod device;
 pub mod finite;
 pub(crate) mod frozen;
 pub mod geglu;
@@ -30,9 +31,9 @@ pub(crate) mod tiles;
 pub mod upsample;
 pub(crate) mod vector;
 
-pub use finite::{NotANumber, is_finite, not_a_number};
+pub use finite::{NotANumber, first_not_finite, is_finite, not_a_number};
 pub use host::Real;
-pub(crate) use host::{Host, SharedMut, per_dtype, tensor_from};
+pub(crate) use host::{Host, Rounded, SharedMut, per_dtype, tensor_from, widened};
 
 /// Matrix products `dst = beta_dst * dst + a b`, over strided views of host memory.
 pub(crate) mod gemm;

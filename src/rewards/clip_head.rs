@@ -60,7 +60,7 @@ impl Reward for ClipHead {
 /// `sac+logos+ava1-l14-linearMSE.pth`.
 pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
     let file = resolve_file(&config.head, "aesthetic-model.pth")?;
-    let weights = Weights::open_file(&file)?;
+    let weights = Weights::open_file(&file)?.on(&towers.compute);
     let mut layers: Vec<(usize, String)> = weights
         .names()
         .iter()
@@ -107,7 +107,7 @@ pub(super) fn aesthetic_shapes(clip: Rc<Clip>, weights: &Weights, target: f64) -
 /// Any head that the config describes.
 pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
     ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");
-    let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?;
+    let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute);
     let clip = towers.get(&config.clip)?;
     let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
     Ok(Box::new(ClipHead {

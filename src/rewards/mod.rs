@@ -19,6 +19,7 @@ use crate::models::clip::Clip;
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::{Tape, Value};
+use crate::ops::device::Compute;
 use crate::ops::not_a_number;
 
 pub use jpeg::{jpeg_bytes, to_bytes};
@@ -115,14 +116,23 @@ pub struct ImageReward {
 }
 
 impl Rewards {
-    /// Loads what the config names.
+    /// Loads what the config names, for the CPU.
     ///
     /// `tokenizer` stands in for a reward model that has none beside it.
     ///
     /// # Errors
     /// Names the reward and the file.
     pub fn load(config: &RewardsConfig, tokenizer: &Rc<ClipTokenizer>) -> Result<Self> {
-        let mut towers = Towers::new(config);
+        Self::load_on(config, tokenizer, &Compute::cpu())
+    }
+
+    /// As [`Self::load`], for another device. Rewards compute in f32 everywhere.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_on(config: &RewardsConfig, tokenizer: &Rc<ClipTokenizer>, compute: &Compute) -> Result<Self> {
+        let compute = &compute.in_f32();
+        let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
         let mut push = |name, weight, reward: Result<Box<dyn Reward>>| -> Result<()> {
             rewards.push(Weighted {
@@ -140,7 +150,7 @@ impl Rewards {
             push("clip-head", c.weight, clip_head::clip_head(c, &mut towers))?;
         }
         if let Some(c) = &config.hps {
-            push("hps", c.weight, text_image::hps(c, tokenizer))?;
+            push("hps", c.weight, text_image::hps(c, tokenizer, compute))?;
         }
         if let Some(c) = &config.clip_score {
             push(
@@ -276,13 +286,14 @@ struct Towers {
     /// Whether some reward on this model reads text.
     with_text: Vec<String>,
     loaded: HashMap<String, Rc<Clip>>,
+    compute: Compute,
 }
 
 impl Towers {
-    fn new(config: &RewardsConfig) -> Self {
+    fn new(config: &RewardsConfig, compute: &Compute) -> Self {
         let with_text =
             [config.clip_score.as_ref().map(|c| c.model.clone()), config.pickscore.as_ref().map(|c| c.model.clone())];
-        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new() }
+        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new(), compute: compute.clone() }
     }
 
     fn get(&mut self, model: &str) -> Result<Rc<Clip>> {
@@ -290,7 +301,7 @@ impl Towers {
             return Ok(clip.clone());
         }
         let text = self.with_text.iter().any(|wanted| wanted == model);
-        let clip = Rc::new(Clip::load_transformers(&Source::open(model)?, text)?);
+        let clip = Rc::new(Clip::load_transformers(&Source::open(model)?, text, &self.compute)?);
         self.loaded.insert(model.to_owned(), clip.clone());
         Ok(clip)
     }

@@ -37,7 +37,7 @@ pub fn preprocess(images: &Value, method: Preprocess, side: usize) -> Result<Val
         }
         Preprocess::Squash => resize(&x, side, side, Filter::Bilinear)?,
     };
-    let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), &Device::Cpu);
+    let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), images.tensor().device());
     let offset = [0, 1, 2].map(|c| -MEAN[c] / STD[c]);
     Ok(x.mul_constant(&per_channel(STD.map(|s| 1.0 / s))?)?.add_constant(&per_channel(offset)?)?)
 }
@@ -102,13 +102,13 @@ pub fn resize_matrix(inputs: usize, outputs: usize, filter: Filter) -> candle_co
 /// (B, C, H, W) -> (B, C, height, width): one matrix product for each axis, so the gradient is their transpose.
 fn resize(x: &Value, height: usize, width: usize, filter: Filter) -> Result<Value> {
     let (_, _, h, w) = x.tensor().dims4()?;
-    let mut x = x.clone();
+    let (mut x, device) = (x.clone(), x.tensor().device());
     if w != width {
-        x = Linear::new(&resize_matrix(w, width, filter)?, None)?.forward(&x)?;
+        x = Linear::new(&resize_matrix(w, width, filter)?.to_device(device)?, None)?.forward(&x)?;
     }
     if h != height {
         x = x.permute(&[0, 1, 3, 2])?;
-        x = Linear::new(&resize_matrix(h, height, filter)?, None)?.forward(&x)?;
+        x = Linear::new(&resize_matrix(h, height, filter)?.to_device(device)?, None)?.forward(&x)?;
         x = x.permute(&[0, 1, 3, 2])?;
     }
     Ok(x)

@@ -14,6 +14,7 @@ use crate::models::clip::{Clip, OpenClipConfig};
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::Value;
+use crate::ops::device::Compute;
 
 /// Cosine of image and prompt.
 struct TextImage {
@@ -76,9 +77,13 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 }
 
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
-pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Rc<ClipTokenizer>) -> Result<Box<dyn Reward>> {
+pub(super) fn hps(
+    config: &HpsConfig,
+    pipeline_tokenizer: &Rc<ClipTokenizer>,
+    compute: &Compute,
+) -> Result<Box<dyn Reward>> {
     let source = Source::open(&config.model)?;
-    let weights = Weights::open_file(&source.require(&config.file)?)?;
+    let weights = Weights::open_file(&source.require(&config.file)?)?.on(compute);
     let architecture = match &config.config {
         Some(path) => Some(Path::new(path).to_owned()),
         None => source.find("open_clip_config.json")?,

@@ -13,7 +13,7 @@
 //! predicts v or x_0, the distance is that of these predictions.
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::rollout::{Prompting, Trajectory};
 use super::truncation::Plan;
@@ -53,7 +53,7 @@ impl Anchor {
             factors.push((2.0 * self.scale * share / elements as f64) as f32);
         }
         let images = factors.len();
-        let factors = Tensor::from_vec(factors, (images, 1, 1, 1), &Device::Cpu)?;
+        let factors = Tensor::from_vec(factors, (images, 1, 1, 1), difference.device())?;
         Ok(difference.broadcast_mul(&factors)?)
     }
 }

@@ -7,11 +7,12 @@ use super::anchor::Anchor;
 use super::rollout::{Prompting, Trajectory};
 use super::truncation::Plan;
 use crate::config::Checkpointing;
+use crate::diffusion::DdimStep;
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
-use crate::ops::{is_finite, not_a_number};
+use crate::ops::{first_not_finite, is_finite, not_a_number};
 use crate::rewards::Rewards;
 
 /// What the rewards say of a batch, and which way the latents should move.
@@ -104,6 +105,7 @@ pub fn anchored_backprop(
 ) -> Result<()> {
     let Some(first) = plan.first_kept() else { return Ok(()) };
     let mut d_x = d_latents.clone();
+    let mut unchecked = Vec::new();
     for i in (first..plan.steps.len()).rev() {
         let step = plan.steps[i];
         let mut d_previous = (&d_x * step.sample)?;
@@ -123,17 +125,29 @@ pub fn anchored_backprop(
                 prompting.select(&rows)?.vjp(unet, &x_t, step.timestep, adapters, &d_prediction, checkpointing, sum)
             };
             let d_unet = d_unet.with_context(|| format!("in the backward of denoising step {i}"))?;
-            if !is_finite(&d_unet)? {
-                return not_a_number(format!(
-                    "the gradient that comes back from the UNet at denoising step {i} (timestep {}) is not finite",
-                    step.timestep
-                ));
+            if d_unet.device().is_cpu() && !is_finite(&d_unet)? {
+                return not_finite(i, &step);
             }
             if !plan.detach_input {
-                d_previous = d_previous.index_add(&rows, &d_unet, 0)?;
+                d_previous = if all { (d_previous + &d_unet)? } else { d_previous.index_add(&rows, &d_unet, 0)? };
+            }
+            if !d_unet.device().is_cpu() {
+                unchecked.push((i, d_unet));
             }
         }
         d_x = d_previous;
     }
+    // a GPU is not kept waiting at every step
+    let (steps, gradients): (Vec<usize>, Vec<&Tensor>) = unchecked.iter().map(|(i, d)| (*i, d)).unzip();
+    if let Some(first) = first_not_finite(&gradients)? {
+        return not_finite(steps[first], &plan.steps[steps[first]]);
+    }
     Ok(())
+}
+
+fn not_finite<T>(i: usize, step: &DdimStep) -> Result<T> {
+    not_a_number(format!(
+        "the gradient that comes back from the UNet at denoising step {i} (timestep {}) is not finite",
+        step.timestep
+    ))
 }

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::loss_scale::LossScale;
 use crate::config::OptimizerConfig;
 use crate::lora::{Adapters, formats};
 use crate::optim::AdamW;
@@ -27,6 +28,8 @@ pub struct Checkpoint {
     pub optimizer: AdamW,
     /// The moving average of the adapters, if the run keeps one.
     pub ema: Option<Adapters>,
+    /// Of runs in f16.
+    pub loss_scale: Option<LossScale>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -34,6 +37,9 @@ pub struct Checkpoint {
 struct State {
     step: usize,
     optimizer_step: u64,
+    /// Where activations are f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss_scale: Option<LossScale>,
 }
 
 /// `checkpoints/step-000025`.
@@ -42,6 +48,16 @@ pub fn folder_name(step: usize) -> String {
 }
 
 impl Checkpoint {
+    /// The same state on another device.
+    pub fn to_device(mut self, device: &Device) -> Result<Self> {
+        self.adapters = self.adapters.to_device(device)?;
+        self.ema = self.ema.map(|ema| ema.to_device(device)).transpose()?;
+        for (m, v) in &mut self.optimizer.moments {
+            (*m, *v) = (m.to_device(device)?, v.to_device(device)?);
+        }
+        Ok(self)
+    }
+
     /// Writes `parent/step-NNNNNN/`: into a folder of another name first, which is renamed when all of it is on disk.
     pub fn save(&self, parent: &Path, metadata: &HashMap<String, String>) -> Result<PathBuf> {
         let target = parent.join(folder_name(self.step));
@@ -72,7 +88,7 @@ impl Checkpoint {
             moments.insert(format!("exp_avg_sq.{name}"), v.clone());
         }
         candle_core::safetensors::save(&moments, unfinished.join(OPTIMIZER))?;
-        let state = State { step: self.step, optimizer_step: self.optimizer.step };
+        let state = State { step: self.step, optimizer_step: self.optimizer.step, loss_scale: self.loss_scale };
         fs::write(unfinished.join(STATE), serde_json::to_string_pretty(&state)?)?;
         for name in [OPTIMIZER, STATE] {
             File::open(unfinished.join(name))?.sync_all()?;
@@ -153,7 +169,7 @@ impl Checkpoint {
         };
         let ema = folder.join(EMA);
         let ema = if ema.is_file() { Some(formats::load(&ema)?.adapters) } else { None };
-        Ok(Self { step: state.step, adapters, optimizer, ema })
+        Ok(Self { step: state.step, adapters, optimizer, ema, loss_scale: state.loss_scale })
     }
 
     /// The checkpoints under `parent`, oldest first.

@@ -12,6 +12,7 @@ use super::checkpoint::Checkpoint;
 use super::run_folder::RunFolder;
 use crate::config::Config;
 use crate::models::tokenizer::ClipTokenizer;
+use crate::ops::device::Compute;
 use crate::rewards::Rewards;
 
 /// The metrics that decisions are made from.
@@ -29,7 +30,12 @@ pub struct Guard {
 
 impl Guard {
     /// The guard of a config, if it has one.
-    pub fn load(config: &Config, prompts: &[String], tokenizer: &Rc<ClipTokenizer>) -> Result<Option<Self>> {
+    pub fn load(
+        config: &Config,
+        prompts: &[String],
+        tokenizer: &Rc<ClipTokenizer>,
+        compute: &Compute,
+    ) -> Result<Option<Self>> {
         let guard = &config.guard;
         if guard.every == 0 {
             return Ok(None);
@@ -41,7 +47,7 @@ impl Guard {
         prompts.truncate(guard.num_prompts);
         let held_out = match guard.reward.weights().is_empty() {
             true => None,
-            false => Some(Rewards::load(&guard.reward, tokenizer).context("the guard's held-out rewards")?),
+            false => Some(Rewards::load_on(&guard.reward, tokenizer, compute).context("the guard's held-out rewards")?),
         };
         let seeds = guard.seeds as u64;
         Ok(Some(Self { every: guard.every, patience: guard.patience, seeds, prompts, held_out }))

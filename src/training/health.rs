@@ -5,7 +5,7 @@ use candle_core::Tensor;
 
 use super::run_folder::RunFolder;
 use crate::lora::Adapters;
-use crate::ops::{NotANumber, is_finite, not_a_number};
+use crate::ops::{NotANumber, first_not_finite, not_a_number};
 
 /// Whether a step failed because some number was not finite: it can be skipped.
 pub fn is_not_a_number(error: &anyhow::Error) -> bool {
@@ -15,12 +15,10 @@ pub fn is_not_a_number(error: &anyhow::Error) -> bool {
 /// # Errors
 /// [`NotANumber`], which names the first tensor that has one; `what` says of what.
 pub fn ensure_finite(what: &str, adapters: &Adapters, tensors: &[Tensor]) -> Result<()> {
-    for ((name, _), tensor) in adapters.named_tensors().iter().zip(tensors) {
-        if !is_finite(tensor)? {
-            return not_a_number(format!("{what} of `{name}` is not finite"));
-        }
+    match first_not_finite(&tensors.iter().collect::<Vec<_>>())? {
+        Some(first) => not_a_number(format!("{what} of `{}` is not finite", adapters.named_tensors()[first].0)),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// After the first update: some factor B must have moved. Otherwise the model is what it was at the start, and would stay it.

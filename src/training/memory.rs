@@ -10,9 +10,7 @@
 //! peak of the run           = what is loaded + trajectory + the larger of the two
 //! ```
 
-use std::alloc::{GlobalAlloc, Layout};
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -20,76 +18,76 @@ use candle_core::{DType, Tensor};
 
 use super::backprop::reward_cotangent;
 use super::rollout::Prompting;
+use crate::allocator;
 use crate::config::Checkpointing;
 use crate::diffusion::{Noise, Stream};
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
+use crate::ops::device::{Compute, Counts};
 use crate::rewards::Rewards;
 
-/// Freed bytes that it takes for [`release`] to do something: small models would only pay for it.
-const WORTH_RELEASING: usize = 128 << 20;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-/// Bytes that are allocated now; 0 where the program's allocator does not count.
-pub fn live() -> usize {
-    LIVE.load(Relaxed)
+/// Whose memory a run's large blocks are in.
+#[derive(Clone, Copy)]
+pub enum Meter<'a> {
+    /// This process' allocator.
+    Host,
+    Gpu(&'a Compute),
 }
 
-/// The most bytes that were allocated at a time, since the start or the last [`reset_peak`].
-pub fn peak() -> usize {
-    PEAK.load(Relaxed)
-}
-
-/// The peak is what is allocated now.
-pub fn reset_peak() {
-    PEAK.store(live(), Relaxed);
-}
-
-/// Gives freed pages back to the system. Between two phases of a step, which need blocks of other sizes: within a phase
-/// pages are kept, as the system would clear each one anew.
-pub fn release() {
-    if peak().saturating_sub(live()) < WORTH_RELEASING {
-        return;
+impl<'a> Meter<'a> {
+    pub fn of(compute: &'a Compute) -> Self {
+        if compute.device().is_cpu() { Self::Host } else { Self::Gpu(compute) }
     }
-    // SAFETY: the allocator may be told this at any time, by any thread; it does nothing where another one is used.
-    unsafe { libmimalloc_sys::mi_collect(true) };
-}
 
-/// An allocator that counts what it gives and takes back: `#[global_allocator]` of the binary.
-pub struct Counting<A>(pub A);
+    fn counts(compute: &Compute) -> Result<Counts> {
+        Ok(compute.gpu_memory().map(|memory| memory.counts()).transpose()?.unwrap_or_default())
+    }
 
-fn grow(bytes: usize) {
-    let live = LIVE.fetch_add(bytes, Relaxed) + bytes;
-    PEAK.fetch_max(live, Relaxed);
-}
+    /// Bytes that are allocated now.
+    pub fn live(self) -> Result<usize> {
+        match self {
+            Self::Host => Ok(allocator::live()),
+            Self::Gpu(compute) => Ok(Self::counts(compute)?.live),
+        }
+    }
 
-// SAFETY: every call goes on to the inner allocator unchanged; the counters are atomic and allocate nothing.
-unsafe impl<A: GlobalAlloc> GlobalAlloc for Counting<A> {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: the caller's promise about `layout` is the inner allocator's requirement.
-        unsafe { self.0.alloc(layout) }
+    /// The most bytes that were allocated at a time, since the last [`Self::reset_peak`].
+    pub fn peak(self) -> Result<usize> {
+        match self {
+            Self::Host => Ok(allocator::peak()),
+            Self::Gpu(compute) => Ok(Self::counts(compute)?.peak),
+        }
     }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: as in `alloc`.
-        unsafe { self.0.alloc_zeroed(layout) }
+
+    /// The peak is what is allocated now.
+    pub fn reset_peak(self) -> Result<()> {
+        match self {
+            Self::Host => allocator::reset_peak(),
+            Self::Gpu(compute) => {
+                if let Some(memory) = compute.gpu_memory() {
+                    memory.reset_peak()?;
+                }
+            }
+        }
+        Ok(())
     }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: `ptr` came from the inner allocator with this layout, as the caller promises.
-        unsafe { self.0.dealloc(ptr, layout) }
+
+    /// Bytes that can still be had; `None` where nobody says.
+    pub fn available(self) -> Option<f64> {
+        match self {
+            Self::Host => available(),
+            Self::Gpu(compute) => compute.gpu_memory()?.available().ok().map(|bytes| bytes as f64),
+        }
     }
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        // as a move: both are there for a moment
-        grow(new_size);
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as in `dealloc`; `new_size` is the caller's promise.
-        unsafe { self.0.realloc(ptr, layout, new_size) }
+
+    /// The most that the process held so far, with what its allocator keeps; `None` where nobody says.
+    pub fn held(self) -> Option<f64> {
+        match self {
+            Self::Host => resident_peak(),
+            Self::Gpu(compute) => Self::counts(compute).ok().map(|counts| counts.reserved_peak as f64),
+        }
     }
 }
 
@@ -137,7 +135,7 @@ impl Parts<'_> {
         let small = (small.0 * small.1) as f64;
         let (per_image, unet_pixel, image_pixel) = (two - one, (large - one) / pixels, (large_image - image) / pixels);
         Ok(Costs {
-            loaded: live() as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
+            loaded: self.meter().live()? as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
             unet_fixed: one - per_image,
             unet_image: per_image - unet_pixel * small,
             unet_pixel,
@@ -146,20 +144,28 @@ impl Parts<'_> {
         })
     }
 
+    fn meter(&self) -> Meter<'_> {
+        Meter::of(self.unet.compute())
+    }
+
+    fn latents(&self, (h, w): (usize, usize), batch: u64) -> Result<Tensor> {
+        let noise = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (self.latent_shape.0, h, w))?;
+        Ok(noise.to_device(self.unet.compute().device())?)
+    }
+
     /// One differentiated step of one image, both branches of guidance side by side.
-    fn evaluate_once(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<()> {
-        let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..1, (self.latent_shape.0, h, w))?;
+    fn evaluate_once(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<()> {
+        let x = self.latents(sides, 1)?;
         let prompting = self.prompting.select(&Tensor::zeros(1, DType::U32, x.device())?)?;
         let mut sum = LoraGradients::new(self.adapters);
         prompting.vjp(self.unet, &x, self.timestep, self.adapters, &x, checkpointing, &mut sum).map(|_| ())
     }
 
-    fn unet_peak(&self, (h, w): (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {
-        let channels = self.latent_shape.0;
-        let x = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (channels, h, w))?;
+    fn unet_peak(&self, sides: (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {
+        let x = self.latents(sides, batch)?;
         let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
         // one branch of guidance alone: how far two overlap is another thing in every measurement
-        rise(|| {
+        rise(self.meter(), || {
             let mut sum = LoraGradients::new(self.adapters);
             self.unet.vjp(&x, self.timestep, &context, self.adapters, &x, checkpointing, &mut sum)
         })
@@ -167,13 +173,14 @@ impl Parts<'_> {
 
     /// Branches of guidance that are in memory together at most.
     fn branches(&self) -> f64 {
-        if self.prompting.guidance_scale > 1.0 && rayon::current_num_threads() > 1 { 2.0 } else { 1.0 }
+        let together = self.unet.compute().batches_guidance() || rayon::current_num_threads() > 1;
+        if self.prompting.guidance_scale > 1.0 && together { 2.0 } else { 1.0 }
     }
 
-    fn image_peak(&self, (h, w): (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
-        let latents = Noise::new(0).normal_batch(Stream::Latents, 0, 0..1, (self.latent_shape.0, h, w))?;
+    fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
+        let latents = self.latents(sides, 1)?;
         let prompt = [String::new()];
-        rise(|| reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing))
+        rise(self.meter(), || reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing))
     }
 
     /// The peak of a run with micro-batches of `batch` images.
@@ -202,14 +209,14 @@ struct Rise {
 ///
 /// Threads' buffers are in use together or not, as it happens, and in small models they count. There it is cheap to look
 /// several times: the least rise is the one without such chances, which can be continued to other sizes.
-fn rise<T>(work: impl Fn() -> Result<T>) -> Result<Rise> {
+fn rise<T>(meter: Meter, work: impl Fn() -> Result<T>) -> Result<Rise> {
     let started = Instant::now();
     let (mut least, mut most) = (usize::MAX, 0);
     for _ in 0..MOST_LOOKS {
-        let before = live();
-        reset_peak();
+        let before = meter.live()?;
+        meter.reset_peak()?;
         work()?;
-        let rise = peak().saturating_sub(before);
+        let rise = meter.peak()?.saturating_sub(before);
         (least, most) = (least.min(rise), most.max(rise));
         if started.elapsed() > LOOKING {
             break;

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod events;
 pub mod guard;
 pub mod health;
+pub mod loss_scale;
 pub mod memory;
 pub mod rollout;
 pub mod run_folder;

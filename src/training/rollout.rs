@@ -9,7 +9,7 @@ use crate::diffusion::guidance::{guide, guide_bwd};
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::nn::lora::LoraGradients;
-use crate::ops::{is_finite, not_a_number};
+use crate::ops::{first_not_finite, is_finite, not_a_number};
 
 /// What the UNet is told: embeddings of the prompts and of what guidance moves away from.
 #[derive(Clone)]
@@ -35,11 +35,21 @@ impl Prompting {
         self.guidance_scale > 1.0
     }
 
-    /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side.
+    /// The embeddings of both branches, (2 B, tokens, D).
+    fn both(&self) -> candle_core::Result<Tensor> {
+        Tensor::cat(&[&self.negative_prompt_embeds, &self.prompt_embeds], 0)
+    }
+
+    /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side; on a GPU as one batch.
     pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
         let branch = |embeds: &Tensor| unet.forward(x_t, timestep, embeds, adapters);
         if !self.guided() {
             return branch(&self.prompt_embeds);
+        }
+        if unet.compute().batches_guidance() {
+            let both = unet.forward(&Tensor::cat(&[x_t, x_t], 0)?, timestep, &self.both()?, adapters)?;
+            let [uncond, cond] = halves(&both)?;
+            return Ok(guide(&uncond, &cond, self.guidance_scale)?);
         }
         let (uncond, cond) = rayon::join(|| branch(&self.negative_prompt_embeds), || branch(&self.prompt_embeds));
         Ok(guide(&uncond?, &cond?, self.guidance_scale)?)
@@ -69,6 +79,12 @@ impl Prompting {
             return Ok(d_x);
         }
         let [d_uncond, d_cond] = guide_bwd(cotangent, self.guidance_scale)?;
+        if unet.compute().batches_guidance() {
+            let (x_t, cotangent) = (Tensor::cat(&[x_t, x_t], 0)?, Tensor::cat(&[d_uncond, d_cond], 0)?);
+            let d_x = unet.vjp(&x_t, timestep, &self.both()?, adapters, &cotangent, checkpointing, sum)?;
+            let [d_uncond, d_cond] = halves(&d_x)?;
+            return Ok((d_uncond + d_cond)?);
+        }
         let (uncond, cond) =
             rayon::join(|| branch(&self.negative_prompt_embeds, &d_uncond), || branch(&self.prompt_embeds, &d_cond));
         let ((d_uncond, uncond), (d_cond, cond)) = (uncond?, cond?);
@@ -77,6 +93,12 @@ impl Prompting {
         sum.merge(cond)?;
         Ok((d_uncond + d_cond)?)
     }
+}
+
+/// The first and the second half of a batch.
+fn halves(both: &Tensor) -> candle_core::Result<[Tensor; 2]> {
+    let half = both.dims()[0] / 2;
+    Ok([both.narrow(0, 0, half)?, both.narrow(0, half, half)?])
 }
 
 /// The latents of a chain: what each step started from, and what the last one gave.
@@ -108,14 +130,22 @@ pub fn rollout(
         let prediction = prompting.predict(unet, &x, step.timestep, adapters)?;
         let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
         let next = step.apply(&x, &prediction, noise.as_ref())?;
-        if !is_finite(&next)? {
-            return not_a_number(format!(
-                "the UNet's prediction at denoising step {i} (timestep {}) is not finite",
-                step.timestep
-            ));
+        if next.device().is_cpu() && !is_finite(&next)? {
+            return not_finite(i, step);
         }
         inputs.push(std::mem::replace(&mut x, next));
         predictions.push(prediction);
     }
+    // a GPU is not kept waiting at every step
+    if !x.device().is_cpu() {
+        let results: Vec<&Tensor> = inputs.iter().skip(1).chain([&x]).collect();
+        if let Some(i) = first_not_finite(&results)? {
+            return not_finite(i, &steps[i]);
+        }
+    }
     Ok(Trajectory { inputs, predictions, latents: x })
+}
+
+fn not_finite<T>(i: usize, step: &DdimStep) -> Result<T> {
+    not_a_number(format!("the UNet's prediction at denoising step {i} (timestep {}) is not finite", step.timestep))
 }

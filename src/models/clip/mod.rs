@@ -14,6 +14,7 @@ use super::{Source, Weights};
 use crate::nn::Value;
 use crate::nn::layers::unit_norm;
 use crate::ops::activation::Activation;
+use crate::ops::device::Compute;
 
 /// `config.json` of a transformers CLIPModel, or of one of its towers.
 #[derive(Deserialize)]
@@ -175,9 +176,9 @@ pub struct Clip {
 
 impl Clip {
     /// A transformers `CLIPModel` folder; `text` says whether the text tower is wanted.
-    pub fn load_transformers(source: &Source, text: bool) -> Result<Self> {
+    pub fn load_transformers(source: &Source, text: bool, compute: &Compute) -> Result<Self> {
         let config: TransformersConfig = source.read_json("config.json")?;
-        let weights = Weights::open(source, "model", None)?;
+        let weights = Weights::open(source, "model", None)?.on(compute);
         let vision_config = match config.vision_config {
             Some(vision) => vision,
             None => source.read_json("config.json")?, // a vision tower by itself

@@ -12,7 +12,7 @@ use candle_core::Tensor;
 pub(super) use blocks::Resnet;
 pub use config::{PerBlock, UnetConfig};
 
-use super::parameters::{channels_first, channels_last, conv2d, group_norm, linear};
+use super::parameters::{conv2d, from_inside, group_norm, linear, to_inside};
 use super::staged::{Staged, Step};
 use super::{Source, Weights};
 use crate::config::Checkpointing;
@@ -20,11 +20,13 @@ use crate::lora::{Adapters, Target};
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Linear, Value};
 use crate::ops::activation::{Activation, activation_fwd};
+use crate::ops::device::Compute;
 use blocks::{Evaluation, Transformer, UnetStage};
 
 /// A frozen UNet.
 pub struct Unet {
     config: UnetConfig,
+    compute: Compute,
     time_embedding: [Linear; 2],
     stages: Staged<UnetStage>,
 }
@@ -34,9 +36,9 @@ impl Unet {
     ///
     /// # Errors
     /// A missing or unreadable file, a configuration that is not a Stable Diffusion UNet's, a tensor of another shape.
-    pub fn load(source: &Source, variant: Option<&str>) -> Result<Self> {
+    pub fn load(source: &Source, variant: Option<&str>, compute: &Compute) -> Result<Self> {
         let config: UnetConfig = source.read_json("config.json")?;
-        let weights = Weights::open(source, "diffusion_pytorch_model", variant)?;
+        let weights = Weights::open(source, "diffusion_pytorch_model", variant)?.on(compute);
         Self::new(config, &weights)
     }
 
@@ -49,11 +51,16 @@ impl Unet {
             linear(&w.pp("time_embedding.linear_2"), time_dim, time_dim, true)?,
         ];
         let steps = build(&config, w, time_dim)?;
-        Ok(Self { config, time_embedding, stages: Staged { steps } })
+        Ok(Self { config, compute: w.compute().clone(), time_embedding, stages: Staged { steps } })
     }
 
     pub fn config(&self) -> &UnetConfig {
         &self.config
+    }
+
+    /// What it computes on. Latents, predictions and cotangents are f32 all the same.
+    pub fn compute(&self) -> &Compute {
+        &self.compute
     }
 
     /// The layers that can be adapted: all linear layers and 1x1 convolutions of the transformers.
@@ -74,8 +81,8 @@ impl Unet {
     /// The prediction: x (B, C, h, w) latents, one timestep for all, context (B, tokens, D) -> (B, C, h, w).
     pub fn forward(&self, x: &Tensor, timestep: usize, context: &Tensor, adapters: &Adapters) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, context)?;
-        let y = self.stages.forward(channels_last(x)?, &evaluation, adapters).context("in the UNet")?;
-        Ok(channels_first(&y)?)
+        let x = to_inside(x, &self.compute)?;
+        Ok(from_inside(&self.stages.forward(x, &evaluation, adapters).context("in the UNet")?)?)
     }
 
     /// Pulls the cotangent of [`Self::forward`]'s result back: returns the gradient with respect to x and adds those of
@@ -92,10 +99,12 @@ impl Unet {
         sum: &mut LoraGradients,
     ) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, context)?;
-        let trace =
-            self.stages.trace(channels_last(x)?, &evaluation, adapters, checkpointing).context("in the UNet")?;
-        let dx = trace.pull(channels_last(cotangent)?, sum).context("in the UNet")?;
-        Ok(channels_first(&dx)?)
+        let trace = self
+            .stages
+            .trace(to_inside(x, &self.compute)?, &evaluation, adapters, checkpointing)
+            .context("in the UNet")?;
+        let dx = trace.pull(to_inside(cotangent, &self.compute)?, sum).context("in the UNet")?;
+        Ok(from_inside(&dx)?)
     }
 
     fn evaluation(&self, x: &Tensor, timestep: usize, context: &Tensor) -> Result<Evaluation> {
@@ -121,7 +130,7 @@ impl Unet {
             self.config.freq_shift,
         )?;
         let [first, second] = &self.time_embedding;
-        let hidden = first.forward(&Value::from(embedding))?.into_tensor();
+        let hidden = first.forward(&Value::from(self.compute.put(&embedding)?))?.into_tensor();
         let embedding = second.forward(&Value::from(activation_fwd(&hidden, Activation::Silu)?))?.into_tensor();
         // every resnet applies SiLU to it before its own projection
         Ok(Evaluation { time: activation_fwd(&embedding, Activation::Silu)?, context: context.clone() })

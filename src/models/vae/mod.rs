@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 use serde::Deserialize;
 
-use super::parameters::{channels_first, channels_last, conv2d, group_norm, linear};
+use super::parameters::{conv2d, from_inside, group_norm, linear, to_inside};
 use super::staged::{Stage, Staged, Step, Trace};
 use super::unet::Resnet;
 use super::{Source, Weights};
@@ -18,6 +18,7 @@ use crate::nn::layers::{dot_product_attention, upsample_nearest};
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Conv2d, GroupNorm, Linear, LoraValues, Value};
 use crate::ops::attention::Heads;
+use crate::ops::device::Compute;
 
 /// `vae/config.json`, with diffusers' defaults.
 #[derive(Clone, Debug, Deserialize)]
@@ -65,6 +66,7 @@ const EPS: f64 = 1e-6;
 /// A frozen decoder.
 pub struct Vae {
     config: VaeConfig,
+    compute: Compute,
     stages: Staged<DecoderStage>,
 }
 
@@ -137,9 +139,9 @@ impl MidAttention {
 
 impl Vae {
     /// Loads `config.json` and the decoder's weights of a `vae` folder.
-    pub fn load(source: &Source, variant: Option<&str>) -> Result<Self> {
+    pub fn load(source: &Source, variant: Option<&str>, compute: &Compute) -> Result<Self> {
         let config: VaeConfig = source.read_json("config.json")?;
-        let weights = Weights::open(source, "diffusion_pytorch_model", variant)?;
+        let weights = Weights::open(source, "diffusion_pytorch_model", variant)?.on(compute);
         Self::new(config, &weights)
     }
 
@@ -204,7 +206,7 @@ impl Vae {
             conv2d(&d.pp("conv_out"), current, config.out_channels, 3, 1, 1)?,
         );
         push("conv_out", out);
-        Ok(Self { config, stages: Staged { steps } })
+        Ok(Self { config, compute: w.compute().clone(), stages: Staged { steps } })
     }
 
     pub fn config(&self) -> &VaeConfig {
@@ -216,20 +218,22 @@ impl Vae {
         1 << (self.config.block_out_channels.len() - 1)
     }
 
-    /// Latents (B, C, h, w) in the UNet's scale -> images (B, 3, factor·h, factor·w), about [-1, 1].
+    /// Latents (B, C, h, w) in the UNet's scale -> images (B, 3, factor·h, factor·w), about [-1, 1], f32.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let z = (latents / self.config.scaling_factor)?;
-        let image = self.stages.forward(channels_last(&z)?, &(), &Adapters::default()).context("in the VAE")?;
-        Ok(channels_first(&image)?)
+        let image =
+            self.stages.forward(to_inside(&z, &self.compute)?, &(), &Adapters::default()).context("in the VAE")?;
+        Ok(from_inside(&image)?)
     }
 
     /// Decodes and keeps what the pullback needs.
     pub fn trace(&self, latents: &Tensor, checkpointing: Checkpointing) -> Result<DecodeTrace<'_>> {
         static NO_ADAPTERS: LazyLock<Adapters> = LazyLock::new(Adapters::default);
         let z = (latents / self.config.scaling_factor)?;
-        let trace = self.stages.trace(channels_last(&z)?, &(), &NO_ADAPTERS, checkpointing).context("in the VAE")?;
-        let image = channels_first(trace.output())?;
-        Ok(DecodeTrace { trace, image, scaling_factor: self.config.scaling_factor })
+        let trace =
+            self.stages.trace(to_inside(&z, &self.compute)?, &(), &NO_ADAPTERS, checkpointing).context("in the VAE")?;
+        let image = from_inside(trace.output())?;
+        Ok(DecodeTrace { trace, image, scaling_factor: self.config.scaling_factor, compute: &self.compute })
     }
 }
 
@@ -238,6 +242,7 @@ pub struct DecodeTrace<'a> {
     trace: Trace<'a, DecoderStage>,
     image: Tensor,
     scaling_factor: f64,
+    compute: &'a Compute,
 }
 
 impl DecodeTrace<'_> {
@@ -249,7 +254,7 @@ impl DecodeTrace<'_> {
     /// The gradient with respect to the latents of <cotangent, image>.
     pub fn pull(self, cotangent: &Tensor) -> Result<Tensor> {
         let mut no_adapters = LoraGradients::default();
-        let dz = self.trace.pull(channels_last(cotangent)?, &mut no_adapters).context("in the VAE")?;
-        Ok((channels_first(&dz)? / self.scaling_factor)?)
+        let dz = self.trace.pull(to_inside(cotangent, self.compute)?, &mut no_adapters).context("in the VAE")?;
+        Ok((from_inside(&dz)? / self.scaling_factor)?)
     }
 }

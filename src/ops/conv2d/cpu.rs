@@ -82,6 +82,7 @@ pub(super) fn conv2d_fwd<T: Real>(x: &Tensor, kernel: &Kernel) -> Result<Tensor>
             (Some(x), Some(y)) => winograd.forward(x, (batch, height, width), bias.as_deref().and_then(T::as_f32), y),
             _ => bail!("a convolution of {:?} with a kernel packed in f32", T::DTYPE),
         },
+        Weight::Device(weight) => bail!("a kernel on {:?} with activations in host memory", weight.device().location()),
     }
     tensor_from(y, (batch, out_h, out_w, kernel.outputs))
 }
@@ -99,6 +100,7 @@ pub(super) fn conv2d_bwd<T: Real>(cotangent: &Tensor, kernel: &Kernel, height: u
             (Some(dy), Some(dx)) => winograd.backward(dy, (batch, height, width), dx),
             _ => bail!("a convolution of {:?} with a kernel packed in f32", T::DTYPE),
         },
+        Weight::Device(weight) => bail!("a kernel on {:?} with activations in host memory", weight.device().location()),
     }
     tensor_from(dx, (batch, height, width, kernel.inputs))
 }

@@ -10,6 +10,8 @@
 //! need fewer products by Winograd's algorithm (`winograd`), in f32 on a CPU with AVX-512.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cudnn;
 #[cfg(target_arch = "x86_64")]
 mod winograd;
 
@@ -19,7 +21,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 
 use super::frozen::Frozen;
-use super::per_dtype;
+use super::{per_dtype, widened};
 use cpu::{conv2d_bwd as conv2d_bwd_cpu, conv2d_fwd as conv2d_fwd_cpu};
 #[cfg(target_arch = "x86_64")]
 use winograd::Winograd;
@@ -30,10 +32,16 @@ enum Weight {
     Taps(Frozen),
     #[cfg(target_arch = "x86_64")]
     Winograd(Arc<Winograd>),
+    /// (out, kh, kw, in), on a GPU
+    Device(Tensor),
 }
 
 impl Weight {
     fn new(weight: &Tensor, stride: usize, padding: usize) -> Result<Self> {
+        if !weight.device().is_cpu() {
+            return Ok(Self::Device(weight.permute((0, 2, 3, 1))?.contiguous()?));
+        }
+        let weight = &widened(weight)?;
         #[cfg(target_arch = "x86_64")]
         if let Some(winograd) = Winograd::new(weight, stride, padding)? {
             return Ok(Self::Winograd(Arc::new(winograd)));
@@ -92,11 +100,19 @@ pub fn conv2d_fwd(x: &Tensor, kernel: &Kernel) -> Result<Tensor> {
     if channels != kernel.in_channels() {
         bail!("conv2d: {channels} channels for a kernel of {}", kernel.in_channels());
     }
+    #[cfg(feature = "cuda")]
+    if let Weight::Device(weight) = &kernel.weight {
+        return cudnn::conv2d_fwd(x, kernel, weight);
+    }
     per_dtype!(x, conv2d_fwd_cpu(x, kernel))
 }
 
 /// The gradient of the input, which had `height` x `width` pixels: cotangent (B, H', W', out) -> (B, H, W, in).
 pub fn conv2d_bwd(cotangent: &Tensor, kernel: &Kernel, height: usize, width: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Weight::Device(weight) = &kernel.weight {
+        return cudnn::conv2d_bwd(cotangent, kernel, weight, height, width);
+    }
     per_dtype!(cotangent, conv2d_bwd_cpu(cotangent, kernel, height, width))
 }
 

@@ -35,6 +35,24 @@ pub fn is_finite(x: &Tensor) -> Result<bool> {
     per_dtype!(x, is_finite_cpu(x))
 }
 
+/// The place of the first tensor with an element that is a NaN or an infinity. Waits for a GPU once, not once a tensor.
+pub fn first_not_finite(tensors: &[&Tensor]) -> Result<Option<usize>> {
+    #[cfg(feature = "cuda")]
+    if let Some(first) = tensors.first().filter(|first| first.device().is_cuda()) {
+        let flags = cuda::flags(tensors.len(), first.device())?;
+        for (index, tensor) in tensors.iter().enumerate() {
+            cuda::mark(&flags, index, tensor)?;
+        }
+        return Ok(cuda::set(&flags)?.into_iter().position(|set| set));
+    }
+    for (index, tensor) in tensors.iter().enumerate() {
+        if !is_finite(tensor)? {
+            return Ok(Some(index));
+        }
+    }
+    Ok(None)
+}
+
 fn is_finite_cpu<T: Real>(x: &Tensor) -> Result<bool> {
     let x = x.contiguous()?;
     let data = Host::<T>::read(&x)?;
@@ -59,6 +77,10 @@ mod tests {
                 assert!(!is_finite(&Tensor::from_vec(data, n, &Device::Cpu).unwrap()).unwrap());
             }
         }
+        let tensor = |x: f32| Tensor::new(&[1.0, x], &Device::Cpu).unwrap();
+        let (good, bad) = (tensor(2.0), tensor(f32::NAN));
+        assert_eq!(first_not_finite(&[&good, &bad, &good, &bad]).unwrap(), Some(1));
+        assert_eq!(first_not_finite(&[&good, &good]).unwrap(), None);
         assert!(is_finite(&Tensor::from_vec(Vec::<f32>::new(), 0, &Device::Cpu).unwrap()).unwrap());
     }
 }

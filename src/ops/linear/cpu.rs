@@ -19,7 +19,7 @@ pub(super) fn linear_fwd<T: Real>(x: &Tensor, weight: &Weight, bias: Option<&Ten
     let x_data = Host::<T>::read(x)?;
     let bias = bias.map(Host::<T>::read).transpose()?;
     let mut y = vec![T::zero(); rows * outputs];
-    weight.frozen.forward(&x_data, &Same, rows, bias.as_deref(), &mut y)?;
+    weight.on_host()?.forward(&x_data, &Same, rows, bias.as_deref(), &mut y)?;
     tensor_from(y, with_last(x, outputs))
 }
 
@@ -27,7 +27,7 @@ pub(super) fn linear_bwd<T: Real>(cotangent: &Tensor, weight: &Weight) -> Result
     let (rows, _) = rows_of(cotangent)?;
     let dy = Host::<T>::read(cotangent)?;
     let mut dx = vec![T::zero(); rows * weight.inputs];
-    weight.frozen.backward(&dy, &Same, rows, &mut dx)?;
+    weight.on_host()?.backward(&dy, &Same, rows, &mut dx)?;
     tensor_from(dx, with_last(cotangent, weight.inputs))
 }
 

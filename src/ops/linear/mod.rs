@@ -11,25 +11,47 @@
 //! ```
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cublaslt;
 
 use candle_core::{Result, Tensor, bail};
 
 use super::frozen::Frozen;
-use super::per_dtype;
+use super::{per_dtype, widened};
 
 /// A frozen weight (out, in), stored for products in both directions.
 #[derive(Clone, Debug)]
 pub struct Weight {
-    frozen: Frozen,
+    store: Store,
     outputs: usize,
     inputs: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Store {
+    Host(Frozen),
+    /// (out, in), on a GPU
+    Device(Tensor),
 }
 
 impl Weight {
     /// From (out, in).
     pub fn new(weight: &Tensor) -> Result<Self> {
         let (outputs, inputs) = weight.dims2()?;
-        Ok(Self { frozen: Frozen::new(&weight.reshape((outputs, 1, inputs))?)?, outputs, inputs })
+        let store = if weight.device().is_cpu() {
+            Store::Host(Frozen::new(&widened(weight)?.reshape((outputs, 1, inputs))?)?)
+        } else {
+            Store::Device(weight.contiguous()?)
+        };
+        Ok(Self { store, outputs, inputs })
+    }
+    fn on_host(&self) -> Result<&Frozen> {
+        match &self.store {
+            Store::Host(frozen) => Ok(frozen),
+            Store::Device(weight) => {
+                bail!("a weight on {:?} with activations in host memory", weight.device().location())
+            }
+        }
     }
     pub fn in_features(&self) -> usize {
         self.inputs
@@ -45,6 +67,10 @@ pub fn linear_fwd(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<
     if weight.inputs != inputs {
         bail!("linear: {inputs} features for a weight of shape ({}, {})", weight.outputs, weight.inputs);
     }
+    #[cfg(feature = "cuda")]
+    if let Store::Device(weight) = &weight.store {
+        return cublaslt::linear_fwd(x, weight, bias);
+    }
     per_dtype!(x, linear_fwd_cpu(x, weight, bias))
 }
 
@@ -57,6 +83,10 @@ pub fn linear_bwd(cotangent: &Tensor, weight: &Weight) -> Result<Tensor> {
             weight.outputs,
             weight.inputs
         );
+    }
+    #[cfg(feature = "cuda")]
+    if let Store::Device(weight) = &weight.store {
+        return cublaslt::linear_bwd(cotangent, weight);
     }
     per_dtype!(cotangent, linear_bwd_cpu(cotangent, weight))
 }
@@ -78,7 +108,8 @@ pub fn lora_bwd(
     b: &Tensor,
     scale: f64,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    per_dtype!(x, lora_bwd_cpu(cotangent, x, a, b, scale))
+    let (dx, da, db) = per_dtype!(widened(x)?, lora_bwd_cpu(cotangent, x, a, b, scale))?;
+    Ok((dx.to_dtype(x.dtype())?, da, db))
 }
 
 use cpu::{

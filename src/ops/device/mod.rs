@@ -1,0 +1,213 @@
+//! What a run computes on: a device, and the number format of weights and activations there.
+//!
+//! One process opens one device and uses it from one thread, on one stream.
+
+#[cfg(feature = "cuda")]
+pub(in crate::ops) mod cuda;
+
+#[cfg(not(feature = "cuda"))]
+mod absent;
+#[cfg(not(feature = "cuda"))]
+use absent as cuda;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::config::Precision;
+
+/// A device and the number format of weights and activations there.
+#[derive(Clone, Debug)]
+pub struct Compute {
+    device: Device,
+    dtype: DType,
+    /// What weights are rounded to before they are stored in `dtype`.
+    weights: DType,
+}
+
+impl Compute {
+    /// f32 on the CPU.
+    pub fn cpu() -> Self {
+        Self { device: Device::Cpu, dtype: DType::F32, weights: DType::F32 }
+    }
+
+    /// `device` is `cpu`, `cuda` or `cuda:N`; without a `precision` the device's own is taken (f32 on the CPU, bf16 on a
+    /// GPU). `allow_tf32` lets matrix products and convolutions of f32 round their inputs to TF32 on a GPU.
+    ///
+    /// # Errors
+    /// A GPU where this build has no kernels for one, or where there is no driver, no library or no such GPU. f16 or bf16
+    /// on the CPU.
+    pub fn open(device: &str, precision: Option<Precision>, allow_tf32: bool) -> anyhow::Result<Self> {
+        let compute = Self::open_any(device, precision, allow_tf32)?;
+        anyhow::ensure!(
+            compute.device.is_cuda() || compute.dtype == DType::F32,
+            "precision {}: the CPU computes in f32 (half-precision weight files are read all the same); use --precision f32",
+            compute.precision_name()
+        );
+        Ok(compute)
+    }
+
+    /// As [`Self::open`]; the CPU may have a half precision too. It computes in f32 and rounds what each operation gives,
+    /// as a GPU would: slow, and good for seeing what the roundings do.
+    ///
+    /// # Errors
+    /// As in [`Self::open`].
+    pub fn open_any(device: &str, precision: Option<Precision>, allow_tf32: bool) -> anyhow::Result<Self> {
+        let (device, default) = match device {
+            "cpu" => (Device::Cpu, Precision::F32),
+            name => {
+                let ordinal = name.strip_prefix("cuda:").map_or(Ok(0), str::parse);
+                let ordinal = ordinal.map_err(|_| anyhow::anyhow!("device `{name}`: must be cpu, cuda or cuda:N"))?;
+                (cuda::open(name, ordinal, allow_tf32)?, Precision::Bf16)
+            }
+        };
+        let dtype = match precision.unwrap_or(default) {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+            Precision::F16 => DType::F16,
+        };
+        Ok(Self { device, dtype, weights: dtype })
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Of weights and activations. Latents, scores, adapters and their gradients are f32 everywhere.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The same device in f32: what the rewards compute in.
+    pub fn in_f32(&self) -> Self {
+        Self { device: self.device.clone(), dtype: DType::F32, weights: DType::F32 }
+    }
+
+    /// The same device in f32, with weights that are rounded as they are here: shows what rounding the weights alone does.
+    pub fn in_f32_with_rounded_weights(&self) -> Self {
+        Self { weights: self.dtype, ..self.in_f32() }
+    }
+
+    /// `f32`, `bf16` or `f16`.
+    pub fn precision_name(&self) -> &'static str {
+        self.dtype.as_str()
+    }
+
+    pub fn precision(&self) -> Precision {
+        match self.dtype {
+            DType::BF16 => Precision::Bf16,
+            DType::F16 => Precision::F16,
+            _ => Precision::F32,
+        }
+    }
+
+    /// Whether the branches of guidance are one batch. A GPU is the better used the larger its launches are; CPU threads
+    /// share two evaluations more evenly than the layers of one.
+    pub fn batches_guidance(&self) -> bool {
+        self.device.is_cuda() || self.dtype != DType::F32
+    }
+
+    /// A tensor as weights are here.
+    pub fn put(&self, tensor: &Tensor) -> Result<Tensor> {
+        tensor.to_dtype(self.weights)?.to_dtype(self.dtype)?.to_device(&self.device)
+    }
+
+    /// `cpu`, or `NVIDIA H100 80GB HBM3, 79.1 of 79.6 GiB free`.
+    pub fn describe(&self) -> String {
+        if self.device.is_cpu() {
+            return "cpu".to_owned();
+        }
+        let name = cuda::name(&self.device).unwrap_or_else(|_| "an unknown GPU".to_owned());
+        match cuda::memory(&self.device) {
+            Ok((free, total)) => format!("{name}, {:.1} of {:.1} GiB free", gib(free), gib(total)),
+            Err(_) => name,
+        }
+    }
+
+    /// The GPU's name; `None` for the CPU.
+    pub fn gpu_name(&self) -> Option<String> {
+        self.device.is_cuda().then(|| cuda::name(&self.device).unwrap_or_else(|_| "unknown".to_owned()))
+    }
+
+    /// Waits until everything that was asked of the device is done: before a clock is read.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.synchronize()
+    }
+
+    /// The counters of the GPU's memory; `None` on the CPU, whose allocator counts.
+    pub fn gpu_memory(&self) -> Option<GpuMemory<'_>> {
+        self.device.is_cuda().then_some(GpuMemory { device: &self.device })
+    }
+}
+
+fn gib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
+/// The memory of one GPU, as its allocator counts it.
+pub struct GpuMemory<'a> {
+    device: &'a Device,
+}
+
+impl GpuMemory<'_> {
+    /// Bytes that can still be had: free on the device, or kept by the allocator and not in use.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn available(&self) -> Result<usize> {
+        let counts = self.counts()?;
+        Ok(cuda::memory(self.device)?.0 + counts.reserved.saturating_sub(counts.live))
+    }
+
+    /// # Errors
+    /// The driver's.
+    pub fn counts(&self) -> Result<Counts> {
+        self.device.synchronize()?;
+        cuda::counts(self.device)
+    }
+
+    /// The peaks are what is in use now.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn reset_peak(&self) -> Result<()> {
+        self.device.synchronize()?;
+        cuda::reset_peak(self.device)
+    }
+}
+
+/// Bytes of a GPU's allocator.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// In use now.
+    pub live: usize,
+    /// In use at most, since the last reset.
+    pub peak: usize,
+    /// Taken from the device, in use or not.
+    pub reserved: usize,
+    /// The most that was taken from the device, since the last reset.
+    pub reserved_peak: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_computes_in_f32() {
+        let compute = Compute::open("cpu", None, false).unwrap();
+        assert_eq!((compute.dtype(), compute.describe().as_str()), (DType::F32, "cpu"));
+        for precision in [Precision::Bf16, Precision::F16] {
+            let message = Compute::open("cpu", Some(precision), false).unwrap_err().to_string();
+            assert!(message.contains("use --precision f32"), "{message}");
+            assert!(Compute::open_any("cpu", Some(precision), false).is_ok());
+        }
+    }
+
+    #[test]
+    fn no_gpu_is_an_error_that_says_what_is_missing() {
+        let Err(error) = Compute::open("cuda:63", None, false) else {
+            panic!("no machine has 64 GPUs");
+        };
+        let message = format!("{error:#}");
+        assert!(message.contains("cuda:63") && message.contains("--device cpu"), "{message}");
+    }
+}

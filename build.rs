@@ -30,6 +30,7 @@ fn main() {
 
     let compiler = nvcc();
     let mut table = String::from("&[\n");
+    let mut missing = None;
     std::thread::scope(|scope| {
         let tasks: Vec<_> = sources
             .iter()
@@ -40,13 +41,16 @@ fn main() {
             .collect();
         for (task, source) in tasks.into_iter().zip(&sources) {
             if let Err(message) = task.join().expect("the compiler's thread") {
-                println!("cargo:warning={}: {message}", source.display());
+                missing = Some(message);
             }
             let stem = source.file_stem().unwrap().to_str().expect("plain file names");
             table += &format!("    (\"{stem}\", include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{stem}.fatbin\"))),\n");
         }
     });
     table += "]\n";
+    if let Some(message) = missing {
+        println!("cargo:warning={message}: the program will have no CUDA kernels");
+    }
     std::fs::write(out.join("cuda_modules.rs"), table).expect("writing to OUT_DIR");
 }
 
@@ -70,7 +74,7 @@ fn compile(compiler: &OsString, source: &Path, target: &Path) -> Result<(), Stri
         Err(error) => {
             std::fs::write(target, []).expect("writing to OUT_DIR");
             return Err(format!(
-                "{} cannot be run ({error}): the program will have no CUDA kernels; install CUDA 12 or 13 or set NVCC",
+                "{} cannot be run ({error}), install CUDA 12 or 13 or set NVCC",
                 compiler.display()
             ));
         }
@@ -83,7 +87,7 @@ fn compile(compiler: &OsString, source: &Path, target: &Path) -> Result<(), Stri
     );
     if std::fs::metadata(target).map_or(0, |file| file.len()) == 0 {
         std::fs::write(target, []).expect("writing to OUT_DIR");
-        return Err(format!("{} made nothing: the program will have no CUDA kernels", compiler.display()));
+        return Err(format!("{} made nothing", compiler.display()));
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::{LoraValues, Value};
 use crate::ops;
 use crate::ops::activation::{Activation, activation_bwd, activation_fwd};
-use crate::ops::attention::{Heads, attention_bwd, attention_fwd};
+use crate::ops::attention::{Heads, attention_bwd_kept, attention_fwd_kept};
 
 /// A frozen linear layer; a 1x1 convolution is one too, channels-last.
 #[derive(Clone, Debug)]
@@ -98,10 +98,10 @@ pub fn jpeg_size(pixels: &Value) -> Result<Value> {
 
 /// Scaled dot-product attention; q (B, N, C), k and v (B, M, C).
 pub fn dot_product_attention(q: &Value, k: &Value, v: &Value, heads: Heads) -> Result<Value> {
-    let y = attention_fwd(q.tensor(), k.tensor(), v.tensor(), heads)?;
+    let (y, kept) = attention_fwd_kept(q.tensor(), k.tensor(), v.tensor(), heads)?;
     let (q_data, k_data, v_data) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
     Ok(Value::step([q, k, v], y, move |d| {
-        let (dq, dk, dv) = attention_bwd(d, &q_data, &k_data, &v_data, heads)?;
+        let (dq, dk, dv) = attention_bwd_kept(d, &q_data, &k_data, &v_data, heads, &kept)?;
         Ok([Some(dq), Some(dk), Some(dv)])
     }))
 }

@@ -2,8 +2,9 @@
 //
 // A fiber runs until it meets a barrier (of its block or of its warp: shuffles and matrix fragments are exchanges behind
 // a barrier) and goes on when all have met it. Barriers that not all threads reach are an error here, as they would be
-// on a GPU. Fibers run in ascending, descending or random order between barriers: where a barrier is missing, the three
-// give different numbers. Dynamic shared memory starts as NaN; an asynchronous copy arrives when it is waited for.
+// on a GPU. Threads run in three orders: the first warp as far ahead of the others as barriers let it, the last one, and
+// all side by side in random order; asynchronous copies arrive at once in the first order and when they are waited for in
+// the others. Where a barrier or a wait is missing, the three give different numbers. Dynamic shared memory starts as NaN.
 #pragma once
 
 #include <setjmp.h>
@@ -25,6 +26,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
+#define __align__(n) __attribute__((aligned(n)))
 #define KERNEL static void
 #define DYNAMIC_SHARED(name) unsigned char* name = emulator::shared_memory
 
@@ -150,19 +152,35 @@ inline void run_block(unsigned threads) {
     }
     std::vector<unsigned> turns(threads);
     for (unsigned i = 0; i < threads; i++) turns[i] = order == 1 ? threads - 1 - i : i;
-    for (;;) {
-        if (order == 2) std::shuffle(turns.begin(), turns.end(), shuffler);
-        bool progress = false, alive = false;
-        for (unsigned turn : turns) {
-            if (fibers[turn].state == READY) {
-                resume(turn);
+    auto step = [&](unsigned from, unsigned to) {
+        bool progress = false;
+        for (unsigned i = from; i < to; i++)
+            if (fibers[turns[i]].state == READY) {
+                resume(turns[i]);
                 progress = true;
             }
-            alive |= fibers[turn].state != DONE;
+        return progress;
+    };
+    for (;;) {
+        bool progress = false;
+        if (order == 2) {
+            // all warps side by side, in random order
+            std::shuffle(turns.begin(), turns.end(), shuffler);
+            progress = step(0, threads);
+            for (unsigned warp = 0; warp < threads; warp += 32)
+                progress |= release(warp, std::min(warp + 32, threads), AT_WARP);
+        } else {
+            // each warp as far ahead of the others as the block's barriers let it
+            for (unsigned i = 0; i < threads; i += 32) {
+                const unsigned warp = order == 1 ? (threads - 1 - i) / 32 * 32 : i;
+                do {
+                    progress |= step(i, std::min(i + 32, threads));
+                } while (release(warp, std::min(warp + 32, threads), AT_WARP));
+            }
         }
+        bool alive = false;
+        for (unsigned i = 0; i < threads; i++) alive |= fibers[i].state != DONE;
         if (!alive) return;
-        for (unsigned warp = 0; warp < threads; warp += 32)
-            progress |= release(warp, std::min(warp + 32, threads), AT_WARP);
         progress |= release(0, threads, AT_BLOCK);
         if (!progress) fail("threads wait for each other at different barriers");
     }
@@ -282,18 +300,20 @@ template <typename T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b
     }
 }
 
-// An asynchronous copy reads its source at once and arrives when its group is waited for.
+// An asynchronous copy reads its source at once.
 inline void copy16(void* to, const void* from, bool valid) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16) emulator::fail("cp.async between addresses that are not at multiples of 16");
     emulator::Copy copy = {to, {}};
     if (valid) memcpy(copy.data, from, 16);
+    if (emulator::order == 0) memcpy(to, copy.data, 16);
     emulator::fibers[emulator::current].copies.back().push_back(copy);
 }
 inline void copy_commit() { emulator::fibers[emulator::current].copies.emplace_back(); }
 template <int N> void copy_wait() {
     auto& groups = emulator::fibers[emulator::current].copies;
     while (groups.size() > N + 1) {
-        for (const auto& copy : groups.front()) memcpy(copy.to, copy.data, 16);
+        if (emulator::order != 0)
+            for (const auto& copy : groups.front()) memcpy(copy.to, copy.data, 16);
         groups.erase(groups.begin());
     }
 }

@@ -13,6 +13,10 @@
 //! at a time (Rabe & Staats 2021; Dao et al. 2022); the backward computes them again from Q and K.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod large;
 #[cfg(target_arch = "x86_64")]
 mod tiled;
 
@@ -29,10 +33,31 @@ pub struct Heads {
     pub causal: bool,
 }
 
+/// What a forward pass keeps for its backward beside its inputs: nothing on a CPU; on a GPU the output and a number for
+/// each row of scores, which save the backward a pass over the scores.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    #[cfg(feature = "cuda")]
+    cuda: Option<cuda::Kept>,
+}
+
 /// q (B, N, C), k and v (B, M, C) -> (B, N, C).
 pub fn attention_fwd(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<Tensor> {
+    Ok(attention_fwd_kept(q, k, v, heads)?.0)
+}
+
+/// As [`attention_fwd`], with what [`attention_bwd_kept`] is faster with.
+pub fn attention_fwd_kept(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<(Tensor, Kept)> {
     check(q, k, v, heads)?;
-    per_dtype!(q, attention_fwd_cpu(q, k, v, heads))
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        let (output, kept) = cuda::attention_fwd(q, k, v, heads)?;
+        return Ok((output, Kept { cuda: kept }));
+    }
+    fn on_cpu(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<Tensor> {
+        per_dtype!(q, attention_fwd_cpu(q, k, v, heads))
+    }
+    Ok((on_cpu(q, k, v, heads)?, Kept::default()))
 }
 
 /// Gradients with respect to (q, k, v).
@@ -43,7 +68,24 @@ pub fn attention_bwd(
     v: &Tensor,
     heads: Heads,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    attention_bwd_kept(cotangent, q, k, v, heads, &Kept::default())
+}
+
+/// As [`attention_bwd`], with what the forward of the same inputs kept.
+pub fn attention_bwd_kept(
+    cotangent: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: Heads,
+    kept: &Kept,
+) -> Result<(Tensor, Tensor, Tensor)> {
     check(q, k, v, heads)?;
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return cuda::attention_bwd(cotangent, q, k, v, heads, kept.cuda.as_ref());
+    }
+    let _ = kept;
     per_dtype!(q, attention_bwd_cpu(cotangent, q, k, v, heads))
 }
 

@@ -1,0 +1,154 @@
+//! Attention on a GPU: tiles in shared memory for heads of up to 160 numbers (`ops/cuda/attention.cuh`), cuBLAS and a
+//! softmax over a few queries at a time for larger ones (the VAE's one head of 512).
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::Heads;
+use crate::ops::cuda::{Kernel, aligned, unset};
+
+/// Largest head of the tiled kernels.
+pub(super) const LARGEST_HEAD: usize = 160;
+/// Blocks that fill a large GPU twice over.
+const BLOCKS: usize = 264;
+
+/// What the forward leaves for the backward.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    output: Tensor,
+    /// L of every row, (B, heads, N), f32: 4 bytes a query and head.
+    lse: Tensor,
+}
+
+/// The tiled kernels' names and sizes for one head dimension; `struct Sizes` of attention.cuh.
+struct Tiled {
+    module: &'static str,
+    names: [&'static str; 3],
+    threads: usize,
+    forward_rows: usize,
+    backward_rows: usize,
+    forward_bytes: usize,
+    backward_bytes: usize,
+}
+
+impl Tiled {
+    fn new(dtype: DType, d: usize) -> Result<Self> {
+        macro_rules! names {
+            ($($size:literal)*) => {
+                [$(($size, [
+                    concat!("attention_fwd_", $size),
+                    concat!("attention_bwd_q_", $size),
+                    concat!("attention_bwd_kv_", $size),
+                ])),*]
+            };
+        }
+        let Some((size, names)) = names!(16 32 48 64 80 128 160).into_iter().find(|(size, _)| d <= *size) else {
+            bail!("no tiled attention for heads of {d} numbers");
+        };
+        let module = match dtype {
+            DType::BF16 => "attention_bf16",
+            DType::F16 => "attention_f16",
+            _ => "attention_f32",
+        };
+        let half = dtype != DType::F32;
+        let warps = if !half && size > 80 { 2 } else { 4 };
+        let forward_tiles = if half && size <= 64 { 2 } else { 1 };
+        let step = match (half, size <= 80) {
+            (true, true) => 64,
+            (true, false) | (false, true) => 32,
+            (false, false) => 16,
+        };
+        let row_bytes = size * dtype.size_in_bytes() + 16;
+        let scratch = |tiles: usize| if half { 0 } else { warps * 16 * tiles * (step + 4) * 4 };
+        let (forward_rows, backward_rows) = (16 * forward_tiles * warps, 16 * warps);
+        Ok(Self {
+            module,
+            names,
+            threads: 32 * warps,
+            forward_rows,
+            backward_rows,
+            forward_bytes: (forward_rows + 4 * step) * row_bytes + scratch(forward_tiles),
+            backward_bytes: (2 * backward_rows + 4 * step) * row_bytes + scratch(1) + 16 * step,
+        })
+    }
+}
+
+/// Adds the sizes, with which every tiled kernel's parameters end.
+fn sizes(kernel: &mut Kernel, q: &Tensor, k: &Tensor, heads: Heads, tensors: &[&Tensor]) -> Result<()> {
+    let ((_, n, channels), (_, m, _)) = (q.dims3()?, k.dims3()?);
+    let d = channels / heads.count;
+    let vector = (d * q.dtype().size_in_bytes()).is_multiple_of(16) && aligned(tensors)?;
+    kernel.int(n).int(m).int(channels).int(d).int(heads.causal.into()).int(vector.into());
+    kernel.float(1.0 / (d as f64).sqrt());
+    Ok(())
+}
+
+pub(super) fn attention_fwd(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<(Tensor, Option<Kept>)> {
+    let (batch, n, channels) = q.dims3()?;
+    let d = channels / heads.count;
+    if d > LARGEST_HEAD {
+        return Ok((super::large::attention_fwd(q, k, v, heads)?, None));
+    }
+    let tiled = Tiled::new(q.dtype(), d)?;
+    let output = unset(q, q.shape(), q.dtype())?;
+    let lse = unset(q, (batch, heads.count, n), DType::F32)?;
+    let mut kernel = Kernel::of(tiled.module, tiled.names[0], q)?;
+    kernel.tensor(&output)?.typed(&lse, DType::F32)?.tensor(q)?.tensor(k)?.tensor(v)?;
+    sizes(&mut kernel, q, k, heads, &[q, k, v])?;
+    kernel.launch([n.div_ceil(tiled.forward_rows), heads.count, batch], tiled.threads, tiled.forward_bytes)?;
+    Ok((output.clone(), Some(Kept { output, lse })))
+}
+
+pub(super) fn attention_bwd(
+    cotangent: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: Heads,
+    kept: Option<&Kept>,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let ((batch, n, channels), (_, m, _)) = (q.dims3()?, k.dims3()?);
+    let d = channels / heads.count;
+    if d > LARGEST_HEAD {
+        return super::large::attention_bwd(cotangent, q, k, v, heads);
+    }
+    let kept = match kept {
+        Some(kept) => kept.clone(),
+        None => attention_fwd(q, k, v, heads)?.1.expect("the tiled kernels keep their statistics"),
+    };
+    let tiled = Tiled::new(q.dtype(), d)?;
+
+    let rows = batch * heads.count * n;
+    let delta = unset(q, (batch, heads.count, n), DType::F32)?;
+    let mut kernel = Kernel::of(tiled.module, "attention_delta", q)?;
+    kernel.typed(&delta, DType::F32)?.tensor(cotangent)?.tensor(&kept.output)?;
+    kernel.int(batch).int(n).int(heads.count).int(d).launch([rows.div_ceil(8), 1, 1], 256, 0)?;
+
+    let d_q = unset(q, q.shape(), q.dtype())?;
+    let mut kernel = Kernel::of(tiled.module, tiled.names[1], q)?;
+    kernel.tensor(&d_q)?.tensor(cotangent)?.typed(&kept.lse, DType::F32)?.typed(&delta, DType::F32)?;
+    kernel.tensor(q)?.tensor(k)?.tensor(v)?;
+    sizes(&mut kernel, q, k, heads, &[q, k, v, cotangent])?;
+    kernel.launch([n.div_ceil(tiled.backward_rows), heads.count, batch], tiled.threads, tiled.backward_bytes)?;
+
+    // few keys: the queries are split among blocks, or most of the GPU would wait for a few
+    let tiles = m.div_ceil(tiled.backward_rows);
+    let splits = if heads.causal { 1 } else { (BLOCKS / (tiles * heads.count * batch).max(1)).clamp(1, n.div_ceil(128)) };
+    let (d_k, d_v) = (unset(k, k.shape(), k.dtype())?, unset(v, v.shape(), v.dtype())?);
+    let parts = if splits > 1 { Some(unset(k, (splits, 2, k.elem_count()), DType::F32)?) } else { None };
+    let mut kernel = Kernel::of(tiled.module, tiled.names[2], q)?;
+    kernel.tensor(&d_k)?.tensor(&d_v)?;
+    match &parts {
+        Some(parts) => kernel.typed(parts, DType::F32)?,
+        None => kernel.address(0),
+    };
+    kernel.int(splits).tensor(cotangent)?.typed(&kept.lse, DType::F32)?.typed(&delta, DType::F32)?;
+    kernel.tensor(q)?.tensor(k)?.tensor(v)?;
+    sizes(&mut kernel, q, k, heads, &[q, k, v, cotangent])?;
+    kernel.launch([tiles * splits, heads.count, batch], tiled.threads, tiled.backward_bytes)?;
+    if let Some(parts) = &parts {
+        let mut kernel = Kernel::of(tiled.module, "attention_sum", k)?;
+        kernel.tensor(&d_k)?.tensor(&d_v)?.typed(parts, DType::F32)?.int(splits).int(k.elem_count());
+        kernel.launch([(2 * k.elem_count()).div_ceil(256), 1, 1], 256, 0)?;
+    }
+    Ok((d_q, d_k, d_v))
+}

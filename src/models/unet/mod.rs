@@ -56,7 +56,13 @@ impl Unet {
             linear(&w.pp("time_embedding.linear_2"), time_dim, time_dim, true)?,
         ];
         let steps = build(&config, w, time_dim)?;
-        Ok(Self { config, compute: w.compute().clone(), time_embedding, times: Mutex::default(), stages: Staged { steps } })
+        Ok(Self {
+            config,
+            compute: w.compute().clone(),
+            time_embedding,
+            times: Mutex::default(),
+            stages: Staged { steps },
+        })
     }
 
     pub fn config(&self) -> &UnetConfig {

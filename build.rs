@@ -73,10 +73,7 @@ fn compile(compiler: &OsString, source: &Path, target: &Path) -> Result<(), Stri
         Ok(output) => output,
         Err(error) => {
             std::fs::write(target, []).expect("writing to OUT_DIR");
-            return Err(format!(
-                "{} cannot be run ({error}), install CUDA 12 or 13 or set NVCC",
-                compiler.display()
-            ));
+            return Err(format!("{} cannot be run ({error}), install CUDA 12 or 13 or set NVCC", compiler.display()));
         }
     };
     assert!(

@@ -132,7 +132,8 @@ pub(super) fn attention_bwd(
 
     // few keys: the queries are split among blocks, or most of the GPU would wait for a few
     let tiles = m.div_ceil(tiled.backward_rows);
-    let splits = if heads.causal { 1 } else { (BLOCKS / (tiles * heads.count * batch).max(1)).clamp(1, n.div_ceil(128)) };
+    let splits =
+        if heads.causal { 1 } else { (BLOCKS / (tiles * heads.count * batch).max(1)).clamp(1, n.div_ceil(128)) };
     let (d_k, d_v) = (unset(k, k.shape(), k.dtype())?, unset(v, v.shape(), v.dtype())?);
     let parts = if splits > 1 { Some(unset(k, (splits, 2, k.elem_count()), DType::F32)?) } else { None };
     let mut kernel = Kernel::of(tiled.module, tiled.names[2], q)?;

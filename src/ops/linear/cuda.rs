@@ -76,7 +76,12 @@ pub(super) fn lora_bwd(
     let shares = rows.div_ceil(share);
     let parts = unset(x, (shares, rank * (inputs + outputs)), DType::F32)?;
     let mut kernel = Kernel::of("lora", "lora_factors", x)?;
-    kernel.typed(&parts, DType::F32)?.tensor(x)?.tensor(cotangent)?.typed(&low, DType::F32)?.typed(&d_low, DType::F32)?;
+    kernel
+        .typed(&parts, DType::F32)?
+        .tensor(x)?
+        .tensor(cotangent)?
+        .typed(&low, DType::F32)?
+        .typed(&d_low, DType::F32)?;
     kernel.int(rows).int(inputs).int(outputs).int(rank).int(share).int(lora.vector(&[x, cotangent])?.into());
     let tiles = inputs.div_ceil(256) + outputs.div_ceil(256);
     kernel.launch([tiles, rank.div_ceil(8), shares], 32 * WARPS, 0)?;

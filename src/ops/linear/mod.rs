@@ -13,6 +13,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cublaslt;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::{Result, Tensor, bail};
 
@@ -97,6 +99,10 @@ pub fn lora_fwd(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64, y: &Tensor) -> R
     if a_in != inputs || rank != b_rank || out != rows_of(y)?.1 {
         bail!("LoRA factors A {:?}, B {:?} on a layer {:?} -> {:?}", a.dims(), b.dims(), x.dims(), y.dims());
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::lora_fwd(x, a, b, scale, y);
+    }
     per_dtype!(x, lora_fwd_cpu(x, a, b, scale, y))
 }
 
@@ -108,6 +114,10 @@ pub fn lora_bwd(
     b: &Tensor,
     scale: f64,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::lora_bwd(cotangent, x, a, b, scale);
+    }
     let (dx, da, db) = per_dtype!(widened(x)?, lora_bwd_cpu(cotangent, x, a, b, scale))?;
     Ok((dx.to_dtype(x.dtype())?, da, db))
 }

@@ -29,7 +29,7 @@ pub(crate) mod vector;
 
 pub use finite::{NotANumber, is_finite, not_a_number};
 pub use host::Real;
-pub(crate) use host::{Host, SharedMut, per_dtype, tensor_from};
+pub(crate) use host::{Host, SharedMut, buffer, per_dtype, tensor_from};
 
 /// Matrix products `dst = beta_dst * dst + a b`, over strided views of host memory.
 pub(crate) mod gemm;

@@ -2,8 +2,8 @@
 //!
 //! The kernel is kept as (out, kh, kw, in), which cuDNN calls a filter in NHWC; the forward and the gradient of the input
 //! read the same copy. Descriptors, algorithm and workspace of a shape are made once and kept. The algorithm is the first
-//! deterministic one that cuDNN recommends and that needs no more than [`MOST_WORKSPACE`]: timing them would make the last
-//! bits of a run depend on the clock.
+//! deterministic one that cuDNN recommends and that needs no more than [`MOST_WORKSPACE`] (the first of the others, if there
+//! is none): timing them would make the last bits of a run depend on the clock.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -289,9 +289,8 @@ impl Plan {
                     at,
                 )
                 .map_err(Error::wrap)?;
-                let usable =
-                    |perf: &&sys::cudnnConvolutionBwdDataAlgoPerf_t| usable(perf.status, perf.determinism, perf.memory);
-                let Some(best) = found.iter().take(count as usize).find(usable) else { return Err(none_usable()) };
+                let found = found.iter().take(count as usize);
+                let best = best(found.map(|perf| (perf, rank(perf.status, perf.determinism, perf.memory))))?;
                 (Algorithm::Backward(best.algo), best.mathType, best.memory)
             } else {
                 let mut found: [sys::cudnnConvolutionFwdAlgoPerf_t; ALGORITHMS] = std::mem::zeroed();
@@ -307,9 +306,8 @@ impl Plan {
                     at,
                 )
                 .map_err(Error::wrap)?;
-                let usable =
-                    |perf: &&sys::cudnnConvolutionFwdAlgoPerf_t| usable(perf.status, perf.determinism, perf.memory);
-                let Some(best) = found.iter().take(count as usize).find(usable) else { return Err(none_usable()) };
+                let found = found.iter().take(count as usize);
+                let best = best(found.map(|perf| (perf, rank(perf.status, perf.determinism, perf.memory))))?;
                 (Algorithm::Forward(best.algo), best.mathType, best.memory)
             }
         };
@@ -324,15 +322,19 @@ impl Plan {
     }
 }
 
-fn usable(status: sys::cudnnStatus_t, determinism: sys::cudnnDeterminism_t, memory: usize) -> bool {
-    status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS
-        && determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC
-        && memory <= MOST_WORKSPACE
+/// How much an algorithm is wanted: 0 is best; `None` cannot be used. One whose sums come in any order is better than none.
+fn rank(status: sys::cudnnStatus_t, determinism: sys::cudnnDeterminism_t, memory: usize) -> Option<u8> {
+    let usable = status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS && memory <= MOST_WORKSPACE;
+    usable.then_some(u8::from(determinism != sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC))
 }
 
-fn none_usable() -> Error {
-    Error::Msg(format!(
-        "cuDNN has no deterministic algorithm for it that needs at most {} MiB of workspace",
-        MOST_WORKSPACE >> 20
-    ))
+/// The first of the best ranked; cuDNN names the fastest first.
+fn best<'a, T: 'a>(ranked: impl Iterator<Item = (&'a T, Option<u8>)>) -> Result<&'a T> {
+    let best = ranked.filter_map(|(perf, rank)| Some((perf, rank?))).min_by_key(|(_, rank)| *rank);
+    best.map(|(perf, _)| perf).ok_or_else(|| {
+        Error::Msg(format!(
+            "cuDNN has no algorithm for it that needs at most {} MiB of workspace",
+            MOST_WORKSPACE >> 20
+        ))
+    })
 }

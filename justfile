@@ -1,6 +1,6 @@
 # The recipes that CI runs too.
 
-check: test lint doc
+check: test lint doc cuda-check
 
 test:
     cargo test --release --locked
@@ -15,3 +15,7 @@ doc:
 # Recomputes recorded PyTorch numbers with this build.
 verify DIR:
     cargo run --release --locked -- verify {{DIR}}
+
+# The GPU's code, as far as that needs no GPU.
+cuda-check:
+    tools/cuda/check.sh

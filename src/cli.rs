@@ -491,7 +491,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 23);
+        assert_eq!(count, 26);
     }
 
     #[test]

@@ -4,9 +4,11 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use alignprop::commands::verify::{Report, verify};
+use alignprop::commands::verify::{Report, verify, verify_on};
+use alignprop::config::Precision;
 use alignprop::models::Source;
 use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::ops::device::Compute;
 use assert_cmd::Command;
 use serde_json::Value;
 use support::{change_tensor, copy_folder, edit, fixture, poison, read_tensors, text};
@@ -53,6 +55,27 @@ fn the_fixtures_are_reproduced() {
     }
     let report = verify(&fixture("tiny-sd15"), None).unwrap();
     assert!(report.rows.iter().any(|row| row.case == "clip-score"));
+}
+
+/// The number formats of a GPU: the whole flow, guidance as one batch, the loss scale. The CPU rounds where a GPU would.
+#[test]
+fn half_precision_stays_near_the_reference() {
+    for precision in [Precision::Bf16, Precision::F16] {
+        let compute = Compute::open_any("cpu", Some(precision), false).unwrap();
+        for set in SETS {
+            let report = verify_on(&fixture(set), None, &compute).unwrap();
+            assert_eq!(failures(&report), [""; 0], "{set} in {}", compute.precision_name());
+            let angles = report.rows.iter().filter(|row| row.what.starts_with("1 - cosine")).count();
+            assert_eq!(angles, 4, "{set}");
+        }
+        // and no further: what is wrong by more than rounding is found
+        let (_folder, dir) = copy("tiny-sd15");
+        change_tensor(&dir.join("parts.safetensors"), "unet_dx", |d| d * 1.1);
+        change_tensor(&dir.join("chain_k3_eta1_cfg5_hps.safetensors"), "latents", |x| x * 1.1);
+        let failed = failures(&verify_on(&dir, None, &compute).unwrap());
+        let expected = ["UNet: gradient of x", "UNet: gradient of x, per block", "k3_eta1_cfg5_hps: latents"];
+        assert_eq!(failed, expected, "{}", compute.precision_name());
+    }
 }
 
 /// The larger sets, which are not part of the repository.

@@ -167,6 +167,24 @@ impl Rounded for bool {
     }
 }
 
+/// A buffer of `len` numbers for a kernel that writes each of them before it reads any: its contents are arbitrary.
+///
+/// Filling it with zeros would be a pass over memory in one thread. In tests it is full of NaN, which a kernel that forgets
+/// an element passes on.
+pub(crate) fn buffer<T: Real>(len: usize) -> Vec<T> {
+    let mut data = Vec::<T>::with_capacity(len);
+    let start = data.as_mut_ptr();
+    // SAFETY: as far as the compiler can know, these no instructions write the memory behind the pointer; every pattern of
+    // bits is a number of T (f32 or f64).
+    unsafe { std::arch::asm!("/* {} */", in(reg) start, options(nostack, preserves_flags)) };
+    // SAFETY: the capacity is `len`, and the elements count as written.
+    unsafe { data.set_len(len) };
+    if cfg!(test) {
+        data.fill(T::nan());
+    }
+    data
+}
+
 /// A host tensor that takes over `data`.
 pub(crate) fn tensor_from<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(data, shape.into(), &Device::Cpu)

@@ -33,7 +33,7 @@ pub(crate) mod vector;
 
 pub use finite::{NotANumber, first_not_finite, is_finite, not_a_number};
 pub use host::Real;
-pub(crate) use host::{Host, Rounded, SharedMut, per_dtype, tensor_from, widened};
+pub(crate) use host::{Host, Rounded, SharedMut, buffer, per_dtype, tensor_from, widened};
 
 /// Matrix products `dst = beta_dst * dst + a b`, over strided views of host memory.
 pub(crate) mod gemm;

@@ -31,6 +31,31 @@ pub(crate) fn relative_error(x: &Tensor, y: &Tensor) -> f64 {
     (difference / norm.max(1e-300)).sqrt()
 }
 
+/// The GPU to compare with the CPU, in each number format; none, and a line that says why, where there is no GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn gpus() -> Vec<super::device::Compute> {
+    use crate::config::Precision;
+    let open = |precision| match super::device::Compute::open("cuda", Some(precision), false) {
+        Ok(compute) => Some(compute),
+        Err(error) => {
+            eprintln!("not compared with a GPU: {error:#}");
+            None
+        }
+    };
+    [Precision::F32, Precision::Bf16, Precision::F16].into_iter().map_while(open).collect()
+}
+
+/// How far a GPU's result may be from that of the CPU, which rounds to the same format: the order of sums in f32, one
+/// rounding to the other side in a half format.
+#[cfg(feature = "cuda")]
+pub(crate) fn gpu_tolerance(compute: &super::device::Compute) -> f64 {
+    match compute.dtype() {
+        DType::F32 => 2e-5,
+        DType::BF16 => 8e-3,
+        _ => 1e-3,
+    }
+}
+
 type Forward<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 
 /// Checks `forward` and `backward` (inputs, cotangent -> gradient of every input) against finite differences and

@@ -53,15 +53,31 @@ impl Transformer {
 
     /// (B, N, C) -> (B, N, C).
     fn forward(&self, x: Value) -> Result<Value> {
-        let mut hidden = x;
-        for layer in &self.layers {
+        self.through(&self.layers, x)
+    }
+
+    fn through(&self, layers: &[Layer], x: Value) -> Result<Value> {
+        layers.iter().try_fold(x, |hidden, layer| {
             let normed = layer.norm1.forward(&hidden)?;
-            let (q, k, v) = (layer.q.forward(&normed)?, layer.k.forward(&normed)?, layer.v.forward(&normed)?);
-            hidden = layer.out.forward(&dot_product_attention(&q, &k, &v, self.heads)?)?.add(&hidden)?;
-            let normed = layer.norm2.forward(&hidden)?;
-            hidden = layer.fc2.forward(&activation(&layer.fc1.forward(&normed)?, self.act)?)?.add(&hidden)?;
-        }
-        Ok(hidden)
+            self.rest(layer, &hidden, &normed, &normed)
+        })
+    }
+
+    /// The first row alone of what [`Self::forward`] gives, (B, N, C) -> (B, 1, C): in the last layer the other rows are
+    /// keys and values and nothing else.
+    fn forward_to_first(&self, x: Value) -> Result<Value> {
+        let Some((last, layers)) = self.layers.split_last() else { return Ok(x.narrow(1, 0, 1)?) };
+        let hidden = self.through(layers, x)?;
+        let normed = last.norm1.forward(&hidden)?;
+        self.rest(last, &hidden.narrow(1, 0, 1)?, &normed.narrow(1, 0, 1)?, &normed)
+    }
+
+    /// A layer behind its first norm, for the rows of `hidden`: `queries` are those rows normed, `keys` all rows normed.
+    fn rest(&self, layer: &Layer, hidden: &Value, queries: &Value, keys: &Value) -> Result<Value> {
+        let (q, k, v) = (layer.q.forward(queries)?, layer.k.forward(keys)?, layer.v.forward(keys)?);
+        let hidden = layer.out.forward(&dot_product_attention(&q, &k, &v, self.heads)?)?.add(hidden)?;
+        let normed = layer.norm2.forward(&hidden)?;
+        Ok(layer.fc2.forward(&activation(&layer.fc1.forward(&normed)?, self.act)?)?.add(&hidden)?)
     }
 }
 
@@ -323,8 +339,7 @@ impl VisionTower {
         let c = self.class_embedding.dims()[0];
         let class = self.class_embedding.reshape((1, c))?.pad_with_zeros(0, 0, side * side)?;
         let hidden = padded.add_constant(&(class + &self.positions)?)?;
-        let hidden = self.transformer.forward(self.pre_norm.forward(&hidden)?)?;
-        let pooled = hidden.narrow(1, 0, 1)?.reshape((b, c))?;
+        let pooled = self.transformer.forward_to_first(self.pre_norm.forward(&hidden)?)?.reshape((b, c))?;
         Ok(self.projection.forward(&self.post_norm.forward(&pooled)?)?)
     }
 }

@@ -6,6 +6,9 @@
 mod blocks;
 mod config;
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
@@ -28,6 +31,8 @@ pub struct Unet {
     config: UnetConfig,
     compute: Compute,
     time_embedding: [Linear; 2],
+    /// SiLU of the time embedding by timestep, as far as it was asked for; on a GPU only.
+    times: Mutex<HashMap<usize, Tensor>>,
     stages: Staged<UnetStage>,
 }
 
@@ -51,7 +56,13 @@ impl Unet {
             linear(&w.pp("time_embedding.linear_2"), time_dim, time_dim, true)?,
         ];
         let steps = build(&config, w, time_dim)?;
-        Ok(Self { config, compute: w.compute().clone(), time_embedding, stages: Staged { steps } })
+        Ok(Self {
+            config,
+            compute: w.compute().clone(),
+            time_embedding,
+            times: Mutex::default(),
+            stages: Staged { steps },
+        })
     }
 
     pub fn config(&self) -> &UnetConfig {
@@ -123,6 +134,24 @@ impl Unet {
                 "the UNet attends to text of {expected} features, the text encoder gives {context_dim}: they belong to different models"
             );
         }
+        Ok(Evaluation { time: self.time(timestep)?, context: context.clone() })
+    }
+
+    /// SiLU of the time embedding, (1, time_dim). On a GPU it is kept: what is uploaded may wait for what was launched.
+    fn time(&self, timestep: usize) -> Result<Tensor> {
+        if self.compute.device().is_cpu() {
+            return self.embed_time(timestep);
+        }
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(time) = times.get(&timestep) {
+            return Ok(time.clone());
+        }
+        let time = self.embed_time(timestep)?;
+        times.insert(timestep, time.clone());
+        Ok(time)
+    }
+
+    fn embed_time(&self, timestep: usize) -> Result<Tensor> {
         let embedding = timestep_embedding(
             timestep,
             self.config.block_out_channels[0],
@@ -133,7 +162,7 @@ impl Unet {
         let hidden = first.forward(&Value::from(self.compute.put(&embedding)?))?.into_tensor();
         let embedding = second.forward(&Value::from(activation_fwd(&hidden, Activation::Silu)?))?.into_tensor();
         // every resnet applies SiLU to it before its own projection
-        Ok(Evaluation { time: activation_fwd(&embedding, Activation::Silu)?, context: context.clone() })
+        Ok(activation_fwd(&embedding, Activation::Silu)?)
     }
 }
 

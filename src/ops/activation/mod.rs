@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::vector::{sigmoid, vectorised};
-use super::{Host, Real, per_dtype, tensor_from};
+use super::{Host, Real, buffer, per_dtype, tensor_from};
 
 /// An elementwise function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,7 +183,7 @@ macro_rules! each_activation {
 
 fn activation_fwd_cpu<T: Real>(x: &Tensor, function: Activation) -> Result<Tensor> {
     let data = Host::<T>::read(x)?;
-    let mut y = vec![T::zero(); data.len()];
+    let mut y = buffer(data.len());
     y.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).for_each(|(y, x)| {
         each_activation!(function => vectorised(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = function.value(*x))));
     });
@@ -192,7 +192,7 @@ fn activation_fwd_cpu<T: Real>(x: &Tensor, function: Activation) -> Result<Tenso
 
 fn activation_bwd_cpu<T: Real>(cotangent: &Tensor, x: &Tensor, function: Activation) -> Result<Tensor> {
     let (dy, data) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
-    let mut dx = vec![T::zero(); data.len()];
+    let mut dx = buffer(data.len());
     dx.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(|((dx, x), dy)| {
         each_activation!(function => vectorised(|| {
             dx.iter_mut().zip(x).zip(dy).for_each(|((dx, x), dy)| *dx = *dy * function.derivative(*x));

@@ -8,7 +8,7 @@ use crate::ops::gemm::{Threads, View, ViewMut, gemm, scaled_gemm};
 #[cfg(target_arch = "x86_64")]
 use crate::ops::tiles;
 use crate::ops::vector::{max_of, sum_of, vectorised};
-use crate::ops::{Host, Real, SharedMut, tensor_from};
+use crate::ops::{Host, Real, SharedMut, buffer, tensor_from};
 
 /// Scores that one task holds at a time, a tile of queries against all keys: 1 MiB in f32, twice that in the backward.
 const TILE_SCORES: usize = 1 << 18;
@@ -73,7 +73,7 @@ pub(super) fn attention_fwd<T: Real>(q: &Tensor, k: &Tensor, v: &Tensor, heads: 
     let dims = q.dims();
     let (q, k, v) = (Host::<T>::read(q)?, Host::<T>::read(k)?, Host::<T>::read(v)?);
     let (q, k, v): (&[T], &[T], &[T]) = (&q, &k, &v);
-    let mut out = vec![T::zero(); q.len()];
+    let mut out = buffer(q.len());
     #[cfg(target_arch = "x86_64")]
     if let (true, Some(q), Some(k), Some(v), Some(out_f32)) =
         (tiles::available(), T::as_f32(q), T::as_f32(k), T::as_f32(v), T::as_f32_mut(&mut out))
@@ -112,7 +112,7 @@ pub(super) fn attention_bwd<T: Real>(
     let (q_dims, k_dims) = (q.dims(), k.dims());
     let (dout, q, k, v) = (Host::<T>::read(cotangent)?, Host::<T>::read(q)?, Host::<T>::read(k)?, Host::<T>::read(v)?);
     let (dout, q, k, v): (&[T], &[T], &[T], &[T]) = (&dout, &q, &k, &v);
-    let (mut dq, mut dk, mut dv) = (vec![T::zero(); q.len()], vec![T::zero(); k.len()], vec![T::zero(); v.len()]);
+    let (mut dq, mut dk, mut dv) = (buffer(q.len()), buffer(k.len()), buffer(v.len()));
     #[cfg(target_arch = "x86_64")]
     if let (true, Some(dout), Some(q), Some(k), Some(v), Some(dq_f32), Some(dk_f32), Some(dv_f32)) = (
         tiles::available(),

@@ -3,11 +3,11 @@
 use rayon::prelude::*;
 
 use super::cpu::Shape;
-use crate::ops::SharedMut;
 use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{
     LANES, ROWS, Strided, WIDE, each_height, exponentials, rows_to_lanes, softmax_backward, strided_tile, tile_columns,
 };
+use crate::ops::{SharedMut, buffer};
 
 /// Scores that a block of queries holds in the backward: 256 KiB, and as much for their gradients.
 const BLOCK_SCORES: usize = 1 << 16;
@@ -43,7 +43,7 @@ impl Panels {
     /// Rows as lanes: for S = Q Kᵀ.
     fn of_rows(head: Head) -> Self {
         let count = head.rows.div_ceil(WIDE);
-        let mut data = vec![0f32; count * WIDE * head.dim];
+        let mut data = buffer(count * WIDE * head.dim);
         for (p, panel) in data.chunks_mut(WIDE * head.dim).enumerate() {
             let rows: [*const f32; WIDE] = std::array::from_fn(|lane| {
                 let row = p * WIDE + lane;
@@ -57,11 +57,13 @@ impl Panels {
     /// Channels as lanes: for P V.
     fn of_channels(head: Head) -> Self {
         let count = head.dim.div_ceil(WIDE);
-        let mut data = vec![0f32; count * WIDE * head.rows];
+        let mut data = buffer::<f32>(count * WIDE * head.rows);
         for (p, panel) in data.chunks_mut(WIDE * head.rows).enumerate() {
             let channels = p * WIDE..head.dim.min((p + 1) * WIDE);
             for (row, lanes) in panel.chunks_mut(WIDE).enumerate() {
-                lanes[..channels.len()].copy_from_slice(&head.data[row * head.stride..][channels.clone()]);
+                let (lanes, rest) = lanes.split_at_mut(channels.len());
+                lanes.copy_from_slice(&head.data[row * head.stride..][channels.clone()]);
+                rest.fill(0.0);
             }
         }
         Self { data, depth: head.rows, lanes: head.dim }
@@ -161,7 +163,7 @@ pub(super) fn forward(shape: &Shape, q: &[f32], k: &[f32], v: &[f32], out: &mut 
         let q = Head::of(shape, q, image, shape.queries, head);
         let keys = Panels::of_rows(Head::of(shape, k, image, shape.keys, head));
         let values = Panels::of_channels(Head::of(shape, v, image, shape.keys, head));
-        let mut scores = vec![0f32; ROWS * shape.keys];
+        let mut scores = buffer(ROWS * shape.keys);
         let mine = shape.queries * part / parts..shape.queries * (part + 1) / parts;
         let blocks = mine.len().div_ceil(ROWS);
         for block in (0..blocks).map(|b| mine.len() * b / blocks..mine.len() * (b + 1) / blocks) {
@@ -200,7 +202,7 @@ pub(super) fn backward(
     let (heads, parts) = (shape.heads.count, parts(shape));
     // parts of a head's queries beyond the first sum into buffers of their own
     let size = dk.len();
-    let (mut more_dk, mut more_dv) = (vec![0f32; (parts - 1) * size], vec![0f32; (parts - 1) * size]);
+    let (mut more_dk, mut more_dv) = (buffer::<f32>((parts - 1) * size), buffer::<f32>((parts - 1) * size));
     let dq_target = SharedMut::new(dq);
     let dk_targets: Vec<_> = std::iter::once(&mut *dk).chain(more_dk.chunks_mut(size)).map(SharedMut::new).collect();
     let dv_targets: Vec<_> = std::iter::once(&mut *dv).chain(more_dv.chunks_mut(size)).map(SharedMut::new).collect();
@@ -213,8 +215,8 @@ pub(super) fn backward(
         let v = Head::of(shape, v, image, shape.keys, head);
         let (keys, values, key_channels) = (Panels::of_rows(k), Panels::of_rows(v), Panels::of_channels(k));
         let (queries, cotangents) = (Panels::of_channels(q), Panels::of_channels(d_o));
-        let mut scores = vec![0f32; block_rows * shape.keys];
-        let mut d_scores = vec![0f32; block_rows * shape.keys];
+        let mut scores = buffer(block_rows * shape.keys);
+        let mut d_scores = buffer(block_rows * shape.keys);
         let mine = shape.queries * part / parts..shape.queries * (part + 1) / parts;
         let dk = dk_targets[part].at(shape.offset(image, shape.keys, 0, head));
         let dv = dv_targets[part].at(shape.offset(image, shape.keys, 0, head));

@@ -2,7 +2,7 @@ use candle_core::{Result, Tensor, bail};
 
 use super::{Kernel, Weight};
 use crate::ops::frozen::Taps;
-use crate::ops::{Host, Real, tensor_from};
+use crate::ops::{Host, Real, buffer, tensor_from};
 
 /// Which source pixel a tap reads: `position` along one axis of the destination, `None` outside the image.
 #[derive(Clone, Copy)]
@@ -74,7 +74,7 @@ pub(super) fn conv2d_fwd<T: Real>(x: &Tensor, kernel: &Kernel) -> Result<Tensor>
     let bias = kernel.bias.as_ref().map(Host::<T>::read).transpose()?;
     let window = Window::new(kernel, (height, width), (out_h, out_w), false);
     let rows = batch * out_h * out_w;
-    let mut y = vec![T::zero(); rows * kernel.outputs];
+    let mut y = buffer(rows * kernel.outputs);
     match &kernel.weight {
         Weight::Taps(weight) => weight.forward(&x, &window, rows, bias.as_deref(), &mut y)?,
         #[cfg(target_arch = "x86_64")]
@@ -92,7 +92,7 @@ pub(super) fn conv2d_bwd<T: Real>(cotangent: &Tensor, kernel: &Kernel, height: u
     let dy = Host::<T>::read(cotangent)?;
     let window = Window::new(kernel, (out_h, out_w), (height, width), true);
     let rows = batch * height * width;
-    let mut dx = vec![T::zero(); rows * kernel.inputs];
+    let mut dx = buffer(rows * kernel.inputs);
     match &kernel.weight {
         Weight::Taps(weight) => weight.backward(&dy, &window, rows, &mut dx)?,
         #[cfg(target_arch = "x86_64")]

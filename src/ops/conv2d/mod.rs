@@ -188,6 +188,42 @@ mod tests {
         assert!(crate::ops::testing::relative_error(&y, &expected) < 1e-12);
     }
 
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_agrees_with_the_cpu() {
+        use crate::ops::testing::{gpu_tolerance, gpus, relative_error};
+        for compute in gpus() {
+            for (h, w, i, o, k, s, p) in [
+                (5, 7, 3, 4, 3, 1, 1),
+                (1, 1, 2, 3, 3, 1, 1),
+                (6, 5, 3, 2, 3, 2, 1),
+                (7, 8, 2, 5, 3, 2, 1),
+                (9, 6, 2, 2, 5, 1, 2),
+                (32, 48, 4, 320, 3, 1, 1),
+                (16, 16, 320, 640, 3, 1, 1),
+                (33, 31, 64, 64, 3, 2, 1),
+                (64, 64, 128, 3, 3, 1, 1),
+            ] {
+                let case = |dims: &[usize], seed| Case::normal(dims, seed).to_dtype(compute.dtype()).unwrap();
+                let (weight, bias, x) = (case(&[o, i, k, k], 1), case(&[o], 2), case(&[2, h, w, i], 3));
+                let there = |t: &Tensor| t.to_device(compute.device()).unwrap();
+                let here = Kernel::new(&weight, Some(bias.clone()), s, p).unwrap();
+                let gpu = Kernel::new(&there(&weight), Some(there(&bias)), s, p).unwrap();
+                let y = conv2d_fwd(&x, &here).unwrap();
+                let dy = case(y.dims(), 4);
+                let pairs = [
+                    (conv2d_fwd(&there(&x), &gpu), y),
+                    (conv2d_bwd(&there(&dy), &gpu, h, w), conv2d_bwd(&dy, &here, h, w).unwrap()),
+                ];
+                for (found, expected) in pairs {
+                    let error =
+                        relative_error(&found.unwrap().to_device(&candle_core::Device::Cpu).unwrap(), &expected);
+                    assert!(error < gpu_tolerance(&compute), "{h}x{w} {i}->{o} {k}/{s}, {compute:?}: {error}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn an_image_smaller_than_the_kernel_is_an_error() {
         let kernel = Kernel::new(&Case::normal(&[1, 1, 3, 3], 1), None, 1, 0).unwrap();

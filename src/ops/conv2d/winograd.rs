@@ -25,7 +25,7 @@ use candle_core::{Result, Tensor};
 use crate::ops::frozen::panels::{PANEL, Panels, parallel, share};
 use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{Block, LANES, ROWS, Strided, each_height, mask, rows_to_lanes, strided_tile, tile_transposed};
-use crate::ops::{Host, SharedMut, tiles};
+use crate::ops::{Host, SharedMut, buffer, tiles};
 
 /// Places of a transformed patch.
 const PLACES: usize = 16;
@@ -210,12 +210,12 @@ impl Winograd {
         let most = (PATCH_BYTES / (PLACES * self.inputs * size_of::<f32>()) / ROWS * ROWS).clamp(ROWS, 4 * ROWS);
         let panels = self.kernel.panels();
         self.chunks(grid.patches, most, panels, |patches, panels, threads| {
-            let mut v = vec![0f32; PLACES * patches.len() * self.inputs];
+            let mut v = buffer(PLACES * patches.len() * self.inputs);
             // SAFETY (here and below): `Winograd` exists only where the CPU has AVX-512.
             unsafe { transform(x, self.inputs, &grid, patches.clone(), &mut v) };
             let groups = if threads { panels.len() } else { 1 };
             parallel(groups, |group| {
-                let mut m = vec![0f32; PLACES * patches.len() * PANEL];
+                let mut m = buffer(PLACES * patches.len() * PANEL);
                 for p in share(panels.len(), groups, group) {
                     let lanes = self.place_products(&v, patches.len(), p, &mut m);
                     // SAFETY: tasks write disjoint patches or panels of y.
@@ -252,10 +252,10 @@ impl Winograd {
         self.chunks(grid.patches, PANEL, self.inputs.div_ceil(CHANNELS), |patches, groups, threads| {
             let count = patches.len();
             let lanes = count.next_multiple_of(LANES);
-            let mut rows = vec![0f32; PLACES * count * self.outputs];
+            let mut rows = buffer(PLACES * count * self.outputs);
             // SAFETY: as in `forward`.
             unsafe { transform(dy, self.outputs, &grid, patches.clone(), &mut rows) };
-            let mut v = vec![0f32; PLACES * self.outputs * lanes];
+            let mut v = buffer::<f32>(PLACES * self.outputs * lanes);
             for (place, v) in v.chunks_mut(self.outputs * lanes).enumerate() {
                 let addresses: [*const f32; PANEL] = std::array::from_fn(|t| {
                     if t < count {
@@ -270,7 +270,7 @@ impl Winograd {
             drop(rows);
             let tasks = if threads { groups.len() } else { 1 };
             parallel(tasks, |task| {
-                let mut m = vec![0f32; PLACES * count * CHANNELS];
+                let mut m = buffer(PLACES * count * CHANNELS);
                 for group in share(groups.len(), tasks, task) {
                     let channels = group * CHANNELS..self.inputs.min((group + 1) * CHANNELS);
                     self.transposed_products(&v, count, channels.clone(), &mut m);

@@ -142,6 +142,9 @@ fn gib(bytes: usize) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
+/// What NVIDIA's libraries take when they are first used, and what is lost between blocks.
+const SET_ASIDE: usize = 512 << 20;
+
 /// The memory of one GPU, as its allocator counts it.
 pub struct GpuMemory<'a> {
     device: &'a Device,
@@ -154,7 +157,7 @@ impl GpuMemory<'_> {
     /// The driver's.
     pub fn available(&self) -> Result<usize> {
         let counts = self.counts()?;
-        Ok(cuda::memory(self.device)?.0 + counts.reserved.saturating_sub(counts.live))
+        Ok((cuda::memory(self.device)?.0 + counts.reserved.saturating_sub(counts.live)).saturating_sub(SET_ASIDE))
     }
 
     /// # Errors

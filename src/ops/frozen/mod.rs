@@ -69,7 +69,7 @@ impl Frozen {
         Ok(Self { shape, store: Store::Plain(weight.permute((1, 2, 0))?.contiguous()?) })
     }
 
-    /// y (rows, outputs) = bias + the product; x (_, channels), bias (outputs). y comes in as zeros.
+    /// y (rows, outputs) = bias + the product; x (_, channels), bias (outputs). What y held is overwritten.
     pub(crate) fn forward<T: Real>(
         &self,
         x: &[T],
@@ -89,7 +89,7 @@ impl Frozen {
         Ok(())
     }
 
-    /// dx (rows, channels), the product with the transpose; dy (_, outputs). dx comes in as zeros.
+    /// dx (rows, channels), the product with the transpose; dy (_, outputs). What dx held is overwritten.
     pub(crate) fn backward<T: Real>(&self, dy: &[T], taps: &impl Taps, rows: usize, dx: &mut [T]) -> Result<()> {
         match &self.store {
             #[cfg(target_arch = "x86_64")]

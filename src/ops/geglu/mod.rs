@@ -12,7 +12,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::vector::vectorised;
-use super::{Host, Real, per_dtype, tensor_from};
+use super::{Host, Real, buffer, per_dtype, tensor_from};
 
 /// x (..., 2 F) -> (..., F).
 pub fn geglu_fwd(x: &Tensor) -> Result<Tensor> {
@@ -46,7 +46,7 @@ const ROWS: usize = 16;
 fn geglu_fwd_cpu<T: Real>(x: &Tensor) -> Result<Tensor> {
     let f = half(x)?;
     let data = Host::<T>::read(x)?;
-    let mut y = vec![T::zero(); data.len() / 2];
+    let mut y = buffer(data.len() / 2);
     y.par_chunks_mut(ROWS * f).zip(data.par_chunks(ROWS * 2 * f)).for_each(|(y, x)| {
         vectorised(|| {
             for (y, x) in y.chunks_mut(f).zip(x.chunks(2 * f)) {
@@ -66,7 +66,7 @@ fn geglu_fwd_cpu<T: Real>(x: &Tensor) -> Result<Tensor> {
 fn geglu_bwd_cpu<T: Real>(cotangent: &Tensor, x: &Tensor) -> Result<Tensor> {
     let f = half(x)?;
     let (dy, data) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
-    let mut dx = vec![T::zero(); data.len()];
+    let mut dx = buffer(data.len());
     dx.par_chunks_mut(ROWS * 2 * f).zip(data.par_chunks(ROWS * 2 * f)).zip(dy.par_chunks(ROWS * f)).for_each(
         |((dx, x), dy)| {
             vectorised(|| {

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::GroupNorm;
 use crate::ops::vector::{sigmoid, vectorised};
-use crate::ops::{Host, Real, tensor_from};
+use crate::ops::{Host, Real, buffer, tensor_from};
 
 /// Pixels summed in the element type before the sum goes on in f64.
 const ROWS: usize = 128;
@@ -96,7 +96,7 @@ impl Shape {
 
     /// Fills an output of x's shape, block by block.
     fn map_blocks<T: Real>(&self, fill: impl Fn(usize, std::ops::Range<usize>, &mut [T]) + Sync) -> Vec<T> {
-        let mut y = vec![T::zero(); self.batch * self.image()];
+        let mut y = buffer(self.batch * self.image());
         y.par_chunks_mut(self.image()).enumerate().for_each(|(image, y)| {
             y.par_chunks_mut(self.block()).enumerate().for_each(|(block, y)| fill(image, self.range(image, block), y));
         });

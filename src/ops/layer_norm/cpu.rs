@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::LayerNorm;
 use crate::ops::vector::{sum_of, vectorised};
-use crate::ops::{Host, Real, tensor_from};
+use crate::ops::{Host, Real, buffer, tensor_from};
 
 /// Rows that one task takes.
 const ROWS: usize = 64;
@@ -21,7 +21,7 @@ pub(super) fn layer_norm_fwd<T: Real>(x: &Tensor, norm: &LayerNorm) -> Result<Te
     let x = Host::<T>::read(x)?;
     let (weight, bias) = (Host::<T>::read(&norm.weight)?, Host::<T>::read(&norm.bias)?);
     let c = weight.len();
-    let mut y = vec![T::zero(); x.len()];
+    let mut y = buffer(x.len());
     let (weight, bias): (&[T], &[T]) = (&weight, &bias);
     y.par_chunks_mut(ROWS * c).zip(x.par_chunks(ROWS * c)).for_each(|(y, x)| {
         vectorised(|| {
@@ -43,7 +43,7 @@ pub(super) fn layer_norm_bwd<T: Real>(cotangent: &Tensor, x: &Tensor, norm: &Lay
     let weight: &[T] = &weight;
     let c = weight.len();
     let n = T::lit(c as f64);
-    let mut dx = vec![T::zero(); x.len()];
+    let mut dx = buffer(x.len());
     dx.par_chunks_mut(ROWS * c).zip(x.par_chunks(ROWS * c)).zip(dy.par_chunks(ROWS * c)).for_each(|((dx, x), dy)| {
         vectorised(|| {
             for ((dx, x), dy) in dx.chunks_mut(c).zip(x.chunks(c)).zip(dy.chunks(c)) {

@@ -3,7 +3,7 @@ use candle_core::{Result, Tensor};
 use super::{Weight, rows_of};
 use crate::ops::frozen::Same;
 use crate::ops::gemm::{Threads, View, ViewMut, gemm, scaled_gemm};
-use crate::ops::{Host, Real, tensor_from};
+use crate::ops::{Host, Real, buffer, tensor_from};
 
 fn with_last(x: &Tensor, last: usize) -> Vec<usize> {
     let mut dims = x.dims().to_vec();
@@ -18,7 +18,7 @@ pub(super) fn linear_fwd<T: Real>(x: &Tensor, weight: &Weight, bias: Option<&Ten
     let outputs = weight.outputs;
     let x_data = Host::<T>::read(x)?;
     let bias = bias.map(Host::<T>::read).transpose()?;
-    let mut y = vec![T::zero(); rows * outputs];
+    let mut y = buffer(rows * outputs);
     weight.on_host()?.forward(&x_data, &Same, rows, bias.as_deref(), &mut y)?;
     tensor_from(y, with_last(x, outputs))
 }
@@ -26,7 +26,7 @@ pub(super) fn linear_fwd<T: Real>(x: &Tensor, weight: &Weight, bias: Option<&Ten
 pub(super) fn linear_bwd<T: Real>(cotangent: &Tensor, weight: &Weight) -> Result<Tensor> {
     let (rows, _) = rows_of(cotangent)?;
     let dy = Host::<T>::read(cotangent)?;
-    let mut dx = vec![T::zero(); rows * weight.inputs];
+    let mut dx = buffer(rows * weight.inputs);
     weight.on_host()?.backward(&dy, &Same, rows, &mut dx)?;
     tensor_from(dx, with_last(cotangent, weight.inputs))
 }
@@ -34,7 +34,7 @@ pub(super) fn linear_bwd<T: Real>(cotangent: &Tensor, weight: &Weight) -> Result
 pub(super) fn lora_fwd<T: Real>(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64, y: &Tensor) -> Result<Tensor> {
     let ((rows, inputs), (rank, _), (outputs, _)) = (rows_of(x)?, a.dims2()?, b.dims2()?);
     let (x, a, b, y_data) = (Host::<T>::read(x)?, Host::<T>::read(a)?, Host::<T>::read(b)?, Host::<T>::read(y)?);
-    let mut low = vec![T::zero(); rows * rank];
+    let mut low = buffer(rows * rank);
     gemm(
         View::rows(&x, rows, inputs),
         View::rows(&a, rank, inputs).t(),
@@ -68,16 +68,16 @@ pub(super) fn lora_bwd<T: Real>(
     let (a_view, b_view) = (View::rows(&a_data, rank, inputs), View::rows(&b_data, outputs, rank));
 
     // low = x Aᵀ, d_low = s d_y B: both (rows, rank)
-    let mut low = vec![T::zero(); rows * rank];
+    let mut low = buffer(rows * rank);
     gemm(x_view, a_view.t(), ViewMut::rows(&mut low, rows, rank), false, Threads::All);
-    let mut d_low = vec![T::zero(); rows * rank];
+    let mut d_low = buffer(rows * rank);
     scaled_gemm(T::lit(scale), dy, b_view, ViewMut::rows(&mut d_low, rows, rank), false, Threads::All);
 
-    let mut dx = vec![T::zero(); rows * inputs];
+    let mut dx = buffer(rows * inputs);
     gemm(View::rows(&d_low, rows, rank), a_view, ViewMut::rows(&mut dx, rows, inputs), false, Threads::All);
-    let mut da = vec![T::zero(); rank * inputs];
+    let mut da = buffer(rank * inputs);
     gemm(View::rows(&d_low, rows, rank).t(), x_view, ViewMut::rows(&mut da, rank, inputs), false, Threads::All);
-    let mut db = vec![T::zero(); outputs * rank];
+    let mut db = buffer(outputs * rank);
     scaled_gemm(
         T::lit(scale),
         dy.t(),

@@ -160,6 +160,45 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_agrees_with_the_cpu() {
+        use crate::ops::testing::{gpu_tolerance, gpus, relative_error};
+        for compute in gpus() {
+            // rows, inputs and outputs that are no multiples of anything, and a view that starts in the middle
+            for (rows, inputs, outputs) in [(1, 1, 1), (3, 5, 7), (77, 768, 320), (130, 40, 70), (4096, 320, 2560)] {
+                let case = |dims: &[usize], seed| Case::normal(dims, seed).to_dtype(compute.dtype()).unwrap();
+                let (weight, bias) = (case(&[outputs, inputs], 1), case(&[outputs], 2));
+                let x = case(&[3, rows, inputs], 3).narrow(0, 1, 2).unwrap();
+                let dy = case(&[2, rows, outputs], 4);
+                let there = |t: &Tensor| t.to_device(compute.device()).unwrap();
+                let (here, gpu) = (Weight::new(&weight).unwrap(), Weight::new(&there(&weight)).unwrap());
+                let pairs = [
+                    (linear_fwd(&there(&x), &gpu, Some(&there(&bias))), linear_fwd(&x, &here, Some(&bias))),
+                    (linear_fwd(&there(&x), &gpu, None), linear_fwd(&x, &here, None)),
+                    (linear_bwd(&there(&dy), &gpu), linear_bwd(&dy, &here)),
+                ];
+                for (found, expected) in pairs {
+                    let found = found.unwrap().to_device(&candle_core::Device::Cpu).unwrap();
+                    let error = relative_error(&found, &expected.unwrap());
+                    assert!(error < gpu_tolerance(&compute), "{rows}x{inputs}x{outputs}, {compute:?}: {error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn half_precision_is_f32_rounded() {
+        let case = |dims: &[usize], seed| Case::normal(dims, seed).to_dtype(candle_core::DType::BF16).unwrap();
+        let (weight, bias, x) = (case(&[7, 5], 1), case(&[7], 2), case(&[3, 5], 3));
+        let wide = |t: &Tensor| t.to_dtype(candle_core::DType::F32).unwrap();
+        let found = linear_fwd(&x, &Weight::new(&weight).unwrap(), Some(&bias)).unwrap();
+        let expected = linear_fwd(&wide(&x), &Weight::new(&wide(&weight)).unwrap(), Some(&wide(&bias))).unwrap();
+        let numbers = |t: &Tensor| wide(t).to_vec2::<f32>().unwrap();
+        assert_eq!(numbers(&found), numbers(&expected.to_dtype(candle_core::DType::BF16).unwrap()));
+        assert_ne!(numbers(&found), numbers(&expected));
+    }
+
     #[test]
     fn lora_agrees_with_autograd_and_finite_differences() {
         for (rows, inputs, outputs, rank) in [(1, 3, 2, 1), (5, 7, 6, 2), (40, 16, 24, 4)] {

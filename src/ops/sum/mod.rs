@@ -12,7 +12,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::vector::vectorised;
-use super::{Host, Real, per_dtype, tensor_from};
+use super::{Host, Real, buffer, per_dtype, tensor_from};
 
 const BLOCK: usize = 1 << 14;
 
@@ -42,10 +42,10 @@ pub fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
 
 fn add_cpu<T: Real>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (a_data, b_data) = (Host::<T>::read(a)?, Host::<T>::read(b)?);
-    let mut y = a_data.to_vec();
-    y.par_chunks_mut(BLOCK)
-        .zip(b_data.par_chunks(BLOCK))
-        .for_each(|(y, b)| vectorised(|| y.iter_mut().zip(b).for_each(|(y, b)| *y += *b)));
+    let mut y = buffer(a_data.len());
+    y.par_chunks_mut(BLOCK).zip(a_data.par_chunks(BLOCK).zip(b_data.par_chunks(BLOCK))).for_each(|(y, (a, b))| {
+        vectorised(|| y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = *a + *b));
+    });
     tensor_from(y, a.dims())
 }
 
@@ -53,9 +53,13 @@ fn add_channels_cpu<T: Real>(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
     let (data, shift) = (Host::<T>::read(x)?, Host::<T>::read(shift)?);
     let shift: &[T] = &shift;
     let rows = (BLOCK / shift.len()).max(1) * shift.len();
-    let mut y = data.to_vec();
-    y.par_chunks_mut(rows).for_each(|y| {
-        vectorised(|| y.chunks_mut(shift.len()).for_each(|y| y.iter_mut().zip(shift).for_each(|(y, s)| *y += *s)));
+    let mut y = buffer(data.len());
+    y.par_chunks_mut(rows).zip(data.par_chunks(rows)).for_each(|(y, x)| {
+        vectorised(|| {
+            for (y, x) in y.chunks_mut(shift.len()).zip(x.chunks(shift.len())) {
+                y.iter_mut().zip(x.iter().zip(shift)).for_each(|(y, (x, s))| *y = *x + *s);
+            }
+        });
     });
     tensor_from(y, x.dims())
 }

@@ -11,7 +11,7 @@ mod cuda;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Host, Real, per_dtype, tensor_from};
+use super::{Host, Real, buffer, per_dtype, tensor_from};
 
 /// x (B, h, w, C) -> (B, height, width, C); not smaller than x.
 pub fn upsample_nearest_fwd(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
@@ -38,7 +38,7 @@ pub fn upsample_nearest_bwd(cotangent: &Tensor, h: usize, w: usize) -> Result<Te
 fn upsample_fwd_cpu<T: Real>(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
     let (batch, h, w, c) = x.dims4()?;
     let data = Host::<T>::read(x)?;
-    let mut y = vec![T::zero(); batch * height * width * c];
+    let mut y = buffer(batch * height * width * c);
     y.par_chunks_mut(width * c).enumerate().for_each(|(line, y)| {
         let source = ((line / height) * h + (line % height) * h / height) * w;
         for (j, pixel) in y.chunks_mut(c).enumerate() {
@@ -51,9 +51,10 @@ fn upsample_fwd_cpu<T: Real>(x: &Tensor, height: usize, width: usize) -> Result<
 fn upsample_bwd_cpu<T: Real>(cotangent: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (batch, height, width, c) = cotangent.dims4()?;
     let dy = Host::<T>::read(cotangent)?;
-    let mut dx = vec![T::zero(); batch * h * w * c];
+    let mut dx = buffer(batch * h * w * c);
     dx.par_chunks_mut(w * c).enumerate().for_each(|(line, dx)| {
         let (b, k) = (line / h, line % h);
+        dx.fill(T::zero());
         // the output lines i with floor(i h / height) = k
         for i in (k * height).div_ceil(h)..((k + 1) * height).div_ceil(h) {
             let row = &dy[(b * height + i) * width * c..][..width * c];

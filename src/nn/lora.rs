@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use super::{Gradients, Tape, Value};
 use crate::lora::Adapters;
 use crate::ops::linear::{lora_bwd, lora_fwd};
+use crate::optim::add_all;
 
 /// The factors of all adapters as values, in the order of [`Adapters::factors`].
 #[derive(Clone)]
@@ -46,14 +47,15 @@ impl<'a> LoraValues<'a> {
 
     /// Adds the gradients that a backward pass found to `sum`.
     pub(crate) fn collect(&self, gradients: &mut Gradients, sum: &mut LoraGradients) -> Result<()> {
+        let mut found = Vec::with_capacity(2 * self.leaves.len());
         for (index, (a, b)) in self.leaves.iter().enumerate() {
             for (slot, leaf) in [(2 * index, a), (2 * index + 1, b)] {
                 if let Some(gradient) = gradients.take_if_any(leaf) {
-                    sum.add(slot, &gradient)?;
+                    found.push((slot, gradient));
                 }
             }
         }
-        Ok(())
+        sum.add(found)
     }
 }
 
@@ -68,23 +70,28 @@ impl LoraGradients {
         Self { sums: vec![None; 2 * adapters.factors().len()] }
     }
 
-    fn add(&mut self, slot: usize, gradient: &Tensor) -> Result<()> {
-        let sum = &mut self.sums[slot];
-        *sum = Some(match sum.take() {
-            Some(sum) => (sum + gradient)?,
-            None => gradient.clone(),
-        });
+    /// Adds gradients to their slots, all of them at once: on a GPU that is one launch.
+    fn add(&mut self, gradients: Vec<(usize, Tensor)>) -> Result<()> {
+        let (mut slots, mut sums, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        for (slot, gradient) in gradients {
+            match self.sums[slot].take() {
+                Some(sum) => {
+                    slots.push(slot);
+                    sums.push(sum);
+                    added.push(gradient);
+                }
+                None => self.sums[slot] = Some(gradient),
+            }
+        }
+        for (slot, sum) in slots.into_iter().zip(add_all(&sums, &added)?) {
+            self.sums[slot] = Some(sum);
+        }
         Ok(())
     }
 
     /// Adds the sums of another backward pass over the same adapters.
     pub fn merge(&mut self, other: Self) -> Result<()> {
-        for (slot, gradient) in other.sums.iter().enumerate() {
-            if let Some(gradient) = gradient {
-                self.add(slot, gradient)?;
-            }
-        }
-        Ok(())
+        self.add(other.sums.into_iter().enumerate().filter_map(|(slot, sum)| Some((slot, sum?))).collect())
     }
 
     /// Whether no gradient has arrived at all: every step was detached.

@@ -1,5 +1,8 @@
 //! AdamW with its state in the open, gradient clipping, learning-rate schedules.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 
@@ -45,19 +48,35 @@ impl AdamW {
         self.step += 1;
         let [beta1, beta2] = self.betas;
         let t = self.step as f64;
-        let step_size = (lr / (1.0 - beta1.powf(t))) as f32;
-        let root = ((1.0 - beta2.powf(t)).sqrt()) as f32;
-        let decay = (1.0 - lr * self.weight_decay) as f32;
-        let (b1, b2, rest1, rest2, eps) =
-            (beta1 as f32, beta2 as f32, (1.0 - beta1) as f32, (1.0 - beta2) as f32, self.eps as f32);
-        let mut updated = Vec::with_capacity(parameters.len());
-        for ((p, g), moments) in parameters.iter().zip(gradients).zip(&mut self.moments) {
+        let factors = Factors {
+            step_size: (lr / (1.0 - beta1.powf(t))) as f32,
+            root: ((1.0 - beta2.powf(t)).sqrt()) as f32,
+            decay: (1.0 - lr * self.weight_decay) as f32,
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            rest1: (1.0 - beta1) as f32,
+            rest2: (1.0 - beta2) as f32,
+            eps: self.eps as f32,
+        };
+        for (p, g) in parameters.iter().zip(gradients) {
             ensure!(
                 p.dims() == g.dims(),
                 "AdamW: a gradient of shape {:?} for a parameter of shape {:?}",
                 g.dims(),
                 p.dims()
             );
+        }
+        #[cfg(feature = "cuda")]
+        if on_gpu(parameters) {
+            let (first, second): (Vec<Tensor>, Vec<Tensor>) = self.moments.iter().cloned().unzip();
+            let table = cuda::Table::new(&[parameters, gradients, &first, &second])?;
+            let [updated, first, second] = table.adamw(&factors)?;
+            self.moments = first.into_iter().zip(second).collect();
+            return Ok(updated);
+        }
+        let Factors { decay, beta1: b1, beta2: b2, rest1, rest2, step_size, root, eps } = factors;
+        let mut updated = Vec::with_capacity(parameters.len());
+        for ((p, g), moments) in parameters.iter().zip(gradients).zip(&mut self.moments) {
             let (mut p_data, g_data) = (numbers(p)?, numbers(g)?);
             let (mut m, mut v) = (numbers(&moments.0)?, numbers(&moments.1)?);
             for (((p, g), m), v) in p_data.iter_mut().zip(&g_data).zip(&mut m).zip(&mut v) {
@@ -73,6 +92,27 @@ impl AdamW {
     }
 }
 
+/// The scalars of one step.
+struct Factors {
+    /// 1 - lr λ
+    decay: f32,
+    beta1: f32,
+    beta2: f32,
+    /// 1 - β1, 1 - β2
+    rest1: f32,
+    rest2: f32,
+    /// lr / (1 - β1ᵗ)
+    step_size: f32,
+    /// sqrt(1 - β2ᵗ)
+    root: f32,
+    eps: f32,
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(tensors: &[Tensor]) -> bool {
+    tensors.first().is_some_and(|tensor| tensor.device().is_cuda())
+}
+
 fn numbers(t: &Tensor) -> Result<Vec<f32>> {
     Ok(t.flatten_all()?.to_vec1::<f32>()?)
 }
@@ -81,8 +121,25 @@ fn tensor(data: Vec<f32>, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, like.shape(), &Device::Cpu)?)
 }
 
-/// The L2 norm of all gradients together, summed in f64.
+/// Elementwise sums of two lists of tensors; on a GPU in one launch.
+///
+/// # Errors
+/// Lists of different lengths or shapes.
+pub fn add_all(a: &[Tensor], b: &[Tensor]) -> Result<Vec<Tensor>> {
+    ensure!(a.len() == b.len(), "adding {} tensors to {}", b.len(), a.len());
+    #[cfg(feature = "cuda")]
+    if on_gpu(a) {
+        return Ok(cuda::Table::new(&[a, b])?.weighted_sum(1.0, 1.0)?);
+    }
+    a.iter().zip(b).map(|(a, b)| Ok((a + b)?)).collect()
+}
+
+/// The L2 norm of all gradients together, summed in f64. Waits for a GPU, once.
 pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if on_gpu(gradients) {
+        return Ok(cuda::Table::new(&[gradients])?.square_sum()?.sqrt());
+    }
     let mut sum = 0f64;
     for gradient in gradients {
         sum += numbers(gradient)?.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
@@ -97,6 +154,11 @@ pub fn clip_grad_norm(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
     let norm = global_norm(gradients)?;
     let factor = max_norm / (norm + 1e-6);
     if factor < 1.0 {
+        #[cfg(feature = "cuda")]
+        if on_gpu(gradients) {
+            gradients.clone_from_slice(&cuda::Table::new(&[gradients])?.weighted_sum(factor, 0.0)?);
+            return Ok(norm);
+        }
         for gradient in gradients {
             *gradient = (&*gradient * factor)?;
         }
@@ -106,6 +168,10 @@ pub fn clip_grad_norm(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
 
 /// An exponential moving average after one more step, f32: `decay average + (1 - decay) parameters`.
 pub fn moving_average(average: &[Tensor], parameters: &[Tensor], decay: f64) -> Result<Vec<Tensor>> {
+    #[cfg(feature = "cuda")]
+    if on_gpu(average) {
+        return Ok(cuda::Table::new(&[average, parameters])?.weighted_sum(decay, 1.0 - decay)?);
+    }
     let (keep, rest) = (decay as f32, (1.0 - decay) as f32);
     let mixed = |(average, parameter): (&Tensor, &Tensor)| -> Result<Tensor> {
         let numbers = numbers(average)?.into_iter().zip(numbers(parameter)?);

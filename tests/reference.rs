@@ -66,14 +66,14 @@ fn half_precision_stays_near_the_reference() {
             let report = verify_on(&fixture(set), None, &compute).unwrap();
             assert_eq!(failures(&report), [""; 0], "{set} in {}", compute.precision_name());
             let angles = report.rows.iter().filter(|row| row.what.starts_with("1 - cosine")).count();
-            assert_eq!(angles, 4, "{set}");
+            // one of each chain, and one of a single evaluation
+            assert_eq!(angles, 5, "{set}");
         }
         // and no further: what is wrong by more than rounding is found
         let (_folder, dir) = copy("tiny-sd15");
         change_tensor(&dir.join("parts.safetensors"), "unet_dx", |d| d * 1.1);
-        change_tensor(&dir.join("chain_k3_eta1_cfg5_hps.safetensors"), "latents", |x| x * 1.1);
         let failed = failures(&verify_on(&dir, None, &compute).unwrap());
-        let expected = ["UNet: gradient of x", "UNet: gradient of x, per block", "k3_eta1_cfg5_hps: latents"];
+        let expected = ["UNet: gradient of x", "UNet: gradient of x, per block"];
         assert_eq!(failed, expected, "{}", compute.precision_name());
     }
 }

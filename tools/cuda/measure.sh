@@ -11,6 +11,7 @@
 #   PYTHON      for the peer (default python3); the CUDA libraries of its pip packages are used where there are any
 #   REFERENCES  folders for `alignprop verify` (default: those of the tests)
 #   SIZE STEPS REPS BATCHES KEPT   of the benchmark (default 512 50 3 "1 4" "1 5 25")
+#   CURVE GROWTH   optimizer steps of the reward curve, and repetitions to see memory grow in (default 30 "10 100")
 set -uo pipefail
 program=$(realpath "$1") out=$2 peer=${3:-}
 mkdir -p "$out"
@@ -19,6 +20,7 @@ out=$(realpath "$out")
 cd "$(dirname "$0")/../.."
 device=${DEVICE:-cuda} python=${PYTHON:-python3}
 size=${SIZE:-512} steps=${STEPS:-50} reps=${REPS:-3} batches=${BATCHES:-"1 4"} kept=${KEPT:-"1 5 25"}
+curve=${CURVE:-30} growth=${GROWTH:-"10 100"}
 references=${REFERENCES:-"tests/fixtures/tiny-sd15 tests/fixtures/tiny-sd21"}
 summary=$out/summary.txt
 : >"$summary"
@@ -54,7 +56,7 @@ for reference in $references; do
 done
 
 # the embedded model's reward curve, the same noise: on the CPU, and on the GPU in three precisions
-train() { rm -rf "$out/run-$1"; shift; "$program" train --set train.steps=30 --set run.sample_every=0 "$@"; }
+train() { rm -rf "$out/run-$1"; shift; "$program" train --set train.steps=$curve --set run.sample_every=0 "$@"; }
 part curve-cpu train cpu --set run.dir="$out/run-cpu"
 for precision in f32 bf16 f16; do
     part "curve-$precision" train "$precision" --set run.dir="$out/run-$precision" --device "$device" --precision "$precision"
@@ -87,7 +89,7 @@ if [ -n "$peer" ]; then
 fi
 
 # does memory grow? the same work 10 and 100 times
-for n in 10 100; do
+for n in $growth; do
     part "growth-$n" "$program" bench --json --arch sd15-quarter --random-weights --device "$device" --size 256x256 --steps 5 \
         --backprop-steps 2 --reps $n
 done

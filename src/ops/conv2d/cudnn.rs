@@ -73,7 +73,7 @@ pub(super) fn conv2d_fwd(x: &Tensor, kernel: &Kernel, weight: &Tensor) -> Result
     let shape = shape(x, kernel, weight, batch, (height, width, inputs), (out_h, out_w, kernel.outputs), false)?;
     let y = unset(x, (batch, out_h, out_w, kernel.outputs), x.dtype())?;
     let libraries = Libraries::of(device(x)?)?;
-    let plan = plan(&libraries, shape)?;
+    let plan = plan(libraries, shape)?;
     let Algorithm::Forward(algorithm) = plan.algorithm else { bail!("conv2d: a plan of the other direction") };
     let (workspace, _) = libraries.workspace(plan.workspace)?;
     let (x_at, w_at, y_at) = (pointer(x)?, pointer(weight)?, pointer(&y)?);
@@ -149,7 +149,7 @@ pub(super) fn conv2d_bwd(
     let shape = shape(cotangent, kernel, weight, batch, (height, width, kernel.inputs), output, true)?;
     let dx = unset(cotangent, (batch, height, width, kernel.inputs), cotangent.dtype())?;
     let libraries = Libraries::of(device(cotangent)?)?;
-    let plan = plan(&libraries, shape)?;
+    let plan = plan(libraries, shape)?;
     let Algorithm::Backward(algorithm) = plan.algorithm else { bail!("conv2d: a plan of the other direction") };
     let (workspace, _) = libraries.workspace(plan.workspace)?;
     let (one, zero) = (1f32, 0f32);

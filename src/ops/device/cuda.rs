@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use candle_core::cuda_backend::DeviceId;
@@ -127,7 +126,7 @@ pub(super) fn reset_peak(device: &Device) -> Result<()> {
 }
 
 thread_local! {
-    static LIBRARIES: RefCell<HashMap<DeviceId, Rc<Libraries>>> = RefCell::default();
+    static LIBRARIES: RefCell<HashMap<DeviceId, &'static Libraries>> = RefCell::default();
 }
 
 /// The handles of cuBLASLt and cuDNN on one device's stream, and the workspace that their kernels share: work on a stream
@@ -143,12 +142,13 @@ pub(in crate::ops) struct Libraries {
 pub(in crate::ops) const WORKSPACE: usize = 32 << 20;
 
 impl Libraries {
-    /// Those of this thread; made when first asked for, kept until the thread ends.
+    /// Those of this thread; made when first asked for, and never given back: at the end of a program the driver may be gone
+    /// before them.
     ///
     /// # Errors
     /// The libraries'.
-    pub(in crate::ops) fn of(device: &CudaDevice) -> Result<Rc<Self>> {
-        if let Some(found) = LIBRARIES.with(|all| all.borrow().get(&device.id()).cloned()) {
+    pub(in crate::ops) fn of(device: &CudaDevice) -> Result<&'static Self> {
+        if let Some(found) = LIBRARIES.with(|all| all.borrow().get(&device.id()).copied()) {
             return Ok(found);
         }
         let stream = device.cuda_stream();
@@ -160,8 +160,8 @@ impl Libraries {
             .map_err(candle_core::Error::wrap)?;
         // SAFETY: nobody reads it before a kernel has written it.
         let workspace = RefCell::new(unsafe { device.alloc::<u8>(WORKSPACE)? });
-        let made = Rc::new(Self { cublaslt, cudnn, workspace, device: device.clone() });
-        LIBRARIES.with(|all| all.borrow_mut().insert(device.id(), made.clone()));
+        let made: &Self = Box::leak(Box::new(Self { cublaslt, cudnn, workspace, device: device.clone() }));
+        LIBRARIES.with(|all| all.borrow_mut().insert(device.id(), made));
         Ok(made)
     }
 

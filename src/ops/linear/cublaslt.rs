@@ -97,7 +97,7 @@ fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, backward: bool) -
             return Ok(plan.clone());
         }
         let plan =
-            Plan::new(&libraries, &shape).map_err(|e| e.context(format!("planning a product of {rows} rows")))?;
+            Plan::new(libraries, &shape).map_err(|e| e.context(format!("planning a product of {rows} rows")))?;
         let plan = Rc::new(plan);
         plans.borrow_mut().insert(shape, plan.clone());
         Ok(plan)

@@ -96,8 +96,7 @@ fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, backward: bool) -
         if let Some(plan) = plans.borrow().get(&shape) {
             return Ok(plan.clone());
         }
-        let plan =
-            Plan::new(libraries, &shape).map_err(|e| e.context(format!("planning a product of {rows} rows")))?;
+        let plan = Plan::new(libraries, &shape).map_err(|e| e.context(format!("planning a product of {rows} rows")))?;
         let plan = Rc::new(plan);
         plans.borrow_mut().insert(shape, plan.clone());
         Ok(plan)

@@ -1,7 +1,7 @@
 //! Differentiable operations over frozen weights: each has a forward and a backward, written by hand.
 //!
 //! One folder is one operation: `mod.rs` holds its mathematics, the choice of device and the tests, `cpu.rs` the
-//! kernel where it is more than a loop. An operation is a pair of plain functions on tensors, `<op>_fwd` and `<op>_bwd`; what is kept between the
+//! kernel where it is more than a loop, `cuda.rs` the launches of its kernels on a GPU (whose sources are in `cuda/`). An operation is a pair of plain functions on tensors, `<op>_fwd` and `<op>_bwd`; what is kept between the
 //! two is the caller's business ([`crate::nn`] records it on a tape).
 //!
 //! Activations are channels-last, (B, H, W, C) or (B, N, C), contiguous. The CPU kernels exist in f32, which is what

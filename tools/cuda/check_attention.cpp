@@ -121,7 +121,32 @@ template <typename T> static void all() {
     attention<16, T>({1, 20, 20, 1, 8, false}, 20);
 }
 
+// Rust launches by a table of its own, which its tests hold against the same file.
+template <typename T, int D> static void sizes(FILE* table) {
+    typedef Sizes<T, D> Z;
+    char name[8], line[200];
+    do {
+        report(fgets(line, sizeof line, table), "attention_sizes.txt ends early", 0, 0);
+    } while (line[0] == '#');
+    int d, threads, fwd_rows, bwd_rows, fwd_bytes, bwd_bytes;
+    const int read = sscanf(line, "%7s %d %d %d %d %d %d", name, &d, &threads, &fwd_rows, &bwd_rows, &fwd_bytes, &bwd_bytes);
+    const bool same = read == 7 && !strcmp(name, type_name<T>()) && d == D && threads == Z::THREADS && fwd_rows == Z::FWD_ROWS &&
+                      bwd_rows == Z::BWD_ROWS && fwd_bytes == Z::FWD_BYTES && bwd_bytes == Z::BWD_BYTES;
+    report(same, std::string("attention_sizes.txt: ") + line, D, Z::FWD_BYTES);
+    if (!same)
+        printf("%s %d %d %d %d %d %d\n", type_name<T>(), D, Z::THREADS, Z::FWD_ROWS, Z::BWD_ROWS, Z::FWD_BYTES, Z::BWD_BYTES);
+}
+template <typename T> static void all_sizes(FILE* table) {
+    sizes<T, 16>(table), sizes<T, 32>(table), sizes<T, 48>(table), sizes<T, 64>(table);
+    sizes<T, 80>(table), sizes<T, 128>(table), sizes<T, 160>(table);
+}
+
 int main() {
+    FILE* table = fopen("src/ops/cuda/attention_sizes.txt", "r");
+    if (!table) return perror("src/ops/cuda/attention_sizes.txt"), 1;
+    all_sizes<float>(table);
+    all_sizes<bf16>(table);
+    fclose(table);
     all<float>();
     all<bf16>();
     all<f16>();

@@ -1,13 +1,12 @@
 //! Attention on a GPU: tiles in shared memory for heads of up to 160 numbers (`ops/cuda/attention.cuh`), cuBLAS and a
 //! softmax over a few queries at a time for larger ones (the VAE's one head of 512).
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 
 use super::Heads;
+use super::sizes::{LARGEST_HEAD, Tiled};
 use crate::ops::cuda::{Kernel, aligned, unset};
 
-/// Largest head of the tiled kernels.
-pub(super) const LARGEST_HEAD: usize = 160;
 /// Blocks that fill a large GPU twice over.
 const BLOCKS: usize = 264;
 
@@ -17,59 +16,6 @@ pub struct Kept {
     output: Tensor,
     /// L of every row, (B, heads, N), f32: 4 bytes a query and head.
     lse: Tensor,
-}
-
-/// The tiled kernels' names and sizes for one head dimension; `struct Sizes` of attention.cuh.
-struct Tiled {
-    module: &'static str,
-    names: [&'static str; 3],
-    threads: usize,
-    forward_rows: usize,
-    backward_rows: usize,
-    forward_bytes: usize,
-    backward_bytes: usize,
-}
-
-impl Tiled {
-    fn new(dtype: DType, d: usize) -> Result<Self> {
-        macro_rules! names {
-            ($($size:literal)*) => {
-                [$(($size, [
-                    concat!("attention_fwd_", $size),
-                    concat!("attention_bwd_q_", $size),
-                    concat!("attention_bwd_kv_", $size),
-                ])),*]
-            };
-        }
-        let Some((size, names)) = names!(16 32 48 64 80 128 160).into_iter().find(|(size, _)| d <= *size) else {
-            bail!("no tiled attention for heads of {d} numbers");
-        };
-        let module = match dtype {
-            DType::BF16 => "attention_bf16",
-            DType::F16 => "attention_f16",
-            _ => "attention_f32",
-        };
-        let half = dtype != DType::F32;
-        let warps = if !half && size > 80 { 2 } else { 4 };
-        let forward_tiles = if half && size <= 64 { 2 } else { 1 };
-        let step = match (half, size <= 80) {
-            (true, true) => 64,
-            (true, false) | (false, true) => 32,
-            (false, false) => 16,
-        };
-        let row_bytes = size * dtype.size_in_bytes() + 16;
-        let scratch = |tiles: usize| if half { 0 } else { warps * 16 * tiles * (step + 4) * 4 };
-        let (forward_rows, backward_rows) = (16 * forward_tiles * warps, 16 * warps);
-        Ok(Self {
-            module,
-            names,
-            threads: 32 * warps,
-            forward_rows,
-            backward_rows,
-            forward_bytes: (forward_rows + 4 * step) * row_bytes + scratch(forward_tiles),
-            backward_bytes: (2 * backward_rows + 4 * step) * row_bytes + scratch(1) + 16 * step,
-        })
-    }
 }
 
 /// Adds the sizes, with which every tiled kernel's parameters end.

@@ -17,6 +17,9 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "cuda")]
 mod large;
+#[cfg(any(feature = "cuda", test))]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod sizes;
 #[cfg(target_arch = "x86_64")]
 mod tiled;
 

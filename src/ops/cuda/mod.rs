@@ -257,3 +257,6 @@ impl Kernel {
         self.int(vector.into()).launch([n.div_ceil(THREADS * per_thread), 1, 1], THREADS, 0)
     }
 }
+
+#[cfg(test)]
+mod tests;

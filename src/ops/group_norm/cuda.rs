@@ -35,9 +35,11 @@ impl Plan {
         let vector = channels.is_multiple_of(VECTOR) && channels <= THREADS * VECTOR && aligned(tensors)?;
         let tile = if vector { groups } else { groups.min((THREADS / per_group).max(1)) };
         let lanes = tile * per_group / if vector { VECTOR } else { 1 };
-        if lanes > 1024 {
+        if lanes > THREADS {
             bail!(
-                "group norm on CUDA: {per_group} channels in a group; at most 1024, or any multiple of 8 up to 4096 channels"
+                "group norm on a GPU: {per_group} channels in a group; at most {THREADS}, or a multiple of 8 in all, up to \
+                 {}",
+                THREADS * VECTOR
             );
         }
         let threads = lanes.max(THREADS / lanes * lanes).next_multiple_of(32);

@@ -13,6 +13,9 @@
 //!
 //! All in f64 inside: a sum over every coefficient, of differences of large numbers. The constants are least squares to libjpeg's sizes; `tools/fit_jpeg.py` fits them and measures the agreement.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -72,11 +75,19 @@ const CHROMA_STEPS: [u8; 64] = [
 
 /// Sizes in bytes (B) of pixels (B, 3, H, W) in [0, 1].
 pub fn jpeg_size_fwd(pixels: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if pixels.device().is_cuda() {
+        return cuda::jpeg_size_fwd(pixels);
+    }
     per_dtype!(pixels, jpeg_size_fwd_cpu(pixels))
 }
 
 /// cotangent (B) -> gradient of the pixels (B, 3, H, W).
 pub fn jpeg_size_bwd(cotangent: &Tensor, pixels: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if pixels.device().is_cuda() {
+        return cuda::jpeg_size_bwd(cotangent, pixels);
+    }
     per_dtype!(pixels, jpeg_size_bwd_cpu(cotangent, pixels))
 }
 

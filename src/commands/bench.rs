@@ -232,13 +232,16 @@ impl Work {
         let (first, kept) = self.plan.steps.split_at(self.plan.steps.len() - self.kept);
         let no_noise = |_| anyhow::bail!("eta is 0");
         let mut trajectory = rollout(unet, first, x_t, &self.prompting, &self.adapters, no_noise)?;
+        eprintln!("live {} peak {}", allocator::live() >> 20, allocator::peak() >> 20);
         mark(0);
         let last = rollout(unet, kept, trajectory.latents, &self.prompting, &self.adapters, no_noise)?;
         trajectory.inputs.extend(last.inputs);
         trajectory.latents = last.latents;
+        eprintln!("live {} peak {}", allocator::live() >> 20, allocator::peak() >> 20);
         mark(1);
         let scale = 0.01 / self.batch as f64;
         let credit = reward_cotangent(vae, rewards, &trajectory.latents, &prompts, scale, self.checkpointing)?;
+        eprintln!("live {} peak {}", allocator::live() >> 20, allocator::peak() >> 20);
         mark(2);
         let mut sum = LoraGradients::new(&self.adapters);
         backprop(
@@ -255,6 +258,7 @@ impl Work {
         clip_grad_norm(&mut gradients, 5.0)?;
         let updated = self.optimizer.update(&self.adapters.tensors(), &gradients, 1e-3)?;
         self.adapters = self.adapters.with_tensors(updated)?;
+        eprintln!("live {} peak {}", allocator::live() >> 20, allocator::peak() >> 20);
         mark(3);
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::config::Checkpointing;
 use crate::diffusion::DdimStep;
 use crate::diffusion::guidance::{guide, guide_bwd};
 use crate::lora::Adapters;
-use crate::models::unet::Unet;
+use crate::models::unet::{Text, Unet};
 use crate::nn::lora::LoraGradients;
 use crate::ops::{is_finite, not_a_number};
 
@@ -35,14 +35,16 @@ impl Prompting {
         self.guidance_scale > 1.0
     }
 
-    /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side.
+    /// The guided prediction at x_t, (B, C, h, w).
     pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
-        let branch = |embeds: &Tensor| unet.forward(x_t, timestep, embeds, adapters);
-        if !self.guided() {
-            return branch(&self.prompt_embeds);
-        }
-        let (uncond, cond) = rayon::join(|| branch(&self.negative_prompt_embeds), || branch(&self.prompt_embeds));
-        Ok(guide(&uncond?, &cond?, self.guidance_scale)?)
+        self.project(unet, adapters)?.predict(unet, x_t, timestep, adapters)
+    }
+
+    /// What the UNet makes of the text under these adapters, the same for all steps of a chain.
+    pub fn project(&self, unet: &Unet, adapters: &Adapters) -> Result<Projected> {
+        let negative = self.guided().then(|| unet.project_text(&self.negative_prompt_embeds, adapters)).transpose()?;
+        let prompt = unet.project_text(&self.prompt_embeds, adapters)?;
+        Ok(Projected { prompt, negative, guidance_scale: self.guidance_scale })
     }
 
     /// Pulls the guided prediction's cotangent back through both branches: the gradient with respect to x_t; those of
@@ -79,6 +81,24 @@ impl Prompting {
     }
 }
 
+/// [`Prompting`] as the attentions of a UNet see it.
+pub struct Projected {
+    prompt: Text,
+    /// Without guidance there is none.
+    negative: Option<Text>,
+    guidance_scale: f64,
+}
+
+impl Projected {
+    /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side.
+    pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
+        let branch = |text: &Text| unet.forward_with(x_t, timestep, text, adapters);
+        let Some(negative) = &self.negative else { return branch(&self.prompt) };
+        let (uncond, cond) = rayon::join(|| branch(negative), || branch(&self.prompt));
+        Ok(guide(&uncond?, &cond?, self.guidance_scale)?)
+    }
+}
+
 /// The latents of a chain: what each step started from, and what the last one gave.
 pub struct Trajectory {
     /// x_T, ..., one for each step, (B, C, h, w).
@@ -104,8 +124,9 @@ pub fn rollout(
     let mut inputs = Vec::with_capacity(steps.len());
     let mut predictions = Vec::with_capacity(steps.len());
     let mut x = x_t;
+    let projected = prompting.project(unet, adapters)?;
     for (i, step) in steps.iter().enumerate() {
-        let prediction = prompting.predict(unet, &x, step.timestep, adapters)?;
+        let prediction = projected.predict(unet, &x, step.timestep, adapters)?;
         let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
         let next = step.apply(&x, &prediction, noise.as_ref())?;
         if !is_finite(&next)? {

@@ -141,17 +141,20 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// x (B, N, C) attends to `context` (B, M, C'), or to itself.
-    pub fn forward(&self, x: &Value, context: Option<&Value>, lora: &LoraValues) -> Result<Value> {
-        let context = context.unwrap_or(x);
-        let project = |name: &str, layer: &Linear, input: &Value| {
-            lora.apply(&format!("{}.{name}", self.module), input, layer.forward(input)?)
-        };
-        let q = project("to_q", &self.to_q, x)?;
-        let k = project("to_k", &self.to_k, context)?;
-        let v = project("to_v", &self.to_v, context)?;
-        let attended = dot_product_attention(&q, &k, &v, self.heads)?;
-        project("to_out.0", &self.to_out, &attended)
+    /// x (B, N, C) attends to `keys` and `values` (B, M, C).
+    pub fn forward(&self, x: &Value, (keys, values): &(Value, Value), lora: &LoraValues) -> Result<Value> {
+        let queries = self.project("to_q", &self.to_q, x, lora)?;
+        let attended = dot_product_attention(&queries, keys, values, self.heads)?;
+        self.project("to_out.0", &self.to_out, &attended, lora)
+    }
+
+    /// What is attended to, (B, M, C), of x itself or of a context (B, M, C').
+    pub fn keys_and_values(&self, context: &Value, lora: &LoraValues) -> Result<(Value, Value)> {
+        Ok((self.project("to_k", &self.to_k, context, lora)?, self.project("to_v", &self.to_v, context, lora)?))
+    }
+
+    fn project(&self, name: &str, layer: &Linear, x: &Value, lora: &LoraValues) -> Result<Value> {
+        lora.apply(&format!("{}.{name}", self.module), x, layer.forward(x)?)
     }
 }
 

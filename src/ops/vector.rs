@@ -7,6 +7,9 @@
 use super::Real;
 
 /// Runs `kernel` compiled for the widest vectors that this CPU has.
+///
+/// The closure is `#[inline(always)]` where it is written, and its loops are `for`: a body that is left behind a call, as
+/// `for_each` may leave its own, is compiled for the oldest CPU.
 #[inline(always)]
 pub(crate) fn vectorised<R>(kernel: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(kernel)
@@ -66,7 +69,18 @@ pub(crate) fn sigmoid<T: Real>(x: T) -> T {
 }
 
 /// Sixteen partial sums, so that a sum fills a vector register and rounds less than one running sum.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
+
+/// The sum of all lanes, by halves.
+#[inline(always)]
+pub(crate) fn total<T: Real>(mut partial: [T; LANES]) -> T {
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            partial[lane] = partial[lane] + partial[lane + width];
+        }
+    }
+    partial[0]
+}
 
 /// The sum of f(i, x_i) over a slice.
 #[inline(always)]
@@ -83,7 +97,7 @@ pub(crate) fn sum_of<T: Real>(x: &[T], f: impl Fn(usize, T) -> T) -> T {
     for (i, value) in rest.iter().enumerate() {
         partial[i] += f(start + i, *value);
     }
-    partial.into_iter().sum()
+    total(partial)
 }
 
 /// The largest element; negative infinity for none.

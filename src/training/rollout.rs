@@ -7,7 +7,7 @@ use crate::config::Checkpointing;
 use crate::diffusion::DdimStep;
 use crate::diffusion::guidance::{guide, guide_bwd};
 use crate::lora::Adapters;
-use crate::models::unet::Unet;
+use crate::models::unet::{Text, Unet};
 use crate::nn::lora::LoraGradients;
 use crate::ops::{first_not_finite, is_finite, not_a_number};
 
@@ -40,19 +40,22 @@ impl Prompting {
         Tensor::cat(&[&self.negative_prompt_embeds, &self.prompt_embeds], 0)
     }
 
-    /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side; on a GPU as one batch.
+    /// The guided prediction at x_t, (B, C, h, w).
     pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
-        let branch = |embeds: &Tensor| unet.forward(x_t, timestep, embeds, adapters);
-        if !self.guided() {
-            return branch(&self.prompt_embeds);
-        }
-        if unet.compute().batches_guidance() {
-            let both = unet.forward(&Tensor::cat(&[x_t, x_t], 0)?, timestep, &self.both()?, adapters)?;
-            let [uncond, cond] = halves(&both)?;
-            return Ok(guide(&uncond, &cond, self.guidance_scale)?);
-        }
-        let (uncond, cond) = rayon::join(|| branch(&self.negative_prompt_embeds), || branch(&self.prompt_embeds));
-        Ok(guide(&uncond?, &cond?, self.guidance_scale)?)
+        self.project(unet, adapters)?.predict(unet, x_t, timestep, adapters)
+    }
+
+    /// What the UNet makes of the text under these adapters, the same for all steps of a chain.
+    pub fn project(&self, unet: &Unet, adapters: &Adapters) -> Result<Projected> {
+        let text = |embeds: &Tensor| unet.project_text(embeds, adapters);
+        let branches = if !self.guided() {
+            Branches::One(text(&self.prompt_embeds)?)
+        } else if unet.compute().batches_guidance() {
+            Branches::Together(text(&self.both()?)?)
+        } else {
+            Branches::Apart { negative: text(&self.negative_prompt_embeds)?, prompt: text(&self.prompt_embeds)? }
+        };
+        Ok(Projected { branches, guidance_scale: self.guidance_scale })
     }
 
     /// Pulls the guided prediction's cotangent back through both branches: the gradient with respect to x_t; those of
@@ -101,6 +104,41 @@ fn halves(both: &Tensor) -> candle_core::Result<[Tensor; 2]> {
     Ok([both.narrow(0, 0, half)?, both.narrow(0, half, half)?])
 }
 
+/// [`Prompting`] as the attentions of a UNet see it.
+pub struct Projected {
+    branches: Branches,
+    guidance_scale: f64,
+}
+
+enum Branches {
+    /// Without guidance.
+    One(Text),
+    /// Side by side.
+    Apart { negative: Text, prompt: Text },
+    /// As one batch, the negative prompts first.
+    Together(Text),
+}
+
+impl Projected {
+    /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side; on a GPU as one batch.
+    pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
+        let branch = |text: &Text| unet.forward_with(x_t, timestep, text, adapters);
+        let (uncond, cond) = match &self.branches {
+            Branches::One(text) => return branch(text),
+            Branches::Apart { negative, prompt } => {
+                let (uncond, cond) = rayon::join(|| branch(negative), || branch(prompt));
+                (uncond?, cond?)
+            }
+            Branches::Together(text) => {
+                let [uncond, cond] =
+                    halves(&unet.forward_with(&Tensor::cat(&[x_t, x_t], 0)?, timestep, text, adapters)?)?;
+                (uncond, cond)
+            }
+        };
+        Ok(guide(&uncond, &cond, self.guidance_scale)?)
+    }
+}
+
 /// The latents of a chain: what each step started from, and what the last one gave.
 pub struct Trajectory {
     /// x_T, ..., one for each step, (B, C, h, w).
@@ -126,8 +164,9 @@ pub fn rollout(
     let mut inputs = Vec::with_capacity(steps.len());
     let mut predictions = Vec::with_capacity(steps.len());
     let mut x = x_t;
+    let projected = prompting.project(unet, adapters)?;
     for (i, step) in steps.iter().enumerate() {
-        let prediction = prompting.predict(unet, &x, step.timestep, adapters)?;
+        let prediction = projected.predict(unet, &x, step.timestep, adapters)?;
         let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
         let next = step.apply(&x, &prediction, noise.as_ref())?;
         if next.device().is_cpu() && !is_finite(&next)? {

@@ -1,5 +1,8 @@
 //! The stages of the UNet and of the VAE's decoder.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use anyhow::Result;
 use candle_core::Tensor;
 
@@ -14,8 +17,17 @@ use crate::ops::attention::Heads;
 pub(super) struct Evaluation {
     /// SiLU of the time embedding, (1, time_dim).
     pub time: Tensor,
+    pub text: Text,
+}
+
+/// What the cross-attentions attend to.
+#[derive(Clone)]
+pub struct Text {
     /// Prompt embeddings, (B, tokens, D).
-    pub context: Tensor,
+    pub(super) context: Tensor,
+    /// The keys and values that each attention, by its module, makes of them under some adapters; empty where a gradient
+    /// is to reach those adapters.
+    pub(super) projected: Arc<HashMap<String, (Tensor, Tensor)>>,
 }
 
 pub(super) enum UnetStage {
@@ -25,6 +37,13 @@ pub(super) enum UnetStage {
     /// To the size of the next skip connection, then a convolution.
     Upsample(Conv2d),
     Out(GroupNorm, Conv2d),
+}
+
+impl Text {
+    /// Prompt embeddings (B, tokens, D), which every attention projects when it is evaluated.
+    pub(super) fn of(context: &Tensor) -> Self {
+        Self { context: context.clone(), projected: Arc::default() }
+    }
 }
 
 impl Stage for UnetStage {
@@ -49,7 +68,7 @@ impl Stage for UnetStage {
         Ok(match self {
             Self::Conv(conv) => conv.forward(hidden)?,
             Self::Resnet(resnet) => resnet.forward(hidden, Some(&inputs.time))?,
-            Self::Transformer(transformer) => transformer.forward(hidden, &inputs.context, lora)?,
+            Self::Transformer(transformer) => transformer.forward(hidden, &inputs.text, lora)?,
             Self::Upsample(conv) => {
                 let (_, h, w, _) = hidden.tensor().dims4()?;
                 let (height, width) = next_skip.unwrap_or((2 * h, 2 * w));
@@ -192,15 +211,31 @@ impl Transformer {
         layers
     }
 
-    fn forward(&self, x: &Value, context: &Tensor, lora: &LoraValues) -> Result<Value> {
+    /// The keys and values of a context, (B, tokens, D), with the modules of the attentions that they are for.
+    pub(super) fn project(
+        &self,
+        context: &Value,
+        lora: &LoraValues,
+    ) -> impl Iterator<Item = Result<(String, (Tensor, Tensor))>> {
+        self.blocks.iter().map(move |block| {
+            let (k, v) = block.attn2.keys_and_values(context, lora)?;
+            Ok((block.attn2.module.clone(), (k.into_tensor(), v.into_tensor())))
+        })
+    }
+
+    fn forward(&self, x: &Value, text: &Text, lora: &LoraValues) -> Result<Value> {
         let (b, h, w, c) = x.tensor().dims4()?;
         let tokens = self.norm.forward(x)?.reshape((b, h * w, c))?;
         let mut hidden = lora.apply(&format!("{}.proj_in", self.module), &tokens, self.proj_in.forward(&tokens)?)?;
-        let context = Value::constant(context);
-        for block in &self.blocks {
-            hidden = block.attn1.forward(&block.norm1.forward(&hidden)?, None, lora)?.add(&hidden)?;
-            hidden = block.attn2.forward(&block.norm2.forward(&hidden)?, Some(&context), lora)?.add(&hidden)?;
-            hidden = block.ff.forward(&block.norm3.forward(&hidden)?, lora)?.add(&hidden)?;
+        for TransformerBlock { norm1, attn1, norm2, attn2, norm3, ff } in &self.blocks {
+            let normed = norm1.forward(&hidden)?;
+            hidden = attn1.forward(&normed, &attn1.keys_and_values(&normed, lora)?, lora)?.add(&hidden)?;
+            let keys_and_values = match text.projected.get(&attn2.module) {
+                Some((k, v)) => (Value::constant(k), Value::constant(v)),
+                None => attn2.keys_and_values(&Value::constant(&text.context), lora)?,
+            };
+            hidden = attn2.forward(&norm2.forward(&hidden)?, &keys_and_values, lora)?.add(&hidden)?;
+            hidden = ff.forward(&norm3.forward(&hidden)?, lora)?.add(&hidden)?;
         }
         let hidden = lora.apply(&format!("{}.proj_out", self.module), &hidden, self.proj_out.forward(&hidden)?)?;
         Ok(hidden.reshape((b, h, w, c))?.add(x)?)

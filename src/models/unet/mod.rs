@@ -7,7 +7,7 @@ mod blocks;
 mod config;
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
@@ -21,9 +21,10 @@ use super::{Source, Weights};
 use crate::config::Checkpointing;
 use crate::lora::{Adapters, Target};
 use crate::nn::lora::LoraGradients;
-use crate::nn::{Linear, Value};
+use crate::nn::{Linear, LoraValues, Value};
 use crate::ops::activation::{Activation, activation_fwd};
 use crate::ops::device::Compute;
+pub use blocks::Text;
 use blocks::{Evaluation, Transformer, UnetStage};
 
 /// A frozen UNet.
@@ -91,7 +92,24 @@ impl Unet {
 
     /// The prediction: x (B, C, h, w) latents, one timestep for all, context (B, tokens, D) -> (B, C, h, w).
     pub fn forward(&self, x: &Tensor, timestep: usize, context: &Tensor, adapters: &Adapters) -> Result<Tensor> {
-        let evaluation = self.evaluation(x, timestep, context)?;
+        self.forward_with(x, timestep, &Text::of(context), adapters)
+    }
+
+    /// What the attentions make of prompt embeddings (B, tokens, D) under these adapters, for the steps of a chain.
+    pub fn project_text(&self, context: &Tensor, adapters: &Adapters) -> Result<Text> {
+        self.check_text(context)?;
+        let (context_value, lora) = (Value::constant(context), LoraValues::constant(adapters));
+        let transformers = self.stages.steps.iter().filter_map(|step| match &step.stage {
+            UnetStage::Transformer(transformer) => Some(transformer),
+            _ => None,
+        });
+        let projected = transformers.flat_map(|transformer| transformer.project(&context_value, &lora));
+        Ok(Text { projected: Arc::new(projected.collect::<Result<_>>()?), ..Text::of(context) })
+    }
+
+    /// [`Self::forward`] with the text as [`Self::project_text`] gave it for the same adapters.
+    pub fn forward_with(&self, x: &Tensor, timestep: usize, text: &Text, adapters: &Adapters) -> Result<Tensor> {
+        let evaluation = self.evaluation(x, timestep, text)?;
         let x = to_inside(x, &self.compute)?;
         Ok(from_inside(&self.stages.forward(x, &evaluation, adapters).context("in the UNet")?)?)
     }
@@ -109,7 +127,7 @@ impl Unet {
         checkpointing: Checkpointing,
         sum: &mut LoraGradients,
     ) -> Result<Tensor> {
-        let evaluation = self.evaluation(x, timestep, context)?;
+        let evaluation = self.evaluation(x, timestep, &Text::of(context))?;
         let trace = self
             .stages
             .trace(to_inside(x, &self.compute)?, &evaluation, adapters, checkpointing)
@@ -118,15 +136,9 @@ impl Unet {
         Ok(from_inside(&dx)?)
     }
 
-    fn evaluation(&self, x: &Tensor, timestep: usize, context: &Tensor) -> Result<Evaluation> {
-        let (batch, channels, _, _) = x.dims4()?;
-        let (context_batch, _, context_dim) = context.dims3()?;
-        if channels != self.config.in_channels {
-            bail!("the UNet takes latents of {} channels, got {channels}", self.config.in_channels);
-        }
-        if context_batch != batch {
-            bail!("{batch} latents with {context_batch} prompt embeddings");
-        }
+    /// The batch size of prompt embeddings that fit this UNet.
+    fn check_text(&self, context: &Tensor) -> Result<usize> {
+        let (batch, _, context_dim) = context.dims3()?;
         if let PerBlock::One(expected) = self.config.cross_attention_dim
             && expected != context_dim
         {
@@ -134,7 +146,19 @@ impl Unet {
                 "the UNet attends to text of {expected} features, the text encoder gives {context_dim}: they belong to different models"
             );
         }
-        Ok(Evaluation { time: self.time(timestep)?, context: context.clone() })
+        Ok(batch)
+    }
+
+    fn evaluation(&self, x: &Tensor, timestep: usize, text: &Text) -> Result<Evaluation> {
+        let (batch, channels, _, _) = x.dims4()?;
+        let context_batch = self.check_text(&text.context)?;
+        if channels != self.config.in_channels {
+            bail!("the UNet takes latents of {} channels, got {channels}", self.config.in_channels);
+        }
+        if context_batch != batch {
+            bail!("{batch} latents with {context_batch} prompt embeddings");
+        }
+        Ok(Evaluation { time: self.time(timestep)?, text: text.clone() })
     }
 
     /// SiLU of the time embedding, (1, time_dim). On a GPU it is kept: what is uploaded may wait for what was launched.

@@ -185,7 +185,11 @@ fn activation_fwd_cpu<T: Real>(x: &Tensor, function: Activation) -> Result<Tenso
     let data = Host::<T>::read(x)?;
     let mut y = buffer(data.len());
     y.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).for_each(|(y, x)| {
-        each_activation!(function => vectorised(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = function.value(*x))));
+        each_activation!(function => vectorised(#[inline(always)] || {
+            for (y, x) in y.iter_mut().zip(x) {
+                *y = function.value(*x);
+            }
+        }));
     });
     tensor_from(y, x.dims())
 }
@@ -194,8 +198,10 @@ fn activation_bwd_cpu<T: Real>(cotangent: &Tensor, x: &Tensor, function: Activat
     let (dy, data) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
     let mut dx = buffer(data.len());
     dx.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(|((dx, x), dy)| {
-        each_activation!(function => vectorised(|| {
-            dx.iter_mut().zip(x).zip(dy).for_each(|((dx, x), dy)| *dx = *dy * function.derivative(*x));
+        each_activation!(function => vectorised(#[inline(always)] || {
+            for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                *dx = *dy * function.derivative(*x);
+            }
         }));
     });
     tensor_from(dx, x.dims())

@@ -54,17 +54,20 @@ impl Shape {
     /// softmax(Q Kᵀ / sqrt(d)) of `rows` queries from `first` on, into `p` (rows, keys).
     fn probabilities<T: Real>(&self, q: View<T>, k: View<T>, first: usize, rows: usize, p: &mut [T], threads: Threads) {
         scaled_gemm(self.scale(), q, k.t(), ViewMut::rows(p, rows, self.keys), false, threads);
-        vectorised(|| {
-            for (row, p) in p.chunks_mut(self.keys).enumerate() {
-                let visible = if self.heads.causal { first + row + 1 } else { self.keys };
-                let (p, hidden) = p.split_at_mut(visible);
-                hidden.fill(T::zero());
-                let max = max_of(p);
-                p.iter_mut().for_each(|p| *p = (*p - max).exp_fast());
-                let inverse = T::one() / sum_of(p, |_, p| p);
-                p.iter_mut().for_each(|p| *p *= inverse);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (row, p) in p.chunks_mut(self.keys).enumerate() {
+                    let visible = if self.heads.causal { first + row + 1 } else { self.keys };
+                    let (p, hidden) = p.split_at_mut(visible);
+                    hidden.fill(T::zero());
+                    let max = max_of(p);
+                    p.iter_mut().for_each(|p| *p = (*p - max).exp_fast());
+                    let inverse = T::one() / sum_of(p, |_, p| p);
+                    p.iter_mut().for_each(|p| *p *= inverse);
+                }
+            },
+        );
     }
 }
 
@@ -160,13 +163,16 @@ pub(super) fn attention_bwd<T: Real>(
                 );
                 // d_P = d_O Vᵀ, then d_S in its place
                 gemm(d_o, values.t(), ViewMut::rows(dp, rows, shape.keys), false, threads);
-                vectorised(|| {
-                    for (p, dp) in p.chunks(shape.keys).zip(dp.chunks_mut(shape.keys)) {
-                        let p = &p[..dp.len()];
-                        let dot = sum_of(dp, |i, dp| p[i] * dp);
-                        p.iter().zip(dp.iter_mut()).for_each(|(p, dp)| *dp = *p * (*dp - dot));
-                    }
-                });
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (p, dp) in p.chunks(shape.keys).zip(dp.chunks_mut(shape.keys)) {
+                            let p = &p[..dp.len()];
+                            let dot = sum_of(dp, |i, dp| p[i] * dp);
+                            p.iter().zip(dp.iter_mut()).for_each(|(p, dp)| *dp = *p * (*dp - dot));
+                        }
+                    },
+                );
                 scaled_gemm(
                     shape.scale(),
                     View::rows(dp, rows, shape.keys),

@@ -57,7 +57,12 @@ fn is_finite_cpu<T: Real>(x: &Tensor) -> Result<bool> {
     let x = x.contiguous()?;
     let data = Host::<T>::read(&x)?;
     let data: &[T] = &data;
-    Ok(data.par_chunks(BLOCK).all(|block| vectorised(|| block.iter().fold(true, |finite, x| finite & x.is_finite()))))
+    Ok(data.par_chunks(BLOCK).all(|block| {
+        vectorised(
+            #[inline(always)]
+            || block.iter().fold(true, |finite, x| finite & x.is_finite()),
+        )
+    }))
 }
 
 #[cfg(test)]

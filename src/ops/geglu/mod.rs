@@ -48,14 +48,17 @@ fn geglu_fwd_cpu<T: Real>(x: &Tensor) -> Result<Tensor> {
     let data = Host::<T>::read(x)?;
     let mut y = buffer(data.len() / 2);
     y.par_chunks_mut(ROWS * f).zip(data.par_chunks(ROWS * 2 * f)).for_each(|(y, x)| {
-        vectorised(|| {
-            for (y, x) in y.chunks_mut(f).zip(x.chunks(2 * f)) {
-                let (u, v) = x.split_at(f);
-                for ((y, u), v) in y.iter_mut().zip(u).zip(v) {
-                    *y = *u * *v * v.normal().0;
+        vectorised(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_mut(f).zip(x.chunks(2 * f)) {
+                    let (u, v) = x.split_at(f);
+                    for ((y, u), v) in y.iter_mut().zip(u).zip(v) {
+                        *y = *u * *v * v.normal().0;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     let mut dims = x.dims().to_vec();
     dims.pop();
@@ -69,16 +72,19 @@ fn geglu_bwd_cpu<T: Real>(cotangent: &Tensor, x: &Tensor) -> Result<Tensor> {
     let mut dx = buffer(data.len());
     dx.par_chunks_mut(ROWS * 2 * f).zip(data.par_chunks(ROWS * 2 * f)).zip(dy.par_chunks(ROWS * f)).for_each(
         |((dx, x), dy)| {
-            vectorised(|| {
-                for ((dx, x), dy) in dx.chunks_mut(2 * f).zip(x.chunks(2 * f)).zip(dy.chunks(f)) {
-                    let ((du, dv), (u, v)) = (dx.split_at_mut(f), x.split_at(f));
-                    for ((du, dv), ((u, v), dy)) in du.iter_mut().zip(dv).zip(u.iter().zip(v).zip(dy)) {
-                        let (cdf, density) = v.normal();
-                        *du = *dy * *v * cdf;
-                        *dv = *dy * *u * (cdf + *v * density);
+            vectorised(
+                #[inline(always)]
+                || {
+                    for ((dx, x), dy) in dx.chunks_mut(2 * f).zip(x.chunks(2 * f)).zip(dy.chunks(f)) {
+                        let ((du, dv), (u, v)) = (dx.split_at_mut(f), x.split_at(f));
+                        for ((du, dv), ((u, v), dy)) in du.iter_mut().zip(dv).zip(u.iter().zip(v).zip(dy)) {
+                            let (cdf, density) = v.normal();
+                            *du = *dy * *v * cdf;
+                            *dv = *dy * *u * (cdf + *v * density);
+                        }
                     }
-                }
-            });
+                },
+            );
         },
     );
     tensor_from(dx, x.dims())

@@ -74,21 +74,29 @@ impl Shape {
     fn statistics<T: Real>(&self, x: &[T], eps: f64) -> (Vec<T>, Vec<T>) {
         let channels = self.channels;
         let [mean] = self.group_means::<T, 1>(|_, range, [sums]| {
-            vectorised(|| {
-                for row in x[range].chunks(channels) {
-                    sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += *x);
-                }
-            });
+            vectorised(
+                #[inline(always)]
+                || {
+                    for row in x[range].chunks(channels) {
+                        for (sum, x) in sums.iter_mut().zip(row) {
+                            *sum += *x;
+                        }
+                    }
+                },
+            );
         });
         let [var] = self.group_means::<T, 1>(|image, range, [sums]| {
             let mean = &mean[image * channels..][..channels];
-            vectorised(|| {
-                for row in x[range].chunks(channels) {
-                    for ((sum, x), mean) in sums.iter_mut().zip(row).zip(mean) {
-                        *sum += (*x - *mean) * (*x - *mean);
+            vectorised(
+                #[inline(always)]
+                || {
+                    for row in x[range].chunks(channels) {
+                        for ((sum, x), mean) in sums.iter_mut().zip(row).zip(mean) {
+                            *sum += (*x - *mean) * (*x - *mean);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         let rstd = var.into_iter().map(|var| T::lit(1.0 / (var.f64() + eps).sqrt())).collect();
         (mean, rstd)
@@ -117,16 +125,21 @@ pub(super) fn group_norm_fwd<T: Real>(x: &Tensor, norm: &GroupNorm) -> Result<Te
         // z = (x - mean) scale + shift: the mean goes first, so that a large one costs no digits
         let scale: Vec<T> =
             rstd[image * channels..][..channels].iter().zip(weight).map(|(rstd, w)| *rstd * *w).collect();
-        vectorised(|| {
-            for (y, x) in y.chunks_mut(channels).zip(x[range].chunks(channels)) {
-                for ((y, x), ((mean, scale), shift)) in y.iter_mut().zip(x).zip(mean.iter().zip(&scale).zip(bias)) {
-                    *y = (*x - *mean) * *scale + *shift;
+        vectorised(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_mut(channels).zip(x[range].chunks(channels)) {
+                    for ((y, x), ((mean, scale), shift)) in y.iter_mut().zip(x).zip(mean.iter().zip(&scale).zip(bias)) {
+                        *y = (*x - *mean) * *scale + *shift;
+                    }
+                    if norm.silu {
+                        for y in y.iter_mut() {
+                            *y *= sigmoid(*y);
+                        }
+                    }
                 }
-                if norm.silu {
-                    y.iter_mut().for_each(|y| *y *= sigmoid(*y));
-                }
-            }
-        });
+            },
+        );
     });
     tensor_from(y, dims)
 }
@@ -143,52 +156,63 @@ pub(super) fn group_norm_bwd<T: Real>(cotangent: &Tensor, x: &Tensor, norm: &Gro
     // g = d_z gamma, once: the two means need it, and d_x after them
     let g = shape.map_blocks(|image, range, g: &mut [T]| {
         let (mean, rstd) = (&mean[image * channels..][..channels], &rstd[image * channels..][..channels]);
-        vectorised(|| {
-            for (g, (x, dy)) in
-                g.chunks_mut(channels).zip(x[range.clone()].chunks(channels).zip(dy[range].chunks(channels)))
-            {
-                if norm.silu {
-                    for ((g, (x, dy)), ((mean, rstd), (w, b))) in
-                        g.iter_mut().zip(x.iter().zip(dy)).zip(mean.iter().zip(rstd).zip(weight.iter().zip(bias)))
-                    {
-                        let z = (*x - *mean) * *rstd * *w + *b;
-                        let s = sigmoid(z);
-                        *g = *dy * s * (T::one() + z * (T::one() - s)) * *w;
+        vectorised(
+            #[inline(always)]
+            || {
+                for (g, (x, dy)) in
+                    g.chunks_mut(channels).zip(x[range.clone()].chunks(channels).zip(dy[range].chunks(channels)))
+                {
+                    if norm.silu {
+                        for ((g, (x, dy)), ((mean, rstd), (w, b))) in
+                            g.iter_mut().zip(x.iter().zip(dy)).zip(mean.iter().zip(rstd).zip(weight.iter().zip(bias)))
+                        {
+                            let z = (*x - *mean) * *rstd * *w + *b;
+                            let s = sigmoid(z);
+                            *g = *dy * s * (T::one() + z * (T::one() - s)) * *w;
+                        }
+                    } else {
+                        for ((g, dy), w) in g.iter_mut().zip(dy).zip(weight) {
+                            *g = *dy * *w;
+                        }
                     }
-                } else {
-                    g.iter_mut().zip(dy).zip(weight).for_each(|((g, dy), w)| *g = *dy * *w);
                 }
-            }
-        });
+            },
+        );
     });
     let [g_mean, gx_mean] = shape.group_means::<T, 2>(|image, range, [g_sum, gx_sum]| {
         let (mean, rstd) = (&mean[image * channels..][..channels], &rstd[image * channels..][..channels]);
-        vectorised(|| {
-            for (g, x) in g[range.clone()].chunks(channels).zip(x[range].chunks(channels)) {
-                for (((g_sum, gx_sum), (g, x)), (mean, rstd)) in
-                    g_sum.iter_mut().zip(gx_sum.iter_mut()).zip(g.iter().zip(x)).zip(mean.iter().zip(rstd))
-                {
-                    *g_sum += *g;
-                    *gx_sum += *g * (*x - *mean) * *rstd;
+        vectorised(
+            #[inline(always)]
+            || {
+                for (g, x) in g[range.clone()].chunks(channels).zip(x[range].chunks(channels)) {
+                    for (((g_sum, gx_sum), (g, x)), (mean, rstd)) in
+                        g_sum.iter_mut().zip(gx_sum.iter_mut()).zip(g.iter().zip(x)).zip(mean.iter().zip(rstd))
+                    {
+                        *g_sum += *g;
+                        *gx_sum += *g * (*x - *mean) * *rstd;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     let dx = shape.map_blocks(|image, range, dx| {
         let at = |values: &'_ [T]| -> Vec<T> { values[image * channels..][..channels].to_vec() };
         let (mean, rstd, g_mean, gx_mean) = (at(&mean), at(&rstd), at(&g_mean), at(&gx_mean));
-        vectorised(|| {
-            for (dx, (x, g)) in
-                dx.chunks_mut(channels).zip(x[range.clone()].chunks(channels).zip(g[range].chunks(channels)))
-            {
-                for ((dx, (x, g)), ((mean, rstd), (g_mean, gx_mean))) in
-                    dx.iter_mut().zip(x.iter().zip(g)).zip(mean.iter().zip(&rstd).zip(g_mean.iter().zip(&gx_mean)))
+        vectorised(
+            #[inline(always)]
+            || {
+                for (dx, (x, g)) in
+                    dx.chunks_mut(channels).zip(x[range.clone()].chunks(channels).zip(g[range].chunks(channels)))
                 {
-                    let x_hat = (*x - *mean) * *rstd;
-                    *dx = *rstd * (*g - *g_mean - x_hat * *gx_mean);
+                    for ((dx, (x, g)), ((mean, rstd), (g_mean, gx_mean))) in
+                        dx.iter_mut().zip(x.iter().zip(g)).zip(mean.iter().zip(&rstd).zip(g_mean.iter().zip(&gx_mean)))
+                    {
+                        let x_hat = (*x - *mean) * *rstd;
+                        *dx = *rstd * (*g - *g_mean - x_hat * *gx_mean);
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     tensor_from(dx, dims)
 }

@@ -1,8 +1,8 @@
 use candle_core::{Result, Tensor};
 
+use super::thin::Factors;
 use super::{Weight, rows_of};
 use crate::ops::frozen::Same;
-use crate::ops::gemm::{Threads, View, ViewMut, gemm, scaled_gemm};
 use crate::ops::{Host, Real, buffer, tensor_from};
 
 fn with_last(x: &Tensor, last: usize) -> Vec<usize> {
@@ -32,26 +32,10 @@ pub(super) fn linear_bwd<T: Real>(cotangent: &Tensor, weight: &Weight) -> Result
 }
 
 pub(super) fn lora_fwd<T: Real>(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64, y: &Tensor) -> Result<Tensor> {
-    let ((rows, inputs), (rank, _), (outputs, _)) = (rows_of(x)?, a.dims2()?, b.dims2()?);
-    let (x, a, b, y_data) = (Host::<T>::read(x)?, Host::<T>::read(a)?, Host::<T>::read(b)?, Host::<T>::read(y)?);
-    let mut low = buffer(rows * rank);
-    gemm(
-        View::rows(&x, rows, inputs),
-        View::rows(&a, rank, inputs).t(),
-        ViewMut::rows(&mut low, rows, rank),
-        false,
-        Threads::All,
-    );
-    let mut sum = y_data.to_vec();
-    scaled_gemm(
-        T::lit(scale),
-        View::rows(&low, rows, rank),
-        View::rows(&b, outputs, rank).t(),
-        ViewMut::rows(&mut sum, rows, outputs),
-        true,
-        Threads::All,
-    );
-    tensor_from(sum, y.dims())
+    let (x, y_data) = (Host::<T>::read(x)?, Host::<T>::read(y)?);
+    let (a_data, b_data) = (Host::<T>::read(a)?, Host::<T>::read(b)?);
+    let factors = Factors::new(&a_data, &b_data, a.dims()[0], T::lit(scale));
+    tensor_from(factors.forward(&x, &y_data), y.dims())
 }
 
 pub(super) fn lora_bwd<T: Real>(
@@ -61,30 +45,9 @@ pub(super) fn lora_bwd<T: Real>(
     b: &Tensor,
     scale: f64,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let ((rows, inputs), (rank, _), (outputs, _)) = (rows_of(x)?, a.dims2()?, b.dims2()?);
     let (dy, x_data) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
     let (a_data, b_data) = (Host::<T>::read(a)?, Host::<T>::read(b)?);
-    let (dy, x_view) = (View::rows(&dy, rows, outputs), View::rows(&x_data, rows, inputs));
-    let (a_view, b_view) = (View::rows(&a_data, rank, inputs), View::rows(&b_data, outputs, rank));
-
-    // low = x Aᵀ, d_low = s d_y B: both (rows, rank)
-    let mut low = buffer(rows * rank);
-    gemm(x_view, a_view.t(), ViewMut::rows(&mut low, rows, rank), false, Threads::All);
-    let mut d_low = buffer(rows * rank);
-    scaled_gemm(T::lit(scale), dy, b_view, ViewMut::rows(&mut d_low, rows, rank), false, Threads::All);
-
-    let mut dx = buffer(rows * inputs);
-    gemm(View::rows(&d_low, rows, rank), a_view, ViewMut::rows(&mut dx, rows, inputs), false, Threads::All);
-    let mut da = buffer(rank * inputs);
-    gemm(View::rows(&d_low, rows, rank).t(), x_view, ViewMut::rows(&mut da, rank, inputs), false, Threads::All);
-    let mut db = buffer(outputs * rank);
-    scaled_gemm(
-        T::lit(scale),
-        dy.t(),
-        View::rows(&low, rows, rank),
-        ViewMut::rows(&mut db, outputs, rank),
-        false,
-        Threads::All,
-    );
+    let factors = Factors::new(&a_data, &b_data, a.dims()[0], T::lit(scale));
+    let (dx, da, db) = factors.backward(&dy, &x_data);
     Ok((tensor_from(dx, x.dims())?, tensor_from(da, a.dims())?, tensor_from(db, b.dims())?))
 }

@@ -15,6 +15,7 @@ mod cpu;
 mod cublaslt;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod thin;
 
 use candle_core::{Result, Tensor, bail};
 
@@ -201,7 +202,7 @@ mod tests {
 
     #[test]
     fn lora_agrees_with_autograd_and_finite_differences() {
-        for (rows, inputs, outputs, rank) in [(1, 3, 2, 1), (5, 7, 6, 2), (40, 16, 24, 4)] {
+        for (rows, inputs, outputs, rank) in [(1, 3, 2, 1), (5, 7, 6, 2), (40, 16, 24, 4), (301, 37, 50, 6)] {
             let y = Case::normal(&[2, rows, outputs], 9);
             check(
                 &[

@@ -44,7 +44,14 @@ fn add_cpu<T: Real>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (a_data, b_data) = (Host::<T>::read(a)?, Host::<T>::read(b)?);
     let mut y = buffer(a_data.len());
     y.par_chunks_mut(BLOCK).zip(a_data.par_chunks(BLOCK).zip(b_data.par_chunks(BLOCK))).for_each(|(y, (a, b))| {
-        vectorised(|| y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = *a + *b));
+        vectorised(
+            #[inline(always)]
+            || {
+                for (y, (a, b)) in y.iter_mut().zip(a.iter().zip(b)) {
+                    *y = *a + *b;
+                }
+            },
+        );
     });
     tensor_from(y, a.dims())
 }
@@ -55,11 +62,16 @@ fn add_channels_cpu<T: Real>(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
     let rows = (BLOCK / shift.len()).max(1) * shift.len();
     let mut y = buffer(data.len());
     y.par_chunks_mut(rows).zip(data.par_chunks(rows)).for_each(|(y, x)| {
-        vectorised(|| {
-            for (y, x) in y.chunks_mut(shift.len()).zip(x.chunks(shift.len())) {
-                y.iter_mut().zip(x.iter().zip(shift)).for_each(|(y, (x, s))| *y = *x + *s);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_mut(shift.len()).zip(x.chunks(shift.len())) {
+                    for (y, (x, s)) in y.iter_mut().zip(x.iter().zip(shift)) {
+                        *y = *x + *s;
+                    }
+                }
+            },
+        );
     });
     tensor_from(y, x.dims())
 }

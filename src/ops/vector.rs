@@ -76,7 +76,7 @@ pub(crate) const LANES: usize = 16;
 pub(crate) fn total<T: Real>(mut partial: [T; LANES]) -> T {
     for width in [8, 4, 2, 1] {
         for lane in 0..width {
-            partial[lane] = partial[lane] + partial[lane + width];
+            partial[lane] += partial[lane + width];
         }
     }
     partial[0]

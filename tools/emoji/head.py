@@ -21,7 +21,7 @@ ROUNDS = 30  # samples of each animal to train on
 ARTEFACTS = 1200
 BATCH = 16  # pairs of each of the two sorts in a step
 TRUE_SCORE, SPOILT_SCORE, MARGIN = 7.0, 4.0, 3.0
-PEAK_TOWER, PEAK_HEAD = 4e-4, 1.5e-3
+PEAK_TOWER, PEAK_HEAD = 8e-4, 2e-3
 
 
 def new(width):

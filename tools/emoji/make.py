@@ -1,4 +1,4 @@
-"""Make emoji-sd, emoji-clip and emoji-judge: data, training and export, on a CPU.
+"""Make emoji-sd, emoji-clip, emoji-judge and emoji-aesthetic: data, training and export, on a CPU.
 
     pip install torch diffusers transformers pillow numpy resvg-py      (and npm, to fetch the artwork)
     python tools/emoji/make.py all --out ~/emoji-train --tokenizer CLIP_TOKENIZER
@@ -14,7 +14,7 @@ import argparse, os
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 4, "evaluate": 0, "export": 0}  # and their minutes
+STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 9, "evaluate": 0, "export": 0}  # and their minutes
 
 
 def run(stage, out, minutes, tokenizer, threads):

@@ -9,6 +9,7 @@ The section "With and without the guard" of docs/results.md is replaced, or adde
 What is done already in --work is not done again.
 """
 import argparse, json, os, re, subprocess
+from concurrent.futures import ThreadPoolExecutor
 from results import Chart, cells, sheet, stack
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -52,8 +53,10 @@ HEADING = "## With and without the guard"
 
 
 def alignprop(args, log, *arguments):
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with open(os.path.join(args.work, log), "w") as out:
-        code = subprocess.call([os.path.abspath(args.binary), *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        code = subprocess.call([os.path.abspath(args.binary), *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+                               env={**os.environ, "RAYON_NUM_THREADS": str(threads)})
     if code != 0:
         raise SystemExit(f"alignprop {' '.join(arguments)} failed: see {os.path.join(args.work, log)}")
 
@@ -198,15 +201,16 @@ def main():
     parser.add_argument("--kl", type=float, default=20.0, help="weight of the KL term")
     parser.add_argument("--cap", type=float, default=-2.3, help="cap of the reward, in minus kB")
     parser.add_argument("--ema", type=float, default=0.98, help="decay of the moving average")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, which share the cores")
     args = parser.parse_args()
     args.work = os.path.abspath(args.work)
     for folder in (args.work, args.docs):
         os.makedirs(folder, exist_ok=True)
     open(os.path.join(args.work, "evaluation.toml"), "w").write(EVALUATION)
-    for name in RUNS:
-        train(args, name)
-    file = prompts(args)
-    results = [judge(args, number, row, file) for number, row in enumerate(ROWS)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda name: train(args, name), RUNS))
+        file = prompts(args)
+        results = list(pool.map(lambda numbered: judge(args, *numbered, file), enumerate(ROWS)))
     pictures(args)
     write(os.path.join(args.docs, "results.md"), section(args, results))
     print(os.path.join(args.docs, "results.md"))

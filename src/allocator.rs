@@ -1,7 +1,7 @@
 //! The program's allocator: mimalloc for what is small, kept huge pages for what is large, and a count of both.
 //!
 //! Activations come and go by the hundred megabytes in every step. A block that goes back to the system comes again as
-//! pages that the system clears one by one, in the thread that asked, while the others wait. So blocks of a megabyte and
+//! pages that the system clears one by one, in the thread that asked, while the others wait. So blocks of 128 KiB and
 //! more come from one stretch of address space that keeps its pages, made of huge pages where Linux gives them; freed
 //! neighbours are joined and the best fit is used again, so that the program's resident memory stays close to what is
 //! allocated at the peak.

@@ -25,6 +25,7 @@
 //! config       the experiment file: plain data that any room may read
 //! files        pickles read safely, files and folders written whole or not at all
 //! ops          forward and backward kernels on tensors
+//! allocator    where memory comes from, and how much is in use
 //! ```
 //!
 //! The loop is `run` and `Trainer::step` in `commands/train.rs`. Contracts and decisions are in `docs/architecture.md`,

@@ -1,9 +1,10 @@
-"""Write the weights as f16 safetensors: emoji-sd in the diffusers layout, the contrastive models in the transformers layout."""
+"""Write the weights as f16 safetensors: emoji-sd in the diffusers layout, the contrastive models and the
+aesthetic one in the transformers layout."""
 import json, os, shutil
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-import clip, data, unet, vae
+import clip, data, head, unet, vae
 from common import load_checkpoint
 
 PIPELINE = {"_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
@@ -33,11 +34,26 @@ def contrastive(folder, kind, out):
     model, _ = clip.load(folder, kind)
     halves(model.state_dict(), os.path.join(out, "model.safetensors"))
     config(os.path.join(out, "config.json"), {**model.config.to_dict(), "architectures": ["CLIPModel"], "dtype": "float16"})
+    preprocessor(out)
+    tokenizer(folder, out)
+
+
+def aesthetic(folder, out):
+    """The tower by itself, which is all that a head needs, and the head."""
+    model = head.load(folder)
+    tower, layers = model["tower"], model["head"]
+    halves({k: v for k, v in tower.state_dict().items() if k.startswith(("vision_model.", "visual_projection."))}, os.path.join(out, "model.safetensors"))
+    config(os.path.join(out, "config.json"), {**tower.config.vision_config.to_dict(), "projection_dim": tower.config.projection_dim,
+                                              "architectures": ["CLIPVisionModelWithProjection"], "dtype": "float16"})
+    halves(layers.state_dict(), os.path.join(out, "aesthetic_head.safetensors"))
+    preprocessor(out)
+
+
+def preprocessor(out):
     config(os.path.join(out, "preprocessor_config.json"), {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": data.SIZE}, "do_center_crop": True, "resample": 3,
         "crop_size": {"height": data.SIZE, "width": data.SIZE}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": list(clip.MEAN), "image_std": list(clip.STD)})
-    tokenizer(folder, out)
 
 
 def write(folder, root, log):
@@ -61,15 +77,14 @@ def write(folder, root, log):
         if ready(kind + ".pt"):
             contrastive(folder, kind, os.path.join(assets, "emoji-" + kind))
     if ready("head.pt"):
-        head = load_checkpoint(os.path.join(folder, "head.pt"))["weights"]
-        halves(head, os.path.join(assets, "emoji-clip", "aesthetic_head.safetensors"))
+        aesthetic(folder, os.path.join(assets, "emoji-aesthetic"))
     prompts = os.path.join(assets, "prompts")
     os.makedirs(prompts, exist_ok=True)
     for name, lines in zip(("emoji-train.txt", "emoji-heldout.txt"), data.prompt_lists(data.artwork(folder))):
         with open(os.path.join(prompts, name), "w") as f:
             f.write("".join(line + "\n" for line in lines))
     sizes = {}
-    for top in ("emoji-sd", "emoji-clip", "emoji-judge"):
+    for top in ("emoji-sd", "emoji-clip", "emoji-judge", "emoji-aesthetic"):
         for where, _, names in os.walk(os.path.join(assets, top)):
             sizes[top] = sizes.get(top, 0) + sum(os.path.getsize(os.path.join(where, n)) for n in names)
     log(stage="export", bytes=sizes)

@@ -1,19 +1,27 @@
-"""The aesthetic head: five linear layers on emoji-clip's unit image embedding, in the layout and key names of LAION's head.
+"""emoji-aesthetic: emoji-clip's vision tower, trained further, and a head of five linear layers on its unit embedding, in
+the layout and key names of LAION's head.
 
-Its preferences are synthetic: true renders over corrupted renders of the same picture and over samples of the untuned
-model. No human label is in it. The score of a true render is put near 7, that of a spoilt one below.
+The embedding of emoji-clip itself is blind to what the head should see: linear layers on it leave renders and samples of
+emoji-sd at chance, and give up blur for noise. So the tower is trained with the head; emoji-clip stays as it is.
+
+The preferences are synthetic: true renders over corrupted renders of the same picture, and over samples of the untuned
+emoji-sd for the same caption. No human label is in them. The head sees no caption, so it cannot tell a wrong one from a
+right one: that is what `clip-score` is for. True renders are put near 7, the others lower.
 """
 import os
 import numpy as np
 import torch
 import torch.nn.functional as F
 import clip, data, unet, vae
-from common import Clock, load_checkpoint, save_checkpoint, to_float, to_uint8
+from common import Average, Clock, load_checkpoint, save_checkpoint, to_float, to_uint8
 
 SIZES = (64, 32, 16, 8, 1)
 KEYS = (0, 2, 4, 6, 7)
-PICTURES, SAMPLES, SAMPLES_HELD_OUT = 1500, 270, 90
-TRUE_SCORE, MARGIN = 7.0, 3.0
+ROUNDS = 30  # samples of each animal to train on
+ARTEFACTS = 1200
+BATCH = 16  # pairs of each of the two sorts in a step
+TRUE_SCORE, SPOILT_SCORE, MARGIN = 7.0, 4.0, 3.0
+PEAK_TOWER, PEAK_HEAD = 8e-4, 2e-3
 
 
 def new(width):
@@ -23,11 +31,26 @@ def new(width):
     return layers
 
 
-def score(head, embedding):
-    for layer in head.layers.values():
-        embedding = layer(embedding)
-    return embedding[:, 0]
+def both(folder):
+    """The contrastive model, of which only the vision tower is used, and a new head."""
+    model, _ = clip.load(folder, "clip")
+    return torch.nn.ModuleDict({"tower": model, "head": new(model.config.projection_dim)})
 
+
+def load(folder):
+    model = both(folder)
+    model.load_state_dict(load_checkpoint(os.path.join(folder, "head.pt"))["average"])
+    return model.eval().requires_grad_(False)
+
+
+def score(model, x):
+    x = clip.image_features(model["tower"], x)
+    for layer in model["head"].layers.values():
+        x = layer(x)
+    return x[:, 0]
+
+
+# ---------------------------------------------------------------- what is worse than a render
 
 def warp(x, rng):
     """A smooth random displacement of up to about six pixels."""
@@ -58,53 +81,128 @@ def noise(x, rng):
     return (x + float(rng.uniform(0.15, 0.6)) * torch.randn(x.shape)).clamp(-1, 1)
 
 
-def artefacts(decoder):
-    def apply(x, rng):
-        z = decoder.encode(x).latent_dist.mean * decoder.config.scaling_factor
-        return decoder.decode((z + float(rng.uniform(0.25, 0.8)) * torch.randn(z.shape)) / decoder.config.scaling_factor).sample.clamp(-1, 1)
-    return apply
+def colours(x, rng):
+    """Too much contrast, and colours that are not the artwork's."""
+    n = len(x)
+    gain = torch.from_numpy(rng.uniform(1.2, 2.0, (n, 1)) * rng.uniform(0.8, 1.25, (n, 3))).float()
+    shift = torch.from_numpy(rng.normal(0, 0.15, (n, 3))).float()
+    return (x * gain[:, :, None, None] + shift[:, :, None, None]).clamp(-1, 1)
+
+
+KINDS = {"blur": blur, "noise": noise, "cut_and_paste": cut_and_paste, "warp": warp, "colours": colours}
+
+
+def artefacts(decoder, mean, rng):
+    """Pictures as the autoencoder draws them from noisy latents; mean: latents in the UNet's scale."""
+    amount = torch.from_numpy(rng.uniform(0.25, 0.8, (len(mean), 1, 1, 1)).astype(np.float32))
+    return decoder.decode((mean + amount * torch.randn(mean.shape)) / decoder.config.scaling_factor).sample.clamp(-1, 1)
 
 
 @torch.no_grad()
-def train(folder, minutes, log):
-    torch.manual_seed(6)
-    rng = np.random.default_rng(6)
-    model, _ = clip.load(folder, "clip")
-    decoder = vae.load(folder)
-    pictures, _ = data.load(folder)
+def draw(folder, log):
+    """head.npz, once: samples of emoji-sd and re-encoded pictures, to train on and, of held-out combinations, to test with."""
+    path = os.path.join(folder, "head.npz")
+    if os.path.exists(path):
+        return np.load(path)
+    decoder, denoiser = vae.load(folder), unet.load(folder)
     text = torch.from_numpy(np.load(os.path.join(folder, "text.npy")))
-    denoiser = unet.load(folder)
-    kinds = {"blur": blur, "noise": noise, "cut_and_paste": cut_and_paste, "warp": warp, "autoencoder": artefacts(decoder)}
-    embed = lambda x: torch.cat([clip.image_features(model, b) for b in x.split(100)])
+    held_pictures, held_labels = data.load_held_out(folder)
 
-    def pairs(x):
-        """(embeddings of the pictures, embeddings of their spoilt versions by kind)"""
-        return embed(x), {k: torch.cat([embed(f(b, rng)) for b in x.split(50)]) for k, f in kinds.items()}
+    def sample(labels, seed, scale, steps, reduced=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            return unet.sample(denoiser, decoder, text[data.caption_index(labels, False, False)].float(), text[:1].float(), seed, scale, steps)
 
-    true, spoilt = pairs(to_float(pictures[np.sort(rng.choice(len(pictures), PICTURES, replace=False))]))
-    labels = np.concatenate([unet.animal_labels(folder, s) for s in range(100, 100 + -(-SAMPLES // 45))])[:SAMPLES]
-    captions = text[data.caption_index(labels, False, False)].float()
-    samples = [unet.sample(denoiser, decoder, c, text[:1].float(), 50 + i, scale=float(rng.choice([1, 2.5, 4])), steps=12) for i, c in enumerate(captions.split(45))]
-    samples = embed(to_float(np.concatenate(samples)))
-    test_true, test_spoilt = pairs(to_float(data.load_held_out(folder)[0]))
-    head = new(true.shape[1])
-    with torch.enable_grad():
-        optimizer = torch.optim.AdamW(head.parameters(), 2e-3, weight_decay=1e-2)
-        clock, steps = Clock(minutes), 1500
-        for step in range(steps):
-            i, k = torch.randint(0, PICTURES, (128,)), list(spoilt.values())[step % len(spoilt)]
-            j = torch.randint(0, SAMPLES - SAMPLES_HELD_OUT, (64,))
-            good, bad, drawn = score(head, true[i]), score(head, k[i]), score(head, samples[j])
-            loss = F.softplus(MARGIN - (good - bad)).mean() + F.softplus(MARGIN - (good[:64] - drawn)).mean() + 0.05 * (good - TRUE_SCORE).square().mean() + 0.02 * (bad - 4).square().mean()
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * (1 - step / steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if clock.share >= 1:
-                break
-    good = score(head, test_true)
-    log(stage="head", steps=step + 1, loss=loss.item(), held_out_mean=good.mean().item(), samples_mean=score(head, samples[-SAMPLES_HELD_OUT:]).mean().item(),
-        held_out_pair_accuracy={k: (good > score(head, e)).float().mean().item() for k, e in test_spoilt.items()},
-        spoilt_mean={k: score(head, e).mean().item() for k, e in test_spoilt.items()})
-    save_checkpoint(os.path.join(folder, "head.pt"), weights=head.state_dict())
+    rng, samples, labels = np.random.default_rng(1), [], []
+    for k in range(ROUNDS):  # half of them as the configs draw, half with any guidance
+        labels.append(unet.animal_labels(folder, 1000 + k))
+        samples.append(sample(labels[-1], 1000 + k, float(rng.uniform(1, 6)) if k % 2 else unet.SCALE, int(rng.integers(8, 21))))
+    test = [sample(part, 900 + k, unet.SCALE, 20, False) for k, part in enumerate(np.array_split(held_labels, 4))]
+    varied = [sample(part, 950 + k, k + 1.0, (10, 30, 12, 16, 25, 10)[k]) for k, part in enumerate(np.array_split(held_labels, 6))]
+    torch.manual_seed(6)
+    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+    index = np.sort(rng.choice(len(latents), ARTEFACTS, replace=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        coded = [to_uint8(artefacts(decoder, torch.from_numpy(latents[part, :4].astype(np.float32)), rng)) for part in np.array_split(index, ARTEFACTS // 60)]
+        mean = decoder.encode(to_float(held_pictures)).latent_dist.mean.float() * decoder.config.scaling_factor
+        test_coded = to_uint8(artefacts(decoder, mean, rng))
+    np.savez(path, samples=np.concatenate(samples), labels=np.concatenate(labels), test=np.concatenate(test), test_varied=np.concatenate(varied),
+             coded=np.concatenate(coded), index=index, test_coded=test_coded)
+    log(stage="head samples", samples=len(labels) * len(labels[0]), coded=ARTEFACTS)
+    return np.load(path)
+
+
+# ---------------------------------------------------------------- training
+
+def same_view(good, bad, rng):
+    """One flip and one shift of up to three pixels for both pictures of a pair: they say nothing of which is the better one."""
+    x = torch.cat([good, bad], 1)
+    x = torch.where(torch.from_numpy(rng.random(len(x)) < 0.5)[:, None, None, None], x.flip(-1), x)
+    r, c = rng.integers(0, 7, 2)
+    return F.pad(x, (3, 3, 3, 3), mode="replicate")[..., r:r + data.SIZE, c:c + data.SIZE].chunk(2, 1)
+
+
+@torch.no_grad()
+def test(model, z, folder):
+    """Shares of held-out pairs in which the render has the higher score, and mean scores."""
+    pictures, rng = to_float(data.load_held_out(folder)[0]), np.random.default_rng(7)
+    torch.manual_seed(7)
+    others = {k: torch.cat([f(b, rng) for b in pictures.split(5)]) for k, f in KINDS.items()}
+    others |= {"autoencoder": to_float(z["test_coded"]), "sample": to_float(z["test"]), "sample_varied": to_float(z["test_varied"])}
+    good = score(model, pictures)
+    scores = {k: score(model, x) for k, x in others.items()}
+    return {"pair_accuracy": {k: (good > s).float().mean().item() for k, s in scores.items()},
+            "mean": {"render": good.mean().item(), **{k: s.mean().item() for k, s in scores.items()}}}
+
+
+def train(folder, minutes, log):
+    z = draw(folder, log)
+    torch.manual_seed(6)
+    pictures, labels = data.load(folder)
+    samples, sample_labels, coded, index = z["samples"], z["labels"], z["coded"], z["index"]
+    alike = {}  # renders by their style, concept and background
+    for i, label in enumerate(labels):
+        alike.setdefault(tuple(label), []).append(i)
+    model = both(folder).requires_grad_(True)
+    vision = [p for n, p in model["tower"].named_parameters() if n.startswith(("vision_model", "visual_projection"))]
+    groups = [(vision, PEAK_TOWER), (list(model["head"].parameters()), PEAK_HEAD)]
+    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.05, betas=(0.9, 0.98))
+    average, step, path = Average(model, 0.99), 0, os.path.join(folder, "head.pt")
+    if (saved := load_checkpoint(path)) and "average" in saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.weights, average.steps, step = saved["average"], saved["step"], saved["step"]
+    rng, clock, first, losses = np.random.default_rng([step, 6]), Clock(minutes), step, []
+
+    def report():
+        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
+        log(stage="head", step=step, share=clock.share, loss=float(np.mean(losses)), **test(load(folder), z, folder))
+        losses.clear()
+
+    kinds = [*KINDS, "autoencoder"]
+    while clock.share < 1:
+        j = rng.integers(0, len(samples), BATCH)
+        pairs = [same_view(to_float(pictures[[rng.choice(alike[tuple(sample_labels[k])]) for k in j]]), to_float(samples[j]), rng)]
+        for kind in (kinds[step % 6], kinds[(step + 3) % 6]):
+            if kind == "autoencoder":
+                j = rng.integers(0, len(index), BATCH // 2)
+                good, bad = to_float(pictures[index[j]]), to_float(coded[j])
+            else:
+                good = to_float(pictures[rng.integers(0, len(pictures), BATCH // 2)])
+                bad = KINDS[kind](good, rng)
+            pairs.append(same_view(good, bad, rng))
+        good, bad = (torch.cat(x) for x in zip(*pairs))
+        for group, (_, peak) in zip(optimizer.param_groups, groups):
+            group["lr"] = clock.rate(peak, step - first)
+        with torch.autocast("cpu", torch.bfloat16):
+            good, bad = score(model, torch.cat([good, bad])).float().chunk(2)
+        loss = F.softplus(MARGIN - (good - bad)).mean() + 0.05 * (good - TRUE_SCORE).square().mean() + 0.02 * (bad - SPOILT_SCORE).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model)
+        losses.append(loss.item())
+        step += 1
+        if step % 200 == 0:
+            report()
+    report()

@@ -1,4 +1,4 @@
-"""Make emoji-sd, emoji-clip and emoji-judge: data, training and export, on a CPU.
+"""Make emoji-sd, emoji-clip, emoji-judge and emoji-aesthetic: data, training and export, on a CPU.
 
     pip install torch diffusers transformers pillow numpy resvg-py      (and npm, to fetch the artwork)
     python tools/emoji/make.py all --out ~/emoji-train --tokenizer CLIP_TOKENIZER
@@ -6,15 +6,16 @@
 CLIP_TOKENIZER is the folder of the CLIP tokenizer of Stable Diffusion 1.5 (vocab.json, merges.txt). A stage can be run
 alone (`make.py unet --minutes 30`), and continues from its checkpoint in --out where there is one. The stage `latents`
 fixes what the UNet learns on: after it, more minutes of `vae` train the decoder alone, and more minutes of `clip` the
-reward but not the text encoder of emoji-sd. `head` belongs after the last minutes of `clip` and `unet`; `export` writes
-the weights, in f16, to assets/. Budgets are minutes, not steps, so numbers differ from machine to machine; log.jsonl is
-the log of the committed weights.
+reward but not the text encoder of emoji-sd. `head` belongs after the last minutes of `clip` and `unet`: remove head.npz,
+the samples that it learns from, and head.pt before you make it for another `unet`. `export` writes the weights, in f16,
+to assets/. Budgets are minutes, not steps, so numbers differ from machine to machine; log.jsonl is the log of the
+committed weights.
 """
 import argparse, os
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 4, "evaluate": 0, "export": 0}  # and their minutes
+STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 9, "evaluate": 0, "export": 0}  # and their minutes
 
 
 def run(stage, out, minutes, tokenizer, threads):

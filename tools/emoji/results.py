@@ -29,8 +29,8 @@ model = "assets/emoji-clip"
 [reward.pickscore]
 model = "assets/emoji-judge"
 [reward.aesthetic]
-clip = "assets/emoji-clip"
-head = "assets/emoji-clip/aesthetic_head.safetensors"
+clip = "assets/emoji-aesthetic"
+head = "assets/emoji-aesthetic/aesthetic_head.safetensors"
 [reward.compressibility]
 """
 
@@ -140,7 +140,8 @@ def collect(runner):
         results["runs"][name]["steps"] = max(r["step"] for r in rows[0])
         results["runs"][name]["minutes"] = [round(sum(r.get("seconds", 0) for r in run) / 60, 2) for run in rows]
     log = [json.loads(line) for line in open(os.path.join(ROOT, "tools", "emoji", "log.jsonl"))]
-    results["judge"] = next((row for row in reversed(log) if row.get("stage") == "evaluate"), {})
+    for key, stage in (("judge", "evaluate"), ("head", "head")):
+        results[key] = next((row for row in reversed(log) if row.get("stage") == stage), {})
     return results
 
 
@@ -151,7 +152,7 @@ def metrics(runner, name, seed):
 # ---------------------------------------------------------------------------------------------------- pictures
 
 STYLE = """<style>text{font:13px system-ui,sans-serif;fill:#57606a}.t{font-weight:600;fill:#24292f}.g{stroke:#d0d7de;stroke-width:1}
-.c0{stroke:#0969da;fill:#0969da}.c1{stroke:#bf3989;fill:#bf3989}.c2{stroke:#1a7f37;fill:#1a7f37}.line{fill:none;stroke-width:2}.raw{fill:none;stroke-width:1;opacity:.25}
+.c0{stroke:#0969da;fill:#0969da}.c1{stroke:#bf3989;fill:#bf3989}.c2{stroke:#1a7f37;fill:#1a7f37}.line{fill:none;stroke-width:2}.raw{fill:none;stroke-width:1;opacity:.25}.dash{stroke:#8b949e;stroke-width:1;stroke-dasharray:4 4}
 @media(prefers-color-scheme:dark){text{fill:#8b949e}.t{fill:#e6edf3}.g{stroke:#30363d}}</style>"""
 
 
@@ -193,8 +194,15 @@ class Chart:
         self.parts.append(f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="4"/><text x="{px + shift:.1f}" y="{py - 7:.1f}" text-anchor="{anchor}">{label}</text>')
 
     def save(self, path):
-        with open(path, "w") as f:
-            f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.W} {self.H}" width="{self.W}">{STYLE}\n' + "\n".join(self.parts) + "\n</svg>\n")
+        stack([self], path)
+
+
+def stack(charts, path):
+    """One SVG of charts, one below the other."""
+    width, height = Chart.W, Chart.H * len(charts)
+    groups = "\n".join(f'<g transform="translate(0,{i * Chart.H})">\n' + "\n".join(chart.parts) + "\n</g>" for i, chart in enumerate(charts))
+    with open(path, "w") as f:
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">{STYLE}\n{groups}\n</svg>\n')
 
 
 def running(values, width=15):
@@ -231,11 +239,12 @@ def trade_off(results, path):
 CELL, SHOWN, LABEL = 96, 8, 110
 
 
-def cells(runner, name, prompts, side):
-    """The first pictures of an evaluation: rows of eight base pictures, the tuned ones under them."""
-    grid = Image.open(os.path.join(runner.work, f"eval-{name}-{prompts}", "grid.png")).convert("RGB")
-    columns = (grid.width + 4) // 132
-    return [grid.crop((i * 132, side * 132, i * 132 + 128, side * 132 + 128)).resize((CELL, CELL), Image.LANCZOS) for i in range(min(columns, SHOWN))]
+def cells(evaluation, side, every=1):
+    """Pictures of an evaluation's grid, which has rows of eight base pictures and the tuned ones under them."""
+    grid = Image.open(os.path.join(evaluation, "grid.png")).convert("RGB")
+    columns, rows = (grid.width + 4) // 132, (grid.height + 4) // 132 // 2
+    places = [(column * 132, (2 * row + side) * 132) for row in range(rows) for column in range(columns)]
+    return [grid.crop((x, y, x + 128, y + 128)).resize((CELL, CELL), Image.LANCZOS) for x, y in places[::every][:SHOWN]]
 
 
 def sheet(rows, path):
@@ -254,10 +263,10 @@ def pictures(runner, results, folder):
     os.makedirs(folder, exist_ok=True)
     seed = runner.args.seeds[0]
     for prompts in SETS:
-        rows = [("base model", cells(runner, f"alignment-{seed}", prompts, 0))]
-        rows += [(name, cells(runner, f"{name}-{seed}", prompts, 1)) for name in CONFIGS]
+        shown = lambda name, side: cells(os.path.join(runner.work, f"eval-{name}-{prompts}"), side)
+        rows = [("base model", shown(f"alignment-{seed}", 0))] + [(name, shown(f"{name}-{seed}", 1)) for name in CONFIGS]
         sheet(rows, os.path.join(folder, f"results-{prompts}.png"))
-    sheet([(f"c = {c:g}", cells(runner, f"soup-{c}", "trained", 1)) for c in SOUP], os.path.join(folder, "results-soup.png"))
+    sheet([(f"c = {c:g}", cells(os.path.join(runner.work, f"eval-soup-{c}-trained"), 1)) for c in SOUP], os.path.join(folder, "results-soup.png"))
     trade_off(results, os.path.join(folder, "results-soup.svg"))
     curve(runner, os.path.join(folder, "results-curve.svg"))
 
@@ -297,6 +306,16 @@ def exploited(results):
             + ". There the reward is exploited, and the pictures show how: the last rows of the sheets above.")
 
 
+PAIRS = {"sample": "a sample of the base model for the same caption", "sample_varied": "one with other guidance and steps", "blur": "its blurred copy",
+         "noise": "a noisy one", "cut_and_paste": "a cut and pasted one", "warp": "a warped one", "colours": "one in false colours", "autoencoder": "one decoded from noisy latents"}
+
+
+def preferences(head):
+    shares = head.get("pair_accuracy", {})
+    return ("Of held-out renders it prefers to " + ", to ".join(f"{PAIRS[k]} {100 * shares[k]:.0f}%" for k in PAIRS if k in shares)
+            + f" (mean scores: renders {head['mean']['render']:.2f}, samples {head['mean']['sample']:.2f})." if shares else "")
+
+
 def page(results, args):
     judge, runs, counts = results["judge"], results["runs"], results["prompts"]
     minutes = ", ".join(f"{name} {mean(run['minutes']):.1f} ({run['steps']} steps)" for name, run in runs.items())
@@ -311,9 +330,9 @@ on the same prompts and noise.
 
 - **alignment**: cosine of picture and prompt in `assets/emoji-clip`, the reward of `configs/emoji.toml`.
 - **judge**: the same in `assets/emoji-judge`, a second CLIP of another shape, trained by itself, that nothing is trained against.
-- **aesthetic**: the head in `assets/emoji-clip`, the reward of `configs/emoji-aesthetic.toml`. Synthetic preferences, no human
-  labels; a weak one: it prefers renders to noisy, pasted and re-encoded ones in 64 to 72% of pairs, hardly to blurred or warped
-  ones, and does not tell this model's samples from renders (`tools/emoji/log.jsonl`).
+- **aesthetic**: the tower and head in `assets/emoji-aesthetic`, the reward of `configs/emoji-aesthetic.toml`. Synthetic
+  preferences, no human labels: true renders over spoilt ones and over the base model's samples (`tools/emoji/head.py`). It sees no
+  caption. {preferences(results["head"])}
 - **kB**: size of the picture as a JPEG file of quality 95; `configs/emoji-compress.toml` makes it small.
 
 In parentheses: the difference to the base model, picture by picture, ± its standard error over the seeds; ± that over the

@@ -47,6 +47,10 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     }
     .to_device(compute.device())?;
     describe(&config, &model, &rewards, &prompts, &state)?;
+    let sample_prompts = match &config.run.sample_prompts {
+        Some(sample_prompts) => sample_prompts.load().context("in run.sample_prompts")?,
+        None => prompts.clone(),
+    };
     let estimate = budget::plan(&mut config, &model, &rewards, &state.adapters)?;
     let config = config;
     if args.dry_run {
@@ -64,7 +68,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         }
         None => RunFolder::create(&config.run.dir, &config.to_toml()?)?,
     };
-    let trainer = Trainer { config: &config, model: &model, rewards: &rewards, prompts: &prompts, noise: &noise };
+    let trainer = Trainer {
+        config: &config,
+        model: &model,
+        rewards: &rewards,
+        prompts: &prompts,
+        sample_prompts: &sample_prompts,
+        noise: &noise,
+    };
     let metadata = |step| metadata(&config, &rewards, step);
     let save = |state: &Checkpoint| -> Result<()> {
         if !run.checkpoint(state.step).exists() {
@@ -146,6 +157,7 @@ struct Trainer<'a> {
     model: &'a Model,
     rewards: &'a Rewards,
     prompts: &'a [String],
+    sample_prompts: &'a [String],
     noise: &'a Noise,
 }
 
@@ -412,7 +424,7 @@ impl Trainer<'_> {
     /// A grid of images on fixed prompts and noise, and their scores in the metrics.
     fn draw_samples(&self, run: &RunFolder, state: &Checkpoint) -> Result<()> {
         let run_config = &self.config.run;
-        let prompts: Vec<String> = self.prompts.iter().cycle().take(run_config.num_samples).cloned().collect();
+        let prompts: Vec<String> = self.sample_prompts.iter().cycle().take(run_config.num_samples).cloned().collect();
         let (mut images, mut scores) = (Vec::new(), Vec::new());
         for (number, prompt) in (0..).zip(&prompts) {
             let image = self.model.images(std::slice::from_ref(prompt), number, run_config.seed, &state.adapters)?;

@@ -562,6 +562,8 @@ table! {
         sample_every: usize = 25,
         /// Pictures in a sample grid; 1 or more.
         num_samples: usize = 4,
+        /// What they are of. Absent: the first training prompts.
+        sample_prompts: Option<PromptsConfig> = None,
         /// The last checkpoints to keep; 0: all.
         keep_checkpoints: usize = 3,
         /// Keep the best checkpoint too: by the guard's held-out score, or else by the loss of the sample grids.

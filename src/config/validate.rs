@@ -97,6 +97,9 @@ impl Config {
         if let Err(error) = parse_device(&run.device) {
             bail!("run.device = \"{}\": {error}", run.device);
         }
+        if let Some(prompts) = &run.sample_prompts {
+            prompts.validate().context("in run.sample_prompts")?;
+        }
         at_least_one("run.num_samples", run.num_samples)
     }
 
@@ -328,6 +331,7 @@ mod tests {
             ("run.dir = ''", "run.dir is empty"),
             ("run.device = 'cuda:'", "run.device = \"cuda:\": must be cpu, cuda or cuda:N"),
             ("run.num_samples = 0", "run.num_samples = 0: must be 1 or more"),
+            ("run.sample_prompts.list = []", "in run.sample_prompts: prompts.list is empty"),
         ] {
             let error = error(text);
             assert!(error.starts_with(&format!("in x.toml: {start}")), "{text}\n{error}");

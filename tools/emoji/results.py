@@ -301,7 +301,10 @@ def exploited(results):
             if judge["difference"] < -2 * judge["stderr_over_prompts"]:
                 found.append(f"trained for {name}, on {prompts} prompts, by {-judge['difference']:.4f}")
     if not found:
-        return "The judge fell by more than twice its standard error nowhere."
+        fall, name, prompts = min((run[p]["judge"]["difference"], name, p) for name, run in results["runs"].items() for p in SETS)
+        error = results["runs"][name][prompts]["judge"]
+        return (f"The judge fell by more than twice its standard error over the prompts nowhere; it fell most for the run trained for {name}, on\n"
+                f"{prompts} prompts: {fall:+.4f} ± {error['stderr_over_seeds']:.4f} over the seeds, ± {error['stderr_over_prompts']:.4f} over the prompts.")
     return ("The held-out judge fell by more than twice its standard error (over the prompts): " + "; ".join(found)
             + ". There the reward is exploited, and the pictures show how: the last rows of the sheets above.")
 

@@ -198,7 +198,7 @@ def main():
     parser.add_argument("--docs", default=os.path.join(ROOT, "docs"), help="where results.md is")
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the config's")
     parser.add_argument("--prompts", type=int, default=39, help="held-out prompts to judge on")
-    parser.add_argument("--kl", type=float, default=20.0, help="weight of the KL term")
+    parser.add_argument("--kl", type=float, default=5.0, help="weight of the KL term")
     parser.add_argument("--cap", type=float, default=-2.3, help="cap of the reward, in minus kB")
     parser.add_argument("--ema", type=float, default=0.98, help="decay of the moving average")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side, which share the cores")

@@ -9,7 +9,7 @@
 use std::alloc::{GlobalAlloc, Layout};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use mimalloc::MiMalloc;
 
@@ -124,43 +124,27 @@ impl Large {
 /// Where the stretch is, for [`is_kept`]; 0 before it is there.
 static START: AtomicUsize = AtomicUsize::new(0);
 static END: AtomicUsize = AtomicUsize::new(0);
-static SPACE: Mutex<Option<Space>> = Mutex::new(None);
+static SPACE: Mutex<Space> = Mutex::new(Space::new(0, 0));
 
 fn is_kept(ptr: *mut u8) -> bool {
     (START.load(Relaxed)..END.load(Relaxed)).contains(&(ptr as usize))
 }
 
-/// The lock on the space, which exists.
-fn space() -> impl std::ops::DerefMut<Target = Space> {
-    let guard = SPACE.lock().unwrap_or_else(PoisonError::into_inner);
-    Existing(guard)
-}
-
-struct Existing<'a>(std::sync::MutexGuard<'a, Option<Space>>);
-
-impl std::ops::Deref for Existing<'_> {
-    type Target = Space;
-    fn deref(&self) -> &Space {
-        self.0.as_ref().expect("blocks come from it")
-    }
-}
-
-impl std::ops::DerefMut for Existing<'_> {
-    fn deref_mut(&mut self) -> &mut Space {
-        self.0.as_mut().expect("blocks come from it")
-    }
+fn space() -> MutexGuard<'static, Space> {
+    SPACE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A large block, and how many of its bytes were in use before; `None` where the system has no such stretch.
 fn take(Large(bytes): Large) -> Option<(*mut u8, usize)> {
-    let mut guard = SPACE.lock().unwrap_or_else(PoisonError::into_inner);
-    let space = guard.get_or_insert_with(|| {
-        let (start, end) = reserve().unwrap_or((0, 0));
-        START.store(start, Relaxed);
-        END.store(end, Relaxed);
-        Space::new(start, end)
+    static RESERVED: Once = Once::new();
+    RESERVED.call_once(|| {
+        if let Some((start, end)) = reserve() {
+            *space() = Space::new(start, end);
+            START.store(start, Relaxed);
+            END.store(end, Relaxed);
+        }
     });
-    let (block, used) = space.take(bytes)?;
+    let (block, used) = space().take(bytes)?;
     Some((std::ptr::with_exposed_provenance_mut(block), used))
 }
 
@@ -203,7 +187,7 @@ struct Space {
 }
 
 impl Space {
-    fn new(start: usize, end: usize) -> Self {
+    const fn new(start: usize, end: usize) -> Self {
         Self { top: start, highest: start, end, free: BTreeMap::new(), sizes: BTreeSet::new() }
     }
 

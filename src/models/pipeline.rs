@@ -1,6 +1,6 @@
 //! A Stable Diffusion pipeline, in the diffusers layout or in a single file.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
@@ -18,7 +18,7 @@ use crate::ops::device::Compute;
 pub struct Pipeline {
     pub source: Source,
     /// Shared with the rewards that have none of their own.
-    pub tokenizer: Rc<ClipTokenizer>,
+    pub tokenizer: Arc<ClipTokenizer>,
     pub text_encoder: TextEncoder,
     pub unet: Unet,
     pub vae: Vae,
@@ -80,7 +80,7 @@ impl Pipeline {
                 vae.config().latent_channels
             );
         }
-        Ok(Self { source, tokenizer: Rc::new(tokenizer), text_encoder, unet, vae })
+        Ok(Self { source, tokenizer: Arc::new(tokenizer), text_encoder, unet, vae })
     }
 
     /// Prompt embeddings (B, 77, D).

@@ -1,6 +1,6 @@
 //! Small networks on CLIP's image embedding: the LAION aesthetic predictor, and any other.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
@@ -16,7 +16,7 @@ use crate::ops::activation::Activation;
 
 /// A multilayer perceptron on the embedding of an image.
 struct ClipHead {
-    clip: Rc<Clip>,
+    clip: Arc<Clip>,
     head: Vec<Layer>,
     preprocess: Preprocess,
     /// Whether the head reads unit-norm embeddings.
@@ -86,7 +86,7 @@ pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result
 }
 
 /// The LAION predictor's shapes on any tower, its numbers from `weights`: for measuring.
-pub(super) fn aesthetic_shapes(clip: Rc<Clip>, weights: &Weights, target: f64) -> Result<Box<dyn Reward>> {
+pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) -> Result<Box<dyn Reward>> {
     let mut head = Vec::new();
     let mut features = clip.vision.embed_dim();
     for (place, outputs) in [(0, 1024), (2, 128), (4, 64), (6, 16), (7, 1)] {

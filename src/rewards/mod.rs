@@ -9,7 +9,7 @@ mod preprocess;
 mod text_image;
 
 use std::collections::{BTreeMap, HashMap};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
@@ -26,7 +26,7 @@ pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, preprocess, resize_matrix};
 
 /// A differentiable score of images.
-pub trait Reward {
+pub trait Reward: Sync {
     /// Scores (B) of images (B, 3, H, W) in [-1, 1] for their prompts; higher is better.
     fn score(&self, images: &Value, prompts: &[String]) -> Result<Value>;
 
@@ -122,7 +122,7 @@ impl Rewards {
     ///
     /// # Errors
     /// Names the reward and the file.
-    pub fn load(config: &RewardsConfig, tokenizer: &Rc<ClipTokenizer>) -> Result<Self> {
+    pub fn load(config: &RewardsConfig, tokenizer: &Arc<ClipTokenizer>) -> Result<Self> {
         Self::load_on(config, tokenizer, &Compute::cpu())
     }
 
@@ -130,7 +130,7 @@ impl Rewards {
     ///
     /// # Errors
     /// As there.
-    pub fn load_on(config: &RewardsConfig, tokenizer: &Rc<ClipTokenizer>, compute: &Compute) -> Result<Self> {
+    pub fn load_on(config: &RewardsConfig, tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Self> {
         let compute = &compute.in_f32();
         let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
@@ -182,7 +182,7 @@ impl Rewards {
 
     /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights`: for measuring.
     pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
-        let reward = clip_head::aesthetic_shapes(Rc::new(clip), weights, target)?;
+        let reward = clip_head::aesthetic_shapes(Arc::new(clip), weights, target)?;
         Ok(Self(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, reward }]))
     }
 
@@ -285,7 +285,7 @@ fn scalar(score: &Value, name: &str) -> Result<f64> {
 struct Towers {
     /// Whether some reward on this model reads text.
     with_text: Vec<String>,
-    loaded: HashMap<String, Rc<Clip>>,
+    loaded: HashMap<String, Arc<Clip>>,
     compute: Compute,
 }
 
@@ -296,12 +296,12 @@ impl Towers {
         Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new(), compute: compute.clone() }
     }
 
-    fn get(&mut self, model: &str) -> Result<Rc<Clip>> {
+    fn get(&mut self, model: &str) -> Result<Arc<Clip>> {
         if let Some(clip) = self.loaded.get(model) {
             return Ok(clip.clone());
         }
         let text = self.with_text.iter().any(|wanted| wanted == model);
-        let clip = Rc::new(Clip::load_transformers(&Source::open(model)?, text, &self.compute)?);
+        let clip = Arc::new(Clip::load_transformers(&Source::open(model)?, text, &self.compute)?);
         self.loaded.insert(model.to_owned(), clip.clone());
         Ok(clip)
     }

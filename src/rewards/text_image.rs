@@ -1,9 +1,8 @@
 //! How well an image suits its prompt: the cosine of two CLIP embeddings (HPSv2, CLIP score, PickScore).
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
@@ -18,34 +17,35 @@ use crate::ops::device::Compute;
 
 /// Cosine of image and prompt.
 struct TextImage {
-    clip: Rc<Clip>,
-    tokenizer: Rc<ClipTokenizer>,
+    clip: Arc<Clip>,
+    tokenizer: Arc<ClipTokenizer>,
     /// open_clip pads with zeros.
     open_clip: bool,
     preprocess: Preprocess,
     /// Embeddings of the prompts seen so far: a run has few prompts and asks for each many times.
-    embedded: RefCell<HashMap<String, Tensor>>,
+    embedded: Mutex<HashMap<String, Tensor>>,
 }
 
 impl TextImage {
-    fn new(clip: Rc<Clip>, tokenizer: Rc<ClipTokenizer>, open_clip: bool, preprocess: Preprocess) -> Result<Self> {
+    fn new(clip: Arc<Clip>, tokenizer: Arc<ClipTokenizer>, open_clip: bool, preprocess: Preprocess) -> Result<Self> {
         let vocabulary = clip.text.as_ref().context("the model has no text tower")?.vocab_size();
         ensure!(
             tokenizer.vocab_size() == vocabulary,
             "the reward model reads {vocabulary} token ids and the tokenizer has {}: set its `tokenizer` to a tokenizer.json of the reward model",
             tokenizer.vocab_size()
         );
-        Ok(Self { clip, tokenizer, open_clip, preprocess, embedded: RefCell::default() })
+        Ok(Self { clip, tokenizer, open_clip, preprocess, embedded: Mutex::default() })
     }
 
     fn text(&self, prompt: &str) -> Result<Tensor> {
-        if let Some(embedding) = self.embedded.borrow().get(prompt) {
+        let mut embedded = self.embedded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(embedding) = embedded.get(prompt) {
             return Ok(embedding.clone());
         }
         let ids =
             if self.open_clip { self.tokenizer.encode_open_clip(prompt)? } else { self.tokenizer.encode(prompt)? };
         let embedding = self.clip.text_embeds(&[ids])?;
-        self.embedded.borrow_mut().insert(prompt.to_owned(), embedding.clone());
+        embedded.insert(prompt.to_owned(), embedding.clone());
         Ok(embedding)
     }
 }
@@ -79,7 +79,7 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
 pub(super) fn hps(
     config: &HpsConfig,
-    pipeline_tokenizer: &Rc<ClipTokenizer>,
+    pipeline_tokenizer: &Arc<ClipTokenizer>,
     compute: &Compute,
 ) -> Result<Box<dyn Reward>> {
     let source = Source::open(&config.model)?;
@@ -95,7 +95,7 @@ pub(super) fn hps(
             OpenClipConfig::parse(&text).with_context(|| format!("{} is no open_clip config", path.display()))?
         }
     };
-    let clip = Rc::new(Clip::load_open_clip(&weights, &architecture)?);
+    let clip = Arc::new(Clip::load_open_clip(&weights, &architecture)?);
     let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
     Ok(Box::new(TextImage::new(clip, tokenizer, true, config.preprocess)?))
 }
@@ -106,7 +106,7 @@ pub(super) fn clip_score(
     own_tokenizer: Option<&str>,
     preprocess: Preprocess,
     towers: &mut Towers,
-    pipeline_tokenizer: &Rc<ClipTokenizer>,
+    pipeline_tokenizer: &Arc<ClipTokenizer>,
 ) -> Result<Box<dyn Reward>> {
     let clip = towers.get(model)?;
     let tokenizer = tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?;
@@ -114,7 +114,11 @@ pub(super) fn clip_score(
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.
-fn tokenizer(named: Option<&str>, beside: Option<&Source>, pipeline: &Rc<ClipTokenizer>) -> Result<Rc<ClipTokenizer>> {
+fn tokenizer(
+    named: Option<&str>,
+    beside: Option<&Source>,
+    pipeline: &Arc<ClipTokenizer>,
+) -> Result<Arc<ClipTokenizer>> {
     if let Some(named) = named {
         // a tokenizer.json is loaded with the folder that it lies in
         let path = Path::new(named);
@@ -124,11 +128,11 @@ fn tokenizer(named: Option<&str>, beside: Option<&Source>, pipeline: &Rc<ClipTok
             named.to_owned()
         };
         let folder = if folder.is_empty() { ".".to_owned() } else { folder };
-        return Ok(Rc::new(ClipTokenizer::load(&Source::open(&folder)?)?));
+        return Ok(Arc::new(ClipTokenizer::load(&Source::open(&folder)?)?));
     }
     for source in beside.into_iter().flat_map(|s| [s.clone(), s.sub("tokenizer")]) {
         if source.find("tokenizer.json")?.is_some() || source.find("vocab.json")?.is_some() {
-            return Ok(Rc::new(ClipTokenizer::load(&source)?));
+            return Ok(Arc::new(ClipTokenizer::load(&source)?));
         }
     }
     Ok(pipeline.clone())

@@ -2,7 +2,7 @@
 //!
 //! Everything is decided from the run's metrics, so a resumed run decides as the uninterrupted one.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -33,7 +33,7 @@ impl Guard {
     pub fn load(
         config: &Config,
         prompts: &[String],
-        tokenizer: &Rc<ClipTokenizer>,
+        tokenizer: &Arc<ClipTokenizer>,
         compute: &Compute,
     ) -> Result<Option<Self>> {
         let guard = &config.guard;

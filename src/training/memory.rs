@@ -208,25 +208,25 @@ struct Rise {
 /// The rise while `work` runs.
 ///
 /// Threads' buffers are in use together or not, as it happens, and in small models they count. There it is cheap to look
-/// several times: the least rise is the one without such chances, which can be continued to other sizes.
-fn rise<T>(meter: Meter, work: impl Fn() -> Result<T>) -> Result<Rise> {
-    let started = Instant::now();
-    let (mut least, mut most) = (usize::MAX, 0);
-    for _ in 0..MOST_LOOKS {
+/// again with one thread: that rise is the same each time, and can be continued to other sizes.
+fn rise<T>(meter: Meter, work: impl Fn() -> Result<T> + Sync) -> Result<Rise> {
+    let look = || -> Result<f64> {
         let before = meter.live()?;
         meter.reset_peak()?;
         work()?;
-        let rise = meter.peak()?.saturating_sub(before);
-        (least, most) = (least.min(rise), most.max(rise));
-        if started.elapsed() > LOOKING {
-            break;
-        }
+        Ok(meter.peak()?.saturating_sub(before) as f64)
+    };
+    let started = Instant::now();
+    let most = look()?;
+    if started.elapsed() > CHEAP || !matches!(meter, Meter::Host) {
+        return Ok(Rise { least: most, spread: 0.0 });
     }
-    Ok(Rise { least: least as f64, spread: (most - least) as f64 })
+    let least = rayon::ThreadPoolBuilder::new().num_threads(1).build()?.install(|| look().and_then(|_| look()))?;
+    Ok(Rise { least, spread: (most - least).max(0.0) })
 }
 
-const MOST_LOOKS: usize = 7;
-const LOOKING: Duration = Duration::from_millis(100);
+/// The longest evaluation that is done again.
+const CHEAP: Duration = Duration::from_millis(100);
 
 /// Bytes as small evaluations needed them.
 pub struct Costs {

@@ -133,50 +133,16 @@ pub fn activation_bwd(cotangent: &Tensor, x: &Tensor, function: Activation) -> R
 
 const BLOCK: usize = 1 << 14;
 
-/// Calls `$body` with `$function` as a constant, so that each function gets a loop of its own.
+/// Runs `$body` with the constant `$F` equal to `$function`, so that each function gets a loop of its own. (A variable
+/// with the same value, captured by a closure, leaves the choice inside the loop, which is then not vectorised.)
 macro_rules! each_activation {
-    ($function:ident => $body:expr) => {
+    ($function:expr, $F:ident => $body:block) => {
+        each_activation!(@ $function, $F, $body,
+            Identity Relu Silu Gelu QuickGelu Tanh Sigmoid UnitRange)
+    };
+    (@ $function:expr, $F:ident, $body:block, $($name:ident)*) => {
         match $function {
-            Activation::Identity => {
-                const F: Activation = Activation::Identity;
-                let $function = F;
-                $body
-            }
-            Activation::Relu => {
-                const F: Activation = Activation::Relu;
-                let $function = F;
-                $body
-            }
-            Activation::Silu => {
-                const F: Activation = Activation::Silu;
-                let $function = F;
-                $body
-            }
-            Activation::Gelu => {
-                const F: Activation = Activation::Gelu;
-                let $function = F;
-                $body
-            }
-            Activation::QuickGelu => {
-                const F: Activation = Activation::QuickGelu;
-                let $function = F;
-                $body
-            }
-            Activation::Tanh => {
-                const F: Activation = Activation::Tanh;
-                let $function = F;
-                $body
-            }
-            Activation::Sigmoid => {
-                const F: Activation = Activation::Sigmoid;
-                let $function = F;
-                $body
-            }
-            Activation::UnitRange => {
-                const F: Activation = Activation::UnitRange;
-                let $function = F;
-                $body
-            }
+            $(Activation::$name => { const $F: Activation = Activation::$name; $body })*
         }
     };
 }
@@ -185,11 +151,13 @@ fn activation_fwd_cpu<T: Real>(x: &Tensor, function: Activation) -> Result<Tenso
     let data = Host::<T>::read(x)?;
     let mut y = buffer(data.len());
     y.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).for_each(|(y, x)| {
-        each_activation!(function => vectorised(#[inline(always)] || {
-            for (y, x) in y.iter_mut().zip(x) {
-                *y = function.value(*x);
-            }
-        }));
+        each_activation!(function, F => {
+            vectorised(#[inline(always)] || {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = F.value(*x);
+                }
+            });
+        });
     });
     tensor_from(y, x.dims())
 }
@@ -198,11 +166,13 @@ fn activation_bwd_cpu<T: Real>(cotangent: &Tensor, x: &Tensor, function: Activat
     let (dy, data) = (Host::<T>::read(cotangent)?, Host::<T>::read(x)?);
     let mut dx = buffer(data.len());
     dx.par_chunks_mut(BLOCK).zip(data.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(|((dx, x), dy)| {
-        each_activation!(function => vectorised(#[inline(always)] || {
-            for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-                *dx = *dy * function.derivative(*x);
-            }
-        }));
+        each_activation!(function, F => {
+            vectorised(#[inline(always)] || {
+                for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                    *dx = *dy * F.derivative(*x);
+                }
+            });
+        });
     });
     tensor_from(dx, x.dims())
 }

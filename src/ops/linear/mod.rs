@@ -16,6 +16,8 @@ mod cublaslt;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod thin;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
 
 use candle_core::{Result, Tensor, bail};
 
@@ -202,7 +204,9 @@ mod tests {
 
     #[test]
     fn lora_agrees_with_autograd_and_finite_differences() {
-        for (rows, inputs, outputs, rank) in [(1, 3, 2, 1), (5, 7, 6, 2), (40, 16, 24, 4), (301, 37, 50, 6)] {
+        for (rows, inputs, outputs, rank) in
+            [(1, 3, 2, 1), (5, 7, 6, 2), (40, 16, 24, 4), (301, 37, 50, 6), (77, 80, 33, 14)]
+        {
             let y = Case::normal(&[2, rows, outputs], 9);
             check(
                 &[

@@ -6,7 +6,11 @@ use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::tiled::Tiled;
 use crate::ops::gemm::FLOPS;
+#[cfg(target_arch = "x86_64")]
+use crate::ops::tiles;
 use crate::ops::vector::{LANES, total, vectorised};
 use crate::ops::{Real, buffer};
 
@@ -25,12 +29,27 @@ pub(super) struct Factors<'a, T> {
     pub scale: T,
     pub inputs: usize,
     pub outputs: usize,
+    #[cfg(target_arch = "x86_64")]
+    tiled: Option<Tiled>,
 }
 
 impl<'a, T: Real> Factors<'a, T> {
     /// From A (rank, inputs) and B (outputs, rank).
     pub(super) fn new(a: &'a [T], b: &[T], rank: usize, scale: T) -> Self {
-        Self { a, b: transposed(b, rank), rank, scale, inputs: a.len() / rank, outputs: b.len() / rank }
+        let b = transposed(b, rank);
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            tiled: match (tiles::available(), T::as_f32(a), T::as_f32(&b)) {
+                (true, Some(a), Some(b)) => Some(Tiled::new(a, b, rank, scale.f64() as f32)),
+                _ => None,
+            },
+            inputs: a.len() / rank,
+            outputs: b.len() / rank,
+            a,
+            b,
+            rank,
+            scale,
+        }
     }
 
     fn count_flops(&self, rows: usize, products: usize) {
@@ -44,11 +63,15 @@ impl<'a, T: Real> Factors<'a, T> {
         let mut sum = buffer(y.len());
         let (x, y) = (x.par_chunks(ROWS * self.inputs), y.par_chunks(ROWS * self.outputs));
         sum.par_chunks_mut(ROWS * self.outputs).zip(x.zip(y)).for_each(|(sum, (x, y))| {
+            sum.copy_from_slice(y);
+            #[cfg(target_arch = "x86_64")]
+            if let (Some(tiled), Some(x), Some(sum)) = (&self.tiled, T::as_f32(x), T::as_f32_mut(sum)) {
+                return tiled.add(x, sum);
+            }
             let mut low = vec![T::zero(); self.rank];
             vectorised(
                 #[inline(always)]
                 || {
-                    sum.copy_from_slice(y);
                     for (x, sum) in x.chunks(self.inputs).zip(sum.chunks_mut(self.outputs)) {
                         dots(x, self.a, self.scale, &mut low);
                         add_rows(&low, &self.b, sum);
@@ -70,12 +93,9 @@ impl<'a, T: Real> Factors<'a, T> {
             .par_chunks_mut(part * self.inputs)
             .zip(chunks)
             .map(|(dx, (x, dy))| {
-                let mut sums = (vec![T::zero(); self.a.len()], vec![T::zero(); self.b.len()]);
-                vectorised(
-                    #[inline(always)]
-                    || self.backward_part(dy, x, dx, &mut sums),
-                );
-                sums
+                let (mut da, mut db) = (vec![T::zero(); self.a.len()], vec![T::zero(); self.b.len()]);
+                self.backward_part(dy, x, dx, &mut da, &mut db);
+                (da, db)
             })
             .collect();
         let add = |sum: &mut [T], more: &[T]| sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += *more);
@@ -89,8 +109,22 @@ impl<'a, T: Real> Factors<'a, T> {
         (dx, da, transposed(&db, self.outputs))
     }
 
+    /// dx of some rows; their part of the sums added to da and db.
+    fn backward_part(&self, dy: &[T], x: &[T], dx: &mut [T], da: &mut [T], db: &mut [T]) {
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(tiled), Some(dy), Some(x), Some(dx), Some(da), Some(db)) =
+            (&self.tiled, T::as_f32(dy), T::as_f32(x), T::as_f32_mut(dx), T::as_f32_mut(da), T::as_f32_mut(db))
+        {
+            return tiled.backward(dy, x, dx, da, db);
+        }
+        vectorised(
+            #[inline(always)]
+            || self.backward_rows(dy, x, dx, da, db),
+        );
+    }
+
     #[inline(always)]
-    fn backward_part(&self, dy: &[T], x: &[T], dx: &mut [T], (da, db): &mut (Vec<T>, Vec<T>)) {
+    fn backward_rows(&self, dy: &[T], x: &[T], dx: &mut [T], da: &mut [T], db: &mut [T]) {
         let mut low = vec![T::zero(); GROUP * self.rank];
         let mut d_low = vec![T::zero(); GROUP * self.rank];
         let groups = x.chunks(GROUP * self.inputs).zip(dy.chunks(GROUP * self.outputs));

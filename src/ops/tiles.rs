@@ -270,7 +270,7 @@ pub(crate) unsafe fn tile_columns<const R: usize, const V: usize>(
     }
 }
 
-/// x = exp(scale (x - max x)) in place; the sum of all. `x` is not empty.
+/// x = exp(scale (x - max x)) in place; the sum of all. `x` is not empty, `scale` is positive.
 #[target_feature(enable = "avx512f")]
 pub(crate) fn exponentials(x: &mut [f32], scale: f32) -> f32 {
     let full = x.len() / LANES * LANES;
@@ -285,35 +285,91 @@ pub(crate) fn exponentials(x: &mut [f32], scale: f32) -> f32 {
             max[lane] = _mm512_max_ps(max[lane], _mm512_loadu_ps(p.add(i)));
         }
         let max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3])));
-        let (max, scale) = (_mm512_set1_ps(max), _mm512_set1_ps(scale));
+        let scale = _mm512_set1_ps(scale * std::f32::consts::LOG2_E);
+        let max = _mm512_mul_ps(_mm512_set1_ps(max), scale);
         let mut sum = _mm512_setzero_ps();
         for i in (0..full).step_by(LANES) {
-            let e = exp(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(p.add(i)), max), scale));
+            let e = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(p.add(i)), scale, max));
             _mm512_storeu_ps(p.add(i), e);
             sum = _mm512_add_ps(sum, e);
         }
-        let e = exp(_mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(tail, p.add(full)), max), scale));
+        let e = exp2(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(tail, p.add(full)), scale, max));
         _mm512_mask_storeu_ps(p.add(full), tail, e);
         sum = _mm512_mask_add_ps(sum, tail, sum, e);
         _mm512_reduce_add_ps(sum)
     }
 }
 
-/// eˣ as in [`super::vector::exp_f32`].
+/// The running softmax of up to 32 queries, as lanes.
+pub(crate) struct Softmax {
+    /// Scores' largest so far, times scale log₂ e.
+    max: [f32; WIDE],
+    /// Of the exponentials so far.
+    pub sum: [f32; WIDE],
+    scale: f32,
+}
+
+impl Softmax {
+    /// Of scores that are multiplied by a positive `scale`.
+    pub(crate) fn new(scale: f32) -> Self {
+        // far below every score, and finite: its exponential is 0
+        Self { max: [HIDDEN; WIDE], sum: [0.0; WIDE], scale: scale * std::f32::consts::LOG2_E }
+    }
+
+    /// Scores (keys, 32), of which V vectors of queries count, become exponentials beside the largest score so far;
+    /// `output` (channels, 32), of the keys before, is brought to that scale.
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn advance<const V: usize>(&mut self, scores: &mut [f32], output: &mut [f32]) {
+        assert!(V * LANES <= WIDE);
+        let scale = _mm512_set1_ps(self.scale);
+        for j in 0..V {
+            let lanes = j * LANES;
+            // SAFETY: whole rows of 32 numbers, of which 16 from `lanes` on are read and written.
+            unsafe {
+                let mut max = [_mm512_set1_ps(f32::NEG_INFINITY); 4];
+                for (k, row) in scores.chunks_exact(WIDE).enumerate() {
+                    max[k % 4] = _mm512_max_ps(max[k % 4], _mm512_loadu_ps(row.as_ptr().add(lanes)));
+                }
+                let max = _mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3]));
+                let before = _mm512_loadu_ps(self.max.as_ptr().add(lanes));
+                let max = _mm512_max_ps(before, _mm512_mul_ps(max, scale));
+                _mm512_storeu_ps(self.max.as_mut_ptr().add(lanes), max);
+
+                let factor = exp2(_mm512_sub_ps(before, max));
+                for row in output.chunks_exact_mut(WIDE) {
+                    let row = row.as_mut_ptr().add(lanes);
+                    _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), factor));
+                }
+                let mut sum = [_mm512_setzero_ps(); 4];
+                sum[0] = _mm512_mul_ps(_mm512_loadu_ps(self.sum.as_ptr().add(lanes)), factor);
+                for (k, row) in scores.chunks_exact_mut(WIDE).enumerate() {
+                    let row = row.as_mut_ptr().add(lanes);
+                    let e = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(row), scale, max));
+                    _mm512_storeu_ps(row, e);
+                    sum[k % 4] = _mm512_add_ps(sum[k % 4], e);
+                }
+                let sum = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+                _mm512_storeu_ps(self.sum.as_mut_ptr().add(lanes), sum);
+            }
+        }
+    }
+}
+
+/// A score that counts for nothing: finite, so that differences of two are.
+pub(crate) const HIDDEN: f32 = -1e30;
+
+/// 2ˣ for x up to 127: x = n + r, 2ʳ by its minimax polynomial, to one unit in the last place.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn exp(x: __m512) -> __m512 {
+fn exp2(x: __m512) -> __m512 {
     let c = |value: f32| _mm512_set1_ps(value);
-    // the operand order keeps NaN
-    let x = _mm512_max_ps(c(-104.0), x);
-    let n = _mm512_roundscale_ps::<0x08>(_mm512_mul_ps(x, c(std::f32::consts::LOG2_E)));
-    let r = _mm512_fnmadd_ps(n, c(1.428_606_8e-6), _mm512_fnmadd_ps(n, c(0.693_145_75), x));
-    let mut q = c(1.989_299_2e-4);
-    for term in [1.393_545_2e-3, 8.333_309e-3, 4.166_645e-2, 0.166_666_67, 0.5] {
-        q = _mm512_fmadd_ps(q, r, c(term));
+    let n = _mm512_roundscale_ps::<0x08>(x);
+    let r = _mm512_sub_ps(x, n);
+    let mut p = c(1.535_336_2e-4);
+    for term in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+        p = _mm512_fmadd_ps(p, r, c(term));
     }
-    let e = _mm512_add_ps(c(1.0), _mm512_fmadd_ps(_mm512_mul_ps(r, r), q, r));
-    _mm512_scalef_ps(e, n)
+    _mm512_scalef_ps(p, n)
 }
 
 /// The softmax's backward in place: d_p = scale inverse p (d_p - inverse <p, d_p>), p = inverse p.
@@ -399,6 +455,33 @@ pub(crate) unsafe fn rows_to_lanes(rows: &[*const f32], depth: usize, target: *m
                 let block = transpose(block);
                 for (c, column) in block.iter().enumerate().take(depth - k) {
                     _mm512_storeu_ps(target.add((k + c) * lanes + group * LANES), *column);
+                }
+            }
+        }
+    }
+}
+
+/// Turns lanes into rows: `rows[l][k] = source[k * stride + l]` for k < depth.
+///
+/// # Safety
+/// The CPU has AVX-512; at each of `depth` steps `source` has as many readable numbers as there are rows, up to a multiple
+/// of 16; rows have `depth` writable numbers that no other thread touches.
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn lanes_to_rows(source: *const f32, stride: usize, depth: usize, rows: &[*mut f32]) {
+    for (group, rows) in rows.chunks(LANES).enumerate() {
+        for k in (0..depth).step_by(LANES) {
+            let width = mask(depth - k);
+            // SAFETY: the caller's promises.
+            unsafe {
+                let block: [__m512; LANES] = std::array::from_fn(|c| {
+                    if k + c < depth {
+                        _mm512_loadu_ps(source.add((k + c) * stride + group * LANES))
+                    } else {
+                        _mm512_setzero_ps()
+                    }
+                });
+                for (row, numbers) in rows.iter().zip(transpose(block)) {
+                    _mm512_mask_storeu_ps(row.add(k), width, numbers);
                 }
             }
         }

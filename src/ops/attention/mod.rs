@@ -140,6 +140,8 @@ mod tests {
             (9, 9, 2, 5, true),
             (300, 33, 2, 8, false),
             (270, 270, 1, 3, true),
+            // several tiles of keys, and channels beyond one block
+            (33, 290, 2, 40, false),
         ] {
             let heads = Heads { count, causal };
             let c = count * d;

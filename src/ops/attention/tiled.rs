@@ -1,16 +1,24 @@
-//! The f32 kernels on AVX-512 tiles: scores of a block of queries against all keys stay in the cache.
+//! The f32 kernels on AVX-512 tiles.
+//!
+//! The forward has queries as lanes: a block of 32 meets the keys tile by tile, with a running softmax in which nothing
+//! runs across a vector, and no dimension of a head leaves lanes empty. The backward has keys as lanes: scores of a block
+//! of queries against all keys stay in the cache, for the gradients of the query and, by columns, of keys and values.
 
 use rayon::prelude::*;
 
+use super::super::frozen::panels::share;
 use super::cpu::Shape;
 use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{
-    LANES, ROWS, Strided, WIDE, each_height, exponentials, rows_to_lanes, softmax_backward, strided_tile, tile_columns,
+    HIDDEN, LANES, ROWS, Softmax, Strided, WIDE, each_height, exponentials, lanes_to_rows, rows_to_lanes,
+    softmax_backward, strided_tile, tile_columns,
 };
 use crate::ops::{SharedMut, buffer};
 
 /// Scores that a block of queries holds in the backward: 256 KiB, and as much for their gradients.
 const BLOCK_SCORES: usize = 1 << 16;
+/// Keys that a block of queries meets at a time: their scores are half of a first-level cache.
+const KEY_TILE: usize = 128;
 
 /// Rows of one head, (row, d) at distance `stride`.
 #[derive(Clone, Copy)]
@@ -97,38 +105,39 @@ unsafe fn product(
     }
 }
 
-/// `destination[key, lane] += sum_q numbers[q, key] panels[q][lane]` for all keys; `replace` instead of adding.
-///
-/// # Safety
-/// As for [`product`]; `numbers` has `depth` rows of `keys`, panels' steps from `step` on.
-#[allow(clippy::too_many_arguments)]
-unsafe fn transposed_product(
-    numbers: &[f32],
-    keys: usize,
-    depth: usize,
-    panels: &Panels,
+/// Columns of numbers against lanes, in blocks of at most twelve columns:
+/// `destination[c, lane] += sum_{k < depth} numbers[k step + c] vectors[k stride + lane]`, or replaced.
+struct Columns {
+    numbers: *const f32,
     step: usize,
-    destination: *mut f32,
-    row_stride: usize,
-    replace: bool,
-) {
-    assert!(numbers.len() >= depth * keys && step + depth <= panels.depth);
-    let blocks = keys.div_ceil(ROWS);
-    for block in (0..blocks).map(|b| keys * b / blocks..keys * (b + 1) / blocks) {
-        for p in 0..panels.count() {
-            let (lanes, count) = panels.panel(p);
-            let (numbers, lanes) = (numbers.as_ptr().wrapping_add(block.start), lanes.wrapping_add(step * WIDE));
-            let target = destination.wrapping_add(block.start * row_stride + p * WIDE);
-            each_height!(block.len(), R => {
-                // SAFETY: the caller's promises.
-                unsafe {
-                    if count > LANES {
-                        tile_columns::<R, 2>(numbers, keys, lanes, WIDE, depth, target, row_stride, count, replace)
-                    } else {
-                        tile_columns::<R, 1>(numbers, keys, lanes, WIDE, depth, target, row_stride, count, replace)
+    vectors: *const f32,
+    stride: usize,
+    depth: usize,
+}
+
+impl Columns {
+    /// # Safety
+    /// The CPU has AVX-512; at each step `columns` numbers are readable, and `lanes` numbers of vectors up to a multiple of
+    /// 16; the destination's rows (`row_stride` apart) are writable and exclusive.
+    unsafe fn product(&self, columns: usize, destination: *mut f32, row_stride: usize, lanes: usize, replace: bool) {
+        let &Self { step, stride, depth, .. } = self;
+        let blocks = columns.div_ceil(ROWS);
+        for lane in (0..lanes).step_by(WIDE) {
+            let (vectors, count) = (self.vectors.wrapping_add(lane), (lanes - lane).min(WIDE));
+            for block in (0..blocks).map(|b| share(columns, blocks, b)) {
+                let numbers = self.numbers.wrapping_add(block.start);
+                let target = destination.wrapping_add(block.start * row_stride + lane);
+                each_height!(block.len(), R => {
+                    // SAFETY: the caller's promises.
+                    unsafe {
+                        if count > LANES {
+                            tile_columns::<R, 2>(numbers, step, vectors, stride, depth, target, row_stride, count, replace)
+                        } else {
+                            tile_columns::<R, 1>(numbers, step, vectors, stride, depth, target, row_stride, count, replace)
+                        }
                     }
-                }
-            });
+                });
+            }
         }
     }
 }
@@ -156,32 +165,67 @@ fn row_exponentials(shape: &Shape, query: usize, scores: &mut [f32]) -> f32 {
 
 pub(super) fn forward(shape: &Shape, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) {
     count_flops(shape, 2);
-    let (heads, parts) = (shape.heads.count, parts(shape));
+    let (heads, parts, dim) = (shape.heads.count, parts(shape), shape.dim());
     let target = SharedMut::new(out);
     (0..shape.batch * heads * parts).into_par_iter().for_each(|task| {
         let (image, head, part) = (task / (heads * parts), task / parts % heads, task % parts);
         let q = Head::of(shape, q, image, shape.queries, head);
-        let keys = Panels::of_rows(Head::of(shape, k, image, shape.keys, head));
-        let values = Panels::of_channels(Head::of(shape, v, image, shape.keys, head));
-        let mut scores = buffer(ROWS * shape.keys);
-        let mine = shape.queries * part / parts..shape.queries * (part + 1) / parts;
-        let blocks = mine.len().div_ceil(ROWS);
-        for block in (0..blocks).map(|b| mine.len() * b / blocks..mine.len() * (b + 1) / blocks) {
-            let (first, rows) = (mine.start + block.start, block.len());
-            let o = target.at(shape.offset(image, shape.queries, first, head));
-            // SAFETY: the heads' rows were checked; a task writes its own (image, head, rows) block of the output.
-            unsafe {
-                product(q.row(first), q.stride, rows, &keys, scores.as_mut_ptr(), shape.keys);
-                let mut inverses = [0f32; ROWS];
-                for (r, scores) in scores.chunks_mut(shape.keys).enumerate().take(rows) {
-                    inverses[r] = row_exponentials(shape, first + r, scores);
+        let k = Head::of(shape, k, image, shape.keys, head);
+        let v = Head::of(shape, v, image, shape.keys, head);
+        let mut lanes = buffer(dim * WIDE);
+        let mut scores = buffer(KEY_TILE.min(shape.keys) * WIDE);
+        let mut o = buffer(dim * WIDE);
+        let mine = share(shape.queries, parts, part);
+        for first in mine.clone().step_by(WIDE) {
+            let queries = WIDE.min(mine.end - first);
+            let rows =
+                std::array::from_fn::<_, WIDE, _>(|r| if r < queries { q.row(first + r) } else { std::ptr::null() });
+            // SAFETY (here and below): the heads' rows were checked; a task writes its own (image, head, rows) block of
+            // the output. The CPU was asked before this module's kernels were chosen.
+            unsafe { rows_to_lanes(&rows, dim, lanes.as_mut_ptr()) };
+            let mut softmax = Softmax::new(shape.scale());
+            let visible = if shape.heads.causal { shape.keys.min(first + queries) } else { shape.keys };
+            for key in (0..visible).step_by(KEY_TILE) {
+                let keys = KEY_TILE.min(visible - key);
+                let scores = &mut scores[..keys * WIDE];
+                let blocks = keys.div_ceil(ROWS);
+                for block in (0..blocks).map(|b| share(keys, blocks, b)) {
+                    let first = k.row(key + block.start);
+                    let operands = Strided { first, stride: k.stride, depth: dim, lanes: lanes.as_ptr() };
+                    let target = scores[block.start * WIDE..].as_mut_ptr();
+                    unsafe { strided_tile(block.len(), &operands, target, WIDE, queries) };
                 }
-                product(scores.as_ptr(), shape.keys, rows, &values, o, shape.channels);
-                for (r, inverse) in inverses.iter().enumerate().take(rows) {
-                    let row = std::slice::from_raw_parts_mut(o.add(r * shape.channels), shape.dim());
-                    row.iter_mut().for_each(|x| *x *= inverse);
+                if shape.heads.causal {
+                    for (key, scores) in (key..).zip(scores.chunks_mut(WIDE)) {
+                        scores[..key.saturating_sub(first).min(queries)].fill(HIDDEN);
+                    }
+                }
+                let earlier = if key == 0 { &mut [][..] } else { &mut o[..] };
+                let products = Columns {
+                    numbers: v.row(key),
+                    step: v.stride,
+                    vectors: scores.as_ptr(),
+                    stride: WIDE,
+                    depth: keys,
+                };
+                unsafe {
+                    if queries > LANES {
+                        softmax.advance::<2>(scores, earlier)
+                    } else {
+                        softmax.advance::<1>(scores, earlier)
+                    }
+                    products.product(dim, o.as_mut_ptr(), WIDE, queries, key == 0);
                 }
             }
+            let inverse = softmax.sum.map(|sum| 1.0 / sum);
+            for o in o.chunks_exact_mut(WIDE) {
+                o.iter_mut().zip(inverse).for_each(|(o, inverse)| *o *= inverse);
+            }
+            let rows = std::array::from_fn::<_, WIDE, _>(|r| {
+                let row = first + r.min(queries - 1);
+                target.at(shape.offset(image, shape.queries, row, head))
+            });
+            unsafe { lanes_to_rows(o.as_ptr(), WIDE, dim, &rows[..queries]) };
         }
     });
 }
@@ -214,16 +258,17 @@ pub(super) fn backward(
         let k = Head::of(shape, k, image, shape.keys, head);
         let v = Head::of(shape, v, image, shape.keys, head);
         let (keys, values, key_channels) = (Panels::of_rows(k), Panels::of_rows(v), Panels::of_channels(k));
-        let (queries, cotangents) = (Panels::of_channels(q), Panels::of_channels(d_o));
-        let mut scores = buffer(block_rows * shape.keys);
-        let mut d_scores = buffer(block_rows * shape.keys);
-        let mine = shape.queries * part / parts..shape.queries * (part + 1) / parts;
-        let dk = dk_targets[part].at(shape.offset(image, shape.keys, 0, head));
-        let dv = dv_targets[part].at(shape.offset(image, shape.keys, 0, head));
+        // room for the last vector, which ends behind the last key
+        let mut scores = buffer(block_rows * shape.keys + LANES);
+        let mut d_scores = buffer(block_rows * shape.keys + LANES);
+        // gradients of keys and values, (channel, key)
+        let width = shape.keys.next_multiple_of(LANES);
+        let (mut dk_columns, mut dv_columns) = (buffer::<f32>(shape.dim() * width), buffer::<f32>(shape.dim() * width));
+        let mine = share(shape.queries, parts, part);
         for start in mine.clone().step_by(block_rows) {
             let depth = block_rows.min(mine.end - start);
             let blocks = depth.div_ceil(ROWS);
-            for block in (0..blocks).map(|b| depth * b / blocks..depth * (b + 1) / blocks) {
+            for block in (0..blocks).map(|b| share(depth, blocks, b)) {
                 let (first, rows) = (start + block.start, block.len());
                 let range = block.start * shape.keys..block.end * shape.keys;
                 let (p, d_p) = (&mut scores[range.clone()], &mut d_scores[range]);
@@ -240,10 +285,21 @@ pub(super) fn backward(
                 }
             }
             let replace = start == mine.start;
-            // SAFETY: a task writes its own (image, head) block of its part's dk and dv.
-            unsafe {
-                transposed_product(&scores, shape.keys, depth, &cotangents, start, dv, shape.channels, replace);
-                transposed_product(&d_scores, shape.keys, depth, &queries, start, dk, shape.channels, replace);
+            for (head, scores, sums) in [(d_o, &scores, &mut dv_columns), (q, &d_scores, &mut dk_columns)] {
+                let (numbers, vectors) = (head.row(start), scores.as_ptr());
+                let products = Columns { numbers, step: head.stride, vectors, stride: shape.keys, depth };
+                // SAFETY: rows of queries and of scores were measured above, the sums have `width` numbers a channel.
+                unsafe { products.product(shape.dim(), sums.as_mut_ptr(), width, shape.keys, replace) };
+            }
+        }
+        for (sums, targets) in [(&dk_columns, &dk_targets), (&dv_columns, &dv_targets)] {
+            for key in (0..shape.keys).step_by(WIDE) {
+                let count = WIDE.min(shape.keys - key);
+                let rows = std::array::from_fn::<_, WIDE, _>(|r| {
+                    targets[part].at(shape.offset(image, shape.keys, key + r.min(count - 1), head))
+                });
+                // SAFETY: a task writes its own (image, head) block of its part's dk and dv.
+                unsafe { lanes_to_rows(sums[key..].as_ptr(), width, shape.dim(), &rows[..count]) };
             }
         }
     });

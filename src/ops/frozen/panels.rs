@@ -10,16 +10,18 @@ use std::sync::atomic::Ordering;
 use rayon::prelude::*;
 
 use super::Taps;
-use crate::ops::SharedMut;
 use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{
     Block, LANES, ROWS, Segment, Segments, WIDE, each_height, rows_to_lanes, tile, tile_transposed,
 };
+use crate::ops::{SharedMut, buffer};
 
 /// Outputs of a panel; the last one is filled up with zeros.
 pub(in crate::ops) const PANEL: usize = WIDE;
 /// Rows that a task of the forward takes through one panel after the other.
 const TASK_ROWS: usize = 32 * ROWS;
+/// Rows at a multiple of this distance share a set of a first-level cache, which has room for fewer than a tile's twelve.
+const CACHE_STRIDE: usize = 4096;
 /// Bytes of rows turned into lanes at a time in the backward, by one task (half of a second-level cache) and by all
 /// together (half of a third-level cache).
 const TASK_LANE_BYTES: usize = 1 << 19;
@@ -35,12 +37,20 @@ pub(in crate::ops) struct Panels {
     channels: usize,
 }
 
+/// From one panel to the next. The backward reads the same channels of all panels, which must not share their sets of the
+/// caches.
+fn panel_stride(depth: usize) -> usize {
+    let aligned = (PANEL * depth * size_of::<f32>()).is_multiple_of(CACHE_STRIDE);
+    PANEL * (depth + if aligned { 2 } else { 0 })
+}
+
 impl Panels {
     /// From (outputs, taps, channels), contiguous.
     pub(in crate::ops) fn pack(weight: &[f32], (outputs, taps, channels): (usize, usize, usize)) -> Self {
         let depth = taps * channels;
-        let mut data = vec![0.0; outputs.next_multiple_of(PANEL) * depth];
-        data.par_chunks_mut((PANEL * depth).max(1)).enumerate().for_each(|(p, panel)| {
+        let stride = panel_stride(depth);
+        let mut data = vec![0.0; outputs.div_ceil(PANEL) * stride];
+        data.par_chunks_mut(stride.max(1)).enumerate().for_each(|(p, panel)| {
             for (n, row) in weight.chunks(depth).skip(p * PANEL).take(PANEL).enumerate() {
                 for (k, number) in row.iter().enumerate() {
                     panel[k * PANEL + n] = *number;
@@ -58,8 +68,8 @@ impl Panels {
     }
     /// A panel's numbers, (tap, channel, lane), and how many of its lanes are outputs.
     pub(in crate::ops) fn panel(&self, p: usize) -> (&[f32], usize) {
-        let size = PANEL * self.depth();
-        (&self.data[p * size..][..size], (self.outputs - p * PANEL).min(PANEL))
+        let panel = &self.data[p * panel_stride(self.depth())..][..PANEL * self.depth()];
+        (panel, (self.outputs - p * PANEL).min(PANEL))
     }
 
     /// y (rows, outputs) = the product, plus `bias` (outputs).
@@ -79,6 +89,13 @@ impl Panels {
         }
         let work = 2 * y.len() * self.depth();
         FLOPS.fetch_add(work as u64, Ordering::Relaxed);
+        let spread = (self.channels * size_of::<f32>()).is_multiple_of(CACHE_STRIDE) && rows > 1;
+        let copy = if spread { spread_rows(x, self.channels) } else { Vec::new() };
+        let x = if spread {
+            Source { data: &copy, stride: self.channels + LANES }
+        } else {
+            Source { data: x, stride: self.channels }
+        };
         let y = SharedMut::new(y);
         let chunks = rows.div_ceil(TASK_ROWS);
         let groups = groups(self.panels(), chunks, work);
@@ -95,7 +112,7 @@ impl Panels {
     /// No other thread touches these rows and panels of `y`, (_, outputs), meanwhile.
     unsafe fn forward_task(
         &self,
-        x: &[f32],
+        x: Source,
         taps: &impl Taps,
         rows: std::ops::Range<usize>,
         panels: std::ops::Range<usize>,
@@ -136,7 +153,7 @@ impl Panels {
     /// For each row and tap the address of the source row, `missing` for none.
     fn row_pointers(
         &self,
-        x: &[f32],
+        x: Source,
         features: usize,
         taps: &impl Taps,
         rows: std::ops::Range<usize>,
@@ -146,7 +163,7 @@ impl Panels {
         for (row, slots) in rows.zip(pointers.chunks_mut(self.taps)) {
             taps.sources(row, |tap, source| {
                 if let Some(source) = source {
-                    slots[tap] = x[source * features..][..features].as_ptr();
+                    slots[tap] = x.data[source * x.stride..][..features].as_ptr();
                 }
             });
         }
@@ -171,13 +188,14 @@ impl Panels {
         let small = size_of_val(self.data.as_slice()) <= SHARED_LANE_BYTES / 2;
         if work < SERIAL || small && rows >= chunks * PANEL {
             // many rows: each task makes lanes of its own
-            let chunk_rows = rows.div_ceil(chunks).next_multiple_of(PANEL);
-            let chunks = rows.div_ceil(chunk_rows);
+            let blocks = rows.div_ceil(PANEL);
+            let chunks = chunks.min(blocks);
             let tasks = if work < SERIAL { 1 } else { chunks };
             parallel(tasks, |task| {
                 let mut lanes = Vec::new();
                 for chunk in share(chunks, tasks, task) {
-                    let rows = chunk * chunk_rows..rows.min((chunk + 1) * chunk_rows);
+                    let blocks = share(blocks, chunks, chunk);
+                    let rows = blocks.start * PANEL..rows.min(blocks.end * PANEL);
                     self.lanes(dy, taps, rows.clone(), false, &mut lanes);
                     // SAFETY: tasks write disjoint rows.
                     unsafe { self.backward_task(&lanes, rows, 0..tiles, dx) };
@@ -205,6 +223,7 @@ impl Panels {
         // every number below is written before it is read
         target.clear();
         target.reserve(padded * self.taps * self.outputs);
+        let dy = Source { data: dy, stride: self.outputs };
         let pointers = self.row_pointers(dy, self.outputs, taps, rows.clone(), std::ptr::null());
         let (pointers, base) = (SharedPointers(&pointers), SharedTarget(target.as_mut_ptr()));
         let blocks = padded.div_ceil(PANEL);
@@ -271,6 +290,22 @@ impl Panels {
             }
         }
     }
+}
+
+/// Rows at a distance of `stride`.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    data: &'a [f32],
+    stride: usize,
+}
+
+/// Rows of `features` numbers, each one vector further from the one before.
+fn spread_rows(x: &[f32], features: usize) -> Vec<f32> {
+    let mut copy = buffer(x.len() / features * (features + LANES));
+    copy.par_chunks_mut(features + LANES).zip(x.par_chunks(features)).with_min_len(ROWS).for_each(|(copy, x)| {
+        copy[..features].copy_from_slice(x);
+    });
+    copy
 }
 
 /// The forward's reduction: for each tap the rows' channels, against one panel.

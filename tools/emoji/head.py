@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import clip, data, unet, vae
-from common import Average, Clock, load_checkpoint, save_checkpoint, to_float, to_uint8
+from common import Average, Clock, load_checkpoint, save_arrays, save_checkpoint, to_float, to_uint8
 
 SIZES = (64, 32, 16, 8, 1)
 KEYS = (0, 2, 4, 6, 7)
@@ -125,8 +125,8 @@ def draw(folder, log):
         coded = [to_uint8(artefacts(decoder, torch.from_numpy(latents[part, :4].astype(np.float32)), rng)) for part in np.array_split(index, ARTEFACTS // 60)]
         mean = decoder.encode(to_float(held_pictures)).latent_dist.mean.float() * decoder.config.scaling_factor
         test_coded = to_uint8(artefacts(decoder, mean, rng))
-    np.savez(path, samples=np.concatenate(samples), labels=np.concatenate(labels), test=np.concatenate(test), test_varied=np.concatenate(varied),
-             coded=np.concatenate(coded), index=index, test_coded=test_coded)
+    save_arrays(path, samples=np.concatenate(samples), labels=np.concatenate(labels), test=np.concatenate(test), test_varied=np.concatenate(varied),
+                coded=np.concatenate(coded), index=index, test_coded=test_coded)
     log(stage="head samples", samples=len(labels) * len(labels[0]), coded=ARTEFACTS)
     return np.load(path)
 

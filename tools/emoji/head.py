@@ -107,7 +107,7 @@ def draw(folder, log):
     are re-encoded and how noisy, the test's last; 6 (torch's) for that noise.
 
     The cost is fixed, whatever the budget of the training: 1710 pictures in 50730 evaluations of the UNet, two for each
-    step, and 1380 re-encoded ones; six minutes with one thread. It is saved at its end only: interrupted, it starts over.
+    step, and 1380 re-encoded ones; six to eight minutes with one thread. It is saved at its end only: interrupted, it starts over.
     """
     path = os.path.join(folder, "head.npz")
     if os.path.exists(path):

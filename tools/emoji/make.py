@@ -15,7 +15,7 @@ committed weights.
 
 `all` takes about two hours with its own budgets, 115 minutes of them training. What --minutes does not govern, with one
 thread: data 1 minute, and the fetching; pictures for `clip` half a minute; latents 1.5; sheets and start of unet half a
-minute; the samples for `head` 6; evaluate 1. `all --minutes 0.5 --threads 1` rehearses everything in 14 minutes.
+minute; the samples for `head` 6 to 8; evaluate 1. `all --minutes 0.5 --threads 1` rehearses everything in 14 minutes.
 """
 import argparse, json, os
 import torch

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 import data
-from common import LENGTH, Average, Clock, encode, load_checkpoint, load_tokenizer, save_checkpoint, to_float
+from common import LENGTH, Average, Clock, encode, load_checkpoint, load_tokenizer, save_arrays, save_checkpoint, to_float
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MODELS = {
@@ -74,7 +74,7 @@ def reconstructions(folder):
                 d = model.encode(to_float(pictures[part])).latent_dist
                 noise = torch.from_numpy(rng.uniform(0, 0.35, len(part)).astype(np.float32))[:, None, None, None] / model.config.scaling_factor
                 out.append(to_uint8(model.decode(d.mean + noise * torch.randn(d.mean.shape)).sample))
-        np.savez(path, pictures=np.concatenate(out), index=index)
+        save_arrays(path, pictures=np.concatenate(out), index=index)
     z = np.load(path)
     return z["pictures"], z["index"]
 
@@ -123,10 +123,10 @@ def train(folder, kind, minutes, log):
         live.eval()
         some = np.arange(300)
         a, b = accuracy(live[0], tokenizer, *test), accuracy(live[0], tokenizer, pictures[some], labels[some])
+        save_checkpoint(path, model=both.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
         log(stage=kind, step=step, share=clock.share, loss=float(np.mean([s[0] for s in sums])), classify=float(np.mean([s[1] for s in sums])),
             held_out_caption=a[0], held_out_animal=a[1], train_caption=b[0], train_animal=b[1])
         sums.clear()
-        save_checkpoint(path, model=both.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
 
     while clock.share < 1:
         alike = rng.random() < 0.5  # one style and background throughout, so that only the concepts tell the captions apart

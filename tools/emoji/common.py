@@ -64,6 +64,11 @@ def save_checkpoint(path, **parts):
     os.replace(path + ".tmp", path)
 
 
+def save_arrays(path, **arrays):
+    np.savez(path + ".tmp.npz", **arrays)
+    os.replace(path + ".tmp.npz", path)
+
+
 def load_checkpoint(path):
     return torch.load(path, weights_only=True) if os.path.exists(path) else None
 

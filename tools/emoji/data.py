@@ -93,7 +93,9 @@ def download(folder):
         if not os.path.isdir(unpacked):
             archive = os.path.join(folder, flat + ".tgz")
             if not os.path.exists(archive):
-                subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True)
+                os.makedirs(unpacked + ".tmp", exist_ok=True)
+                subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=unpacked + ".tmp", check=True)
+                os.replace(os.path.join(unpacked + ".tmp", flat + ".tgz"), archive)
             with tarfile.open(archive) as tar:
                 tar.extractall(unpacked + ".tmp", filter="data")
             shutil.move(unpacked + ".tmp/package", unpacked)
@@ -148,7 +150,8 @@ def artwork(folder):
                     image = icon and rasterise(f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {w} {h}">{icon["body"]}</svg>', 320)
                 if image is None:
                     continue
-                centred(image).save(path)
+                centred(image).save(path + ".tmp", "PNG")
+                os.replace(path + ".tmp", path)
             out[style, name] = Image.open(path).convert("RGBA")
     return out
 

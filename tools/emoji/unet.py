@@ -1,5 +1,5 @@
 """The denoiser: epsilon prediction on precomputed latents and caption features, with min-SNR weights."""
-import os
+import os, signal
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,8 @@ def average_gradients(model, processes):
 
 
 def work(rank, folder, minutes, log, processes, rendezvous):
+    # SIGINT is what ends this process when make.py is killed; where make.py is a job in the background, it would be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method="file://" + rendezvous, rank=rank, world_size=processes)
     torch.manual_seed(4)
@@ -85,7 +87,7 @@ def work(rank, folder, minutes, log, processes, rendezvous):
         average.weights, average.steps, step = saved["average"], saved["step"], saved["step"]
         samples = saved.get("samples", step * 64)
     snr = DDIMScheduler(**SCHEDULER).alphas_cumprod
-    signal, noise_amount = snr.sqrt(), (1 - snr).sqrt()
+    signal_amount, noise_amount = snr.sqrt(), (1 - snr).sqrt()
     snr = snr / (1 - snr)
     weights = snr.clamp(max=GAMMA) / snr
     weights = weights / weights.mean()
@@ -121,7 +123,7 @@ def work(rank, folder, minutes, log, processes, rendezvous):
         c = text[np.where(u < 0.1, 0, which)].float()
         t = torch.from_numpy(rng.integers(0, 1000, count))
         noise = torch.randn_like(z)
-        x = signal[t][:, None, None, None] * z + noise_amount[t][:, None, None, None] * noise
+        x = signal_amount[t][:, None, None, None] * z + noise_amount[t][:, None, None, None] * noise
         for group in optimizer.param_groups:
             group["lr"] = rate(share.item(), step)
         with torch.autocast("cpu", torch.bfloat16):

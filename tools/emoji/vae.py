@@ -45,10 +45,10 @@ def train(folder, minutes, log):
         live = AutoencoderKL(**CONFIG)
         live.load_state_dict(average.weights)
         value, out = psnr(live.eval(), test[:60])
+        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
         log(stage="vae", step=step, share=clock.share, loss=float(np.mean(sums)), held_out_psnr=value)
         sums.clear()
         data.sheet([p for pair in zip(test[:24], to_uint8(out[:24])) for p in pair], 12, os.path.join(folder, "sheets", "vae.png"), 2)
-        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
         return value
 
     while clock.share < 1:

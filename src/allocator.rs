@@ -1,12 +1,14 @@
 //! The program's allocator: mimalloc for what is small, kept huge pages for what is large, and a count of both.
 //!
 //! Activations come and go by the hundred megabytes in every step. A block that goes back to the system comes again as
-//! pages that the system clears one by one, in the thread that asked, while the others wait. So blocks of 128 KiB and
-//! more come from one stretch of address space that keeps its pages, made of huge pages where Linux gives them; freed
-//! neighbours are joined and the best fit is used again, so that the program's resident memory stays close to what is
-//! allocated at the peak.
+//! pages that the system clears one by one, in the thread that asked, while the others wait. So blocks of 16 KiB and more
+//! come from stretches of address space that keep their pages, made of huge pages where Linux gives them; freed neighbours
+//! are joined and the best fit is used again, so that the program's resident memory stays close to what is allocated at the
+//! peak. What lasts ([`lasting`]) has a stretch of its own, so that weights do not lie scattered between what their loading
+//! needed for a moment.
 
 use std::alloc::{GlobalAlloc, Layout};
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -45,6 +47,18 @@ pub fn keep_pages() {
     }
 }
 
+thread_local! {
+    static LASTING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Large blocks that `make` allocates, in this thread, are kept as long as the program: weights.
+pub fn lasting<T>(make: impl FnOnce() -> T) -> T {
+    let before = LASTING.replace(true);
+    let made = make();
+    LASTING.set(before);
+    made
+}
+
 /// `#[global_allocator]` of the binary and the benches.
 pub struct Allocator;
 
@@ -79,7 +93,7 @@ unsafe impl GlobalAlloc for Allocator {
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size(), Relaxed);
         match Large::of(layout) {
-            Some(large) if is_kept(ptr) => space().give(ptr as usize, large.0),
+            Some(large) if is_kept(ptr) => space(ptr as usize >= MIDDLE.load(Relaxed)).give(ptr as usize, large.0),
             // SAFETY: `ptr` came from mimalloc with this layout, as the caller promises.
             _ => unsafe { MiMalloc.dealloc(ptr, layout) },
         }
@@ -106,8 +120,8 @@ unsafe impl GlobalAlloc for Allocator {
     }
 }
 
-/// The smallest block that is taken from the kept stretch.
-const SMALLEST: usize = 1 << 17;
+/// The smallest block that is taken from a kept stretch.
+const SMALLEST: usize = 1 << 14;
 /// Blocks start at multiples of this and are as long.
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
@@ -121,30 +135,36 @@ impl Large {
     }
 }
 
-/// Where the stretch is, for [`is_kept`]; 0 before it is there.
+/// Where the stretches are, the second one from the middle on; 0 before they are there.
 static START: AtomicUsize = AtomicUsize::new(0);
+static MIDDLE: AtomicUsize = AtomicUsize::new(0);
 static END: AtomicUsize = AtomicUsize::new(0);
-static SPACE: Mutex<Space> = Mutex::new(Space::new(0, 0));
+static WORKING_SPACE: Mutex<Space> = Mutex::new(Space::new(0, 0));
+static LASTING_SPACE: Mutex<Space> = Mutex::new(Space::new(0, 0));
 
 fn is_kept(ptr: *mut u8) -> bool {
     (START.load(Relaxed)..END.load(Relaxed)).contains(&(ptr as usize))
 }
 
-fn space() -> MutexGuard<'static, Space> {
-    SPACE.lock().unwrap_or_else(PoisonError::into_inner)
+fn space(lasting: bool) -> MutexGuard<'static, Space> {
+    let space = if lasting { &LASTING_SPACE } else { &WORKING_SPACE };
+    space.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A large block, and how many of its bytes were in use before; `None` where the system has no such stretch.
+/// A large block, and how many of its bytes were in use before; `None` where the system has no room for it.
 fn take(Large(bytes): Large) -> Option<(*mut u8, usize)> {
     static RESERVED: Once = Once::new();
     RESERVED.call_once(|| {
         if let Some((start, end)) = reserve() {
-            *space() = Space::new(start, end);
+            let middle = start + ((end - start) / 2).next_multiple_of(HUGE_PAGE);
+            *space(false) = Space::new(start, middle);
+            *space(true) = Space::new(middle, end);
             START.store(start, Relaxed);
+            MIDDLE.store(middle, Relaxed);
             END.store(end, Relaxed);
         }
     });
-    let (block, used) = space().take(bytes)?;
+    let (block, used) = space(LASTING.get()).take(bytes)?;
     Some((std::ptr::with_exposed_provenance_mut(block), used))
 }
 

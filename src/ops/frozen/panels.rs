@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use rayon::prelude::*;
 
 use super::Taps;
+use crate::allocator::lasting;
 use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{
     Block, LANES, ROWS, Segment, Segments, WIDE, each_height, rows_to_lanes, tile, tile_transposed,
@@ -49,7 +50,7 @@ impl Panels {
     pub(in crate::ops) fn pack(weight: &[f32], (outputs, taps, channels): (usize, usize, usize)) -> Self {
         let depth = taps * channels;
         let stride = panel_stride(depth);
-        let mut data = vec![0.0; outputs.div_ceil(PANEL) * stride];
+        let mut data = lasting(|| vec![0.0; outputs.div_ceil(PANEL) * stride]);
         data.par_chunks_mut(stride.max(1)).enumerate().for_each(|(p, panel)| {
             for (n, row) in weight.chunks(depth).skip(p * PANEL).take(PANEL).enumerate() {
                 for (k, number) in row.iter().enumerate() {

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail, ensure};
-use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value as Json, json};
 
@@ -17,8 +16,9 @@ use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::nn::lora::LoraGradients;
+use crate::ops::{Ledger, Number, Readings};
 use crate::optim::{AdamW, clip_grad_norm, learning_rate, moving_average};
-use crate::rewards::Rewards;
+use crate::rewards::{Rewards, Scores};
 use crate::training::checkpoint::{Checkpoint, EMA};
 use crate::training::guard::{Guard, best_checkpoint};
 use crate::training::health;
@@ -26,7 +26,7 @@ use crate::training::loss_scale::{LossScale, unscale};
 use crate::training::memory::{self, Estimate, Meter};
 use crate::training::run_folder::RunFolder;
 use crate::training::signals::{Interrupt, Interrupted};
-use crate::training::{Anchor, Credit, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
+use crate::training::{Anchor, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let mut config = resolve_config(args)?;
@@ -161,6 +161,53 @@ struct Trainer<'a> {
     noise: &'a Noise,
 }
 
+/// What a way back is given.
+struct Batch<'a> {
+    plan: &'a Plan,
+    prompting: &'a Prompting,
+    prompts: &'a [String],
+    /// What the loss is a mean over.
+    images: f64,
+}
+
+/// What a way back found of its images, known when the ledger is read.
+struct Judged {
+    scores: Vec<Scores>,
+    /// Where the loss has the KL term.
+    anchor: Option<Anchor>,
+}
+
+/// What was found of one image.
+struct Verdict {
+    scores: Vec<f64>,
+    loss: f64,
+    /// Mean distance of the noise predictions from the base model's; 0 where the loss has no KL term.
+    distance: f64,
+}
+
+impl Judged {
+    fn verdicts(&self, trainer: &Trainer, readings: &Readings) -> Vec<Verdict> {
+        let distances = self.anchor.as_ref().map(|anchor| anchor.distances(readings));
+        let verdict = |(image, scores): (usize, &Scores)| {
+            let distance = distances.as_ref().map_or(0.0, |distances| distances[image]);
+            let mut loss = scores.loss(trainer.rewards, readings);
+            if self.anchor.is_some() {
+                loss += trainer.config.regularization.kl_weight * distance;
+            }
+            Verdict { scores: scores.get(readings), loss, distance }
+        };
+        self.scores.iter().enumerate().map(verdict).collect()
+    }
+}
+
+/// The run's next state, until it is known to be finite.
+struct Update {
+    adapters: Adapters,
+    optimizer: AdamW,
+    /// Of the gradients, before they were clipped.
+    norm: Number,
+}
+
 /// What one optimizer step found.
 struct Outcome {
     /// Mean and standard deviation over the global batch, one each for every reward.
@@ -179,7 +226,7 @@ impl Trainer<'_> {
     fn scaled_step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
         let before = state.loss_scale;
         loop {
-            match self.step(state, lr, progress) {
+            match self.step(state, lr, progress, Ledger::default()) {
                 Err(error) if health::is_not_a_number(&error) => {
                     let Some(smaller) = state.loss_scale.and_then(|scale| scale.smaller()) else {
                         state.loss_scale = before; // it was not the scale
@@ -196,8 +243,9 @@ impl Trainer<'_> {
         }
     }
 
-    /// One optimizer step: micro-batches of rollout, reward and backprop, then clipping and AdamW.
-    fn step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
+    /// One optimizer step: micro-batches of rollout, reward and backprop, then clipping and AdamW. What it wants to know of
+    /// its numbers is in the ledger, which is read when the update is computed and nothing has become the run's state.
+    fn step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar, mut ledger: Ledger) -> Result<Outcome> {
         let Config { train, optimizer, truncation, regularization, .. } = self.config;
         let Self { model, noise, .. } = self;
         let step = state.step as u64;
@@ -206,7 +254,7 @@ impl Trainer<'_> {
         // the loss is a mean over the global batch
         let images = global_batch as f64 / loss_scale;
         let mut sum = LoraGradients::new(&state.adapters);
-        let (mut scores, mut losses, mut distances, mut kept_steps) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let (mut judged, mut kept_steps) = (Vec::new(), 0);
 
         for micro_batch in 0..train.gradient_accumulation_steps as u64 {
             let size = train.batch_size as u64;
@@ -216,60 +264,49 @@ impl Trainer<'_> {
                 .map(|sample| self.prompts[noise.below(Stream::Prompts, step, sample, self.prompts.len())].clone())
                 .collect();
             let plan = Plan::new(truncation, &model.schedule, noise, step, samples.clone())?;
-            let prompting = model.prompting(&prompts)?;
+            let prompting = model.prompting(&prompts, &mut ledger)?;
             let x_t = model.noise(noise, Stream::Latents, step, samples.clone())?;
             let variance = |i| model.variance_noise(noise, step, i, samples.clone());
 
-            let trajectory = rollout(&model.pipeline.unet, &plan.steps, x_t, &prompting, &state.adapters, variance)?;
-            let credit = if plan.renoise > 0 {
-                self.renoised(
-                    &plan,
-                    &trajectory,
-                    &prompting,
-                    &prompts,
-                    samples,
-                    step,
-                    images,
-                    &state.adapters,
-                    &mut sum,
-                )?
+            let unet = &model.pipeline.unet;
+            let trajectory = rollout(unet, &plan.steps, x_t, &prompting, &state.adapters, variance, &mut ledger)?;
+            let batch = Batch { plan: &plan, prompting: &prompting, prompts: &prompts, images };
+            judged.push(if plan.renoise > 0 {
+                self.renoised(&batch, &trajectory, samples, step, &state.adapters, &mut sum, &mut ledger)?
             } else {
-                let mut credit = self.credit(&trajectory.latents, &prompts, images)?;
-                self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, images, &mut sum)?;
-                credit
-            };
-            scores.extend(credit.scores);
-            losses.extend(credit.losses);
-            distances.extend(credit.distances);
+                vec![self.back(&batch, &trajectory, &state.adapters, &mut sum, &mut ledger)?]
+            });
             kept_steps += plan.kept_count();
             progress.inc(1);
         }
 
+        // a random rule may detach every step of a batch: there is nothing to learn from it
+        let update = match sum.is_empty() {
+            true => None,
+            false => Some(self.update(state, sum, loss_scale, lr, &mut ledger)?),
+        };
+        // a step's one wait for a GPU: all of it is checked before any of it becomes the run's state
+        let readings = ledger.read()?;
         let mut grad_norm = 0.0;
-        if sum.is_empty() {
-            // a random rule may detach every step of a batch: there is nothing to learn from it
-            state.step += 1;
-        } else {
-            // all of it is checked before any of it becomes the run's state
-            let mut gradients = sum.finish(&state.adapters)?;
-            unscale(&mut gradients, loss_scale)?;
-            health::ensure_finite("the LoRA gradient", &state.adapters, &gradients)?;
-            grad_norm = clip_grad_norm(&mut gradients, optimizer.max_grad_norm)?;
-            let mut optimizer = state.optimizer.clone();
-            let updated = optimizer.update(&state.adapters.tensors(), &gradients, lr)?;
-            let of = format!("AdamW's update (with a learning rate of {lr})");
-            health::ensure_finite(&of, &state.adapters, &updated)?;
-            let updated = state.adapters.with_tensors(updated)?;
+        if let Some(Update { adapters, optimizer, norm }) = update {
+            grad_norm = readings.get(norm);
             if optimizer.step == 1 {
-                health::ensure_moved(&state.adapters, &updated, grad_norm)?;
+                health::ensure_moved(&state.adapters, &adapters, grad_norm)?;
             }
             if let Some(ema) = &mut state.ema {
                 let decay = regularization.ema_decay;
-                *ema = ema.with_tensors(moving_average(&ema.tensors(), &updated.tensors(), decay)?)?;
+                *ema = ema.with_tensors(moving_average(&ema.tensors(), &adapters.tensors(), decay)?)?;
             }
-            state.adapters = updated;
+            state.adapters = adapters;
             state.optimizer = optimizer;
-            state.step += 1;
+        }
+        state.step += 1;
+
+        let (mut scores, mut losses, mut distances) = (Vec::new(), Vec::new(), Vec::new());
+        for image in judged.iter().flat_map(|judged| self.verdicts(judged, &readings)) {
+            scores.push(image.scores);
+            losses.push(image.loss);
+            distances.push(image.distance);
         }
         let column = |r: usize| scores.iter().map(move |row: &Vec<f64>| row[r]);
         let statistics = (0..self.rewards.names().len()).map(|r| mean_std(&column(r).collect::<Vec<_>>()));
@@ -284,40 +321,27 @@ impl Trainer<'_> {
         })
     }
 
-    /// The rewards of some latents, and the gradient of their part of the loss: a mean over `images`, which a loss scale
-    /// makes fewer.
-    fn credit(&self, latents: &Tensor, prompts: &[String], images: f64) -> Result<Credit> {
-        let train = &self.config.train;
-        let scale = self.config.optimizer.loss_coeff / images;
-        reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
-    }
-
-    /// Back through the chain, with the pull towards the base model where the loss has one: it is added to the losses.
-    #[allow(clippy::too_many_arguments)]
-    fn backprop(
+    /// Back through rewards and decoder, and through the chain, with the pull towards the base model where the loss has one.
+    /// The loss is a mean over `batch.images`, which a loss scale makes fewer.
+    fn back(
         &self,
-        adapters: &Adapters,
+        batch: &Batch,
         trajectory: &Trajectory,
-        plan: &Plan,
-        prompting: &Prompting,
-        credit: &mut Credit,
-        images: f64,
+        adapters: &Adapters,
         sum: &mut LoraGradients,
-    ) -> Result<()> {
+        ledger: &mut Ledger,
+    ) -> Result<Judged> {
         let Config { train, optimizer, regularization, .. } = self.config;
-        let scale = optimizer.loss_coeff * regularization.kl_weight / images;
-        let mut anchor = (regularization.kl_weight > 0.0).then(|| Anchor::new(scale, credit.losses.len()));
-        let checkpointing = train.checkpointing.into();
-        let d_latents = credit.d_latents.clone();
-        let unet = &self.model.pipeline.unet;
-        let pull = anchor.as_mut();
-        anchored_backprop(unet, adapters, trajectory, plan, prompting, &d_latents, checkpointing, pull, sum)?;
-        if let Some(anchor) = anchor {
-            let terms = anchor.distances.iter().map(|distance| regularization.kl_weight * distance);
-            credit.losses.iter_mut().zip(terms).for_each(|(loss, term)| *loss += term);
-            credit.distances = anchor.distances;
-        }
-        Ok(())
+        let (Batch { plan, prompting, prompts, images }, pipeline) = (batch, &self.model.pipeline);
+        let (scale, checkpointing) = (optimizer.loss_coeff / images, train.checkpointing.into());
+        let latents = &trajectory.latents;
+        let credit = reward_cotangent(&pipeline.vae, self.rewards, latents, prompts, scale, checkpointing, ledger)?;
+        let kl_scale = optimizer.loss_coeff * regularization.kl_weight / images;
+        let mut anchor = (regularization.kl_weight > 0.0).then(|| Anchor::new(kl_scale, prompts.len()));
+        let (pull, d) = (anchor.as_mut(), &credit.d_latents);
+        let unet = &pipeline.unet;
+        anchored_backprop(unet, adapters, trajectory, plan, prompting, d, checkpointing, pull, sum, ledger)?;
+        Ok(Judged { scores: credit.scores, anchor })
     }
 
     /// After DRaFT-LV (Clark et al. 2024): the images are noised to the last step's level and denoised again, several
@@ -326,50 +350,72 @@ impl Trainer<'_> {
     #[allow(clippy::too_many_arguments)]
     fn renoised(
         &self,
-        plan: &Plan,
+        batch: &Batch,
         trajectory: &Trajectory,
-        prompting: &Prompting,
-        prompts: &[String],
         samples: std::ops::Range<u64>,
         step: u64,
-        images: f64,
         adapters: &Adapters,
         sum: &mut LoraGradients,
-    ) -> Result<Credit> {
-        let images = images * plan.renoise as f64;
+        ledger: &mut Ledger,
+    ) -> Result<Vec<Judged>> {
+        let Batch { plan, prompting, prompts, images } = batch;
         let Model { pipeline, schedule, .. } = self.model;
         let last = schedule.len() - 1;
         let (signal, spread) = schedule.add_noise(last);
-        let only_last = Plan {
+        let only_last = &Plan {
             steps: vec![plan.steps[last]],
             keep: vec![vec![true; prompts.len()]],
             detach_input: false,
             renoise: 0,
         };
-        let mut total: Option<Credit> = None;
+        let batch = Batch { plan: only_last, prompting, prompts, images: images * plan.renoise as f64 };
+        let mut judged = Vec::with_capacity(plan.renoise);
         for repetition in 0..plan.renoise {
             let z = self.model.noise(self.noise, Stream::Renoise, counter(step, repetition), samples.clone())?;
             let x_1 = ((&trajectory.latents * signal)? + (z * spread)?)?;
             // places after the chain's own
             let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
-            let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance)?;
-            let mut credit = self.credit(&again.latents, prompts, images)?;
-            self.backprop(adapters, &again, &only_last, prompting, &mut credit, images, sum)?;
-            match &mut total {
-                None => total = Some(credit),
-                Some(total) => {
-                    let pairs = total.scores.iter_mut().flatten().zip(credit.scores.iter().flatten());
-                    pairs.for_each(|(sum, score)| *sum += score);
-                    total.losses.iter_mut().zip(&credit.losses).for_each(|(sum, loss)| *sum += loss);
-                    total.distances.iter_mut().zip(&credit.distances).for_each(|(sum, d)| *sum += d);
-                }
-            }
+            let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance, ledger)?;
+            judged.push(self.back(&batch, &again, adapters, sum, ledger)?);
         }
-        let mut credit = total.context("truncation.n = 0: DRaFT-LV needs at least one repetition")?;
-        let n = plan.renoise as f64;
-        credit.scores.iter_mut().flatten().for_each(|score| *score /= n);
-        credit.losses.iter_mut().chain(&mut credit.distances).for_each(|value| *value /= n);
-        Ok(credit)
+        Ok(judged)
+    }
+
+    /// Clipping and AdamW. Changes nothing of the run's state.
+    fn update(
+        &self,
+        state: &Checkpoint,
+        sum: LoraGradients,
+        loss_scale: f64,
+        lr: f64,
+        ledger: &mut Ledger,
+    ) -> Result<Update> {
+        let mut gradients = sum.finish(&state.adapters)?;
+        unscale(&mut gradients, loss_scale)?;
+        health::ensure_finite("the LoRA gradient", &state.adapters, &gradients, ledger)?;
+        let norm = ledger.number(&clip_grad_norm(&mut gradients, self.config.optimizer.max_grad_norm)?)?;
+        let mut optimizer = state.optimizer.clone();
+        let updated = optimizer.update(&state.adapters.tensors(), &gradients, lr)?;
+        let of = format!("AdamW's update (with a learning rate of {lr})");
+        health::ensure_finite(&of, &state.adapters, &updated, ledger)?;
+        Ok(Update { adapters: state.adapters.with_tensors(updated)?, optimizer, norm })
+    }
+
+    /// What was found of each image of a batch: a mean, where it was judged several times.
+    fn verdicts(&self, judged: &[Judged], readings: &Readings) -> Vec<Verdict> {
+        let mut repetitions = judged.iter().map(|judged| judged.verdicts(self, readings));
+        let mut mean = repetitions.next().unwrap_or_default();
+        for (sum, verdict) in repetitions.flat_map(|r| r.into_iter().enumerate()) {
+            let sum = &mut mean[sum];
+            sum.scores.iter_mut().zip(verdict.scores).for_each(|(sum, score)| *sum += score);
+            sum.loss += verdict.loss;
+            sum.distance += verdict.distance;
+        }
+        for verdict in &mut mean {
+            let values = verdict.scores.iter_mut().chain([&mut verdict.loss, &mut verdict.distance]);
+            values.for_each(|value| *value /= judged.len() as f64);
+        }
+        mean
     }
 
     /// Passes over a step that met a number which is not finite: adapters and moments stay, the metrics say so.

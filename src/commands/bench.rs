@@ -15,7 +15,7 @@ use crate::models::unet::{PerBlock, Unet, UnetConfig};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::models::{Source, Weights};
 use crate::nn::lora::LoraGradients;
-use crate::ops::device::Compute;
+use crate::ops::device::{Compute, upload};
 use crate::ops::linear::{Weight, linear_fwd};
 use crate::ops::{Ledger, flops, matmul_peak};
 use crate::optim::{AdamW, clip_grad_norm};
@@ -266,7 +266,7 @@ impl Work {
     pub fn latents(&self, number: u64) -> Result<Tensor> {
         let noise =
             self.noise.normal_batch(Stream::Latents, number, 0..self.batch as u64, self.subject.latent_shape)?;
-        Ok(noise.to_device(self.subject.unet.compute().device())?)
+        Ok(upload(&noise, self.subject.unet.compute().device())?)
     }
 
     /// One optimizer step; `mark` is told when a phase (0 to 3, as in the report) has ended.

@@ -12,7 +12,7 @@ use crate::diffusion::{DdimSchedule, Noise, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
 use crate::models::Pipeline;
-use crate::ops::device::Compute;
+use crate::ops::device::{Compute, upload};
 use crate::ops::{Ledger, is_finite, not_a_number};
 use crate::training::run_folder::RunFolder;
 use crate::training::{Prompting, anchor, rollout};
@@ -58,7 +58,7 @@ impl Model {
 
     /// Noise (B, C, h, w) for some samples, on the model's device.
     pub fn noise(&self, noise: &Noise, stream: Stream, step: u64, samples: Range<u64>) -> Result<Tensor> {
-        Ok(noise.normal_batch(stream, step, samples, self.latent_shape)?.to_device(self.compute().device())?)
+        Ok(upload(&noise.normal_batch(stream, step, samples, self.latent_shape)?, self.compute().device())?)
     }
 
     /// Height and width of its images.

@@ -1,8 +1,9 @@
 //! All factors in one launch (`ops/cuda/optim.cu`). What comes out are views of one stretch of device memory.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use crate::ops::cuda::{Kernel, pointer, unset};
+use crate::ops::device::upload;
 
 const THREADS: usize = 256;
 /// Elements of a block.
@@ -46,7 +47,7 @@ impl Table {
             total += n;
             longest = longest.max(n);
         }
-        let rows = Tensor::from_vec(rows, (count, 6), lists[0][0].device())?;
+        let rows = upload(&Tensor::from_vec(rows, (count, 6), &Device::Cpu)?, lists[0][0].device())?;
         Ok(Self { rows, shapes, total, chunks: longest.div_ceil(CHUNK), inputs })
     }
 

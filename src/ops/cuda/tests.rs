@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::ops::activation::{Activation, activation_bwd, activation_fwd};
 use crate::ops::attention::{Heads, attention_bwd, attention_fwd};
 use crate::ops::concat::{concat_last_bwd, concat_last_fwd};
+use crate::ops::device::upload;
 use crate::ops::geglu::{geglu_bwd, geglu_fwd};
 use crate::ops::group_norm::{GroupNorm, group_norm_bwd, group_norm_fwd};
 use crate::ops::jpeg_size::{jpeg_size_bwd, jpeg_size_fwd};
@@ -184,5 +185,16 @@ fn a_bad_number_is_found_on_a_gpu() {
         ledger.finite(&bad, |_| "the third".into()).unwrap();
         third(&mut ledger);
         assert_eq!(ledger.read().err().unwrap().to_string(), "not a number: the second");
+    }
+}
+
+#[test]
+fn what_is_uploaded_in_pieces_arrives_whole() {
+    for compute in gpus() {
+        for n in [1, 16_384, 16_385, 100_000] {
+            let data: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let there = upload(&Tensor::from_vec(data.clone(), n, &Device::Cpu).unwrap(), compute.device()).unwrap();
+            assert!(there.device().is_cuda() && there.to_vec1::<f32>().unwrap() == data);
+        }
     }
 }

@@ -32,7 +32,7 @@ pub trait Reward: Sync {
 
     /// The exact score of one image (1, 3, H, W), where `score` is a smooth stand-in for it: what is reported, while the
     /// loss is that of `score`.
-    fn exact(&self, _image: &Tensor) -> Result<Option<f64>> {
+    fn exact(&self, _image: &Tensor, _ledger: &mut Ledger) -> Result<Option<Number>> {
         Ok(None)
     }
 
@@ -278,7 +278,7 @@ impl Rewards {
                 Some(sum) => (sum + gradient)?,
                 None => gradient,
             });
-            scores.reported.push(r.reward.exact(image)?.map_or(value, Number::from));
+            scores.reported.push(r.reward.exact(image, ledger)?.unwrap_or(value));
             scores.differentiated.push(value);
         }
         let d_image = match d_image {
@@ -292,8 +292,8 @@ impl Rewards {
 impl Weighted {
     /// The score of one image (1, 3, H, W), as it is reported.
     fn reported(&self, image: &Tensor, prompt: &str, ledger: &mut Ledger) -> Result<Number> {
-        match self.reward.exact(image)? {
-            Some(score) => Ok(score.into()),
+        match self.reward.exact(image, ledger)? {
+            Some(score) => Ok(score),
             None => scalar(&self.reward.score(&Value::constant(image), &[prompt.to_owned()])?, self.name, ledger),
         }
     }

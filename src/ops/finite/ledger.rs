@@ -30,12 +30,21 @@ pub struct Ledger {
     used: usize,
     /// Slots that must be finite, in the order of their notes.
     checks: Vec<Check>,
+    counts: Vec<Count>,
 }
 
 struct Check {
     slot: usize,
     room: Box<dyn Fn(f64) -> String>,
 }
+
+/// A number that the host makes of a tensor.
+struct Count {
+    of: Tensor,
+    count: Box<Counting>,
+}
+
+type Counting = dyn FnOnce(&Tensor) -> anyhow::Result<f64>;
 
 /// A number that is known, or will be when its ledger is read.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +54,7 @@ pub struct Number(Place);
 enum Place {
     Known(f64),
     Slot(usize),
+    Count(usize),
 }
 
 impl From<f64> for Number {
@@ -54,7 +64,10 @@ impl From<f64> for Number {
 }
 
 /// The numbers of a ledger that was read.
-pub struct Readings(Vec<f64>);
+pub struct Readings {
+    slots: Vec<f64>,
+    counts: Vec<f64>,
+}
 
 impl Readings {
     /// # Panics
@@ -62,7 +75,8 @@ impl Readings {
     pub fn get(&self, number: Number) -> f64 {
         match number.0 {
             Place::Known(number) => number,
-            Place::Slot(slot) => self.0[slot],
+            Place::Slot(slot) => self.slots[slot],
+            Place::Count(index) => self.counts[index],
         }
     }
 }
@@ -110,25 +124,42 @@ impl Ledger {
         let number = self.number(x)?;
         match number.0 {
             Place::Known(known) if !known.is_finite() => return Err(NotANumber(room(known)).into()),
-            Place::Known(_) => (),
             Place::Slot(slot) => self.checks.push(Check { slot, room: Box::new(room) }),
+            _ => (),
         }
         Ok(number)
+    }
+
+    /// Notes what `count` makes of `x` on the host. On a GPU the tensor is held until the ledger is read.
+    ///
+    /// # Errors
+    /// Those of `count`, where the numbers can be looked at now.
+    pub fn counted(
+        &mut self,
+        x: &Tensor,
+        count: impl FnOnce(&Tensor) -> anyhow::Result<f64> + 'static,
+    ) -> anyhow::Result<Number> {
+        if self.looks_now(x) {
+            return Ok(count(x)?.into());
+        }
+        self.counts.push(Count { of: x.clone(), count: Box::new(count) });
+        Ok(Number(Place::Count(self.counts.len() - 1)))
     }
 
     /// All numbers. Waits for a GPU, once.
     ///
     /// # Errors
-    /// [`NotANumber`]: the first note whose number is not finite.
+    /// [`NotANumber`]: the first note whose number is not finite. Those of what is counted.
     pub fn read(self) -> anyhow::Result<Readings> {
-        let mut numbers = Vec::with_capacity(self.pages.len() * PAGE);
+        let mut slots = Vec::with_capacity(self.pages.len() * PAGE);
         for page in &self.pages {
-            numbers.extend(page.to_vec1::<f64>()?);
+            slots.extend(page.to_vec1::<f64>()?);
         }
-        match self.checks.iter().find(|check| !numbers[check.slot].is_finite()) {
-            Some(check) => Err(NotANumber((check.room)(numbers[check.slot])).into()),
-            None => Ok(Readings(numbers)),
+        if let Some(check) = self.checks.iter().find(|check| !slots[check.slot].is_finite()) {
+            return Err(NotANumber((check.room)(slots[check.slot])).into());
         }
+        let counts = self.counts.into_iter().map(|count| (count.count)(&count.of)).collect::<anyhow::Result<_>>()?;
+        Ok(Readings { slots, counts })
     }
 
     /// What `work` gives, and what it noted, read when it is done.
@@ -170,12 +201,14 @@ mod tests {
         for mut ledger in [Ledger::default(), Ledger::always_later()] {
             let noted: Vec<Number> = (0..2 * PAGE + 3).map(|i| ledger.number(&tensor(&[i as f32])).unwrap()).collect();
             ledger.finite(&tensor(&[1.0, 2.0]), |_| unreachable!()).unwrap();
+            let count = |x: &Tensor| Ok(x.to_vec1::<f32>()?.len() as f64);
+            let counted = ledger.counted(&tensor(&[1.0, 2.0]), count).unwrap();
             let exact = ledger.number(&Tensor::new(&[[1.0f64 / 3.0]], &Device::Cpu).unwrap()).unwrap();
             let readings = ledger.read().unwrap();
             for (i, number) in noted.into_iter().enumerate() {
                 assert_eq!(readings.get(number), i as f64);
             }
-            assert_eq!((readings.get(exact), readings.get(7.5.into())), (1.0 / 3.0, 7.5));
+            assert_eq!([exact, counted, 7.5.into()].map(|number| readings.get(number)), [1.0 / 3.0, 2.0, 7.5]);
         }
     }
 

@@ -721,3 +721,96 @@ fn mean_std(values: &[f64]) -> (f64, f64) {
     let variance = values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n;
     (mean, variance.sqrt())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::device::Compute;
+
+    /// An experiment with all that is read of a step: two micro-batches, several rewards, one of them with a stand-in and a
+    /// cap, the pull towards the base model.
+    const SETTINGS: [&str; 9] = [
+        "sampler.num_inference_steps=3",
+        "sampler.eta=1",
+        "truncation.k=2",
+        "train.batch_size=2",
+        "train.gradient_accumulation_steps=2",
+        "reward.compressibility.weight=0.1",
+        "reward.incompressibility.weight=0",
+        "regularization.kl_weight=0.1",
+        "regularization.ema_decay=0.9",
+    ];
+
+    /// One step from the start with this ledger, and the state after it.
+    fn step(settings: &[&str], lr: f64, first: f32, ledger: Ledger) -> (Result<Outcome>, Checkpoint, Checkpoint) {
+        let settings: Vec<String> = SETTINGS.iter().chain(settings).map(|set| (*set).to_owned()).collect();
+        let mut config = Config::parse(EMBEDDED.0, EMBEDDED.1, &settings).unwrap();
+        let (compute, noise) = (Compute::cpu(), Noise::new(1));
+        let model = Model::load(&config, &compute).unwrap();
+        let rewards = Rewards::load(&config.reward, &model.pipeline.tokenizer).unwrap();
+        let rewards = rewards.with_caps(&config.regularization.reward_cap);
+        let prompts = config.prompts.load().unwrap();
+        let mut before = start(&mut config, &model, &noise).unwrap();
+        let mut tensors = before.adapters.tensors();
+        tensors[1] = (&tensors[1] + f64::from(first)).unwrap();
+        before.adapters = before.adapters.with_tensors(tensors).unwrap();
+        let trainer = Trainer {
+            config: &config,
+            model: &model,
+            rewards: &rewards,
+            prompts: &prompts,
+            sample_prompts: &prompts,
+            noise: &noise,
+        };
+        let mut state = before.clone();
+        let outcome = trainer.step(&mut state, lr, &ProgressBar::hidden(), ledger);
+        (outcome, before, state)
+    }
+
+    /// Every number of a state, bit by bit.
+    fn bits(state: &Checkpoint) -> Vec<u32> {
+        let moments = state.optimizer.moments.iter().flat_map(|(m, v)| [m.clone(), v.clone()]);
+        let ema = state.ema.iter().flat_map(|ema| ema.tensors());
+        let tensors = state.adapters.tensors().into_iter().chain(moments).chain(ema);
+        tensors.flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()).map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn a_step_that_looks_only_at_its_end_is_the_same_step() {
+        for settings in [
+            &["regularization.reward_cap.compressibility=-2.2"][..],
+            &["truncation={ rule = \"draft-lv\", n = 2 }", "regularization.reward_cap.clip-score=0.76"],
+        ] {
+            let run = |ledger| {
+                let (outcome, before, after) = step(settings, 1e-3, 0.0, ledger);
+                let outcome = outcome.unwrap();
+                assert!(bits(&before) != bits(&after) && outcome.grad_norm > 0.0 && after.step == 1);
+                let Outcome { mean_scores, std_scores, loss, grad_norm, distance, kept_steps } = outcome;
+                assert_eq!(mean_scores.len(), 3);
+                ((mean_scores, std_scores), (loss, grad_norm, distance, kept_steps), bits(&after))
+            };
+            assert_eq!(run(Ledger::default()), run(Ledger::always_later()));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_found_at_the_end_too_and_changes_nothing() {
+        for (settings, lr, first, message) in [
+            (&[][..], 1e-3, f32::INFINITY, "the UNet's prediction at denoising step 0"),
+            (&["optimizer.loss_coeff=1e41"], 1e-3, 0.0, "the gradient that comes back from the reward"),
+            (&["regularization.kl_weight=1e45"], 1e-3, 0.0, "the gradient that comes back from the UNet"),
+            (&[], 1e39, 0.0, "AdamW's update"),
+        ] {
+            let run = |ledger| {
+                let (outcome, before, after) = step(settings, lr, first, ledger);
+                let error = outcome.err().unwrap();
+                assert!(health::is_not_a_number(&error));
+                assert!(bits(&before) == bits(&after) && (after.step, after.optimizer.step) == (0, 0));
+                format!("{error:#}")
+            };
+            let now = run(Ledger::default());
+            assert!(now.contains(message), "{now}");
+            assert_eq!(run(Ledger::always_later()), now);
+        }
+    }
+}

@@ -7,7 +7,7 @@ use alignprop::cli::{Cli, Command};
 use alignprop::commands::bench::Work;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::ops::device::Compute;
-use alignprop::ops::flops;
+use alignprop::ops::{Ledger, flops};
 use clap::Parser;
 use divan::Bencher;
 use divan::counter::ItemsCount;
@@ -93,7 +93,7 @@ fn reward_forward(bencher: Bencher, name: &str) {
 fn reward_forward_and_backward(bencher: Bencher, name: &str) {
     let work = load(name);
     let image = work.subject.vae.decode(&work.latents(0).unwrap().narrow(0, 0, 1).unwrap()).unwrap();
-    measure(bencher, || work.subject.rewards.scores_and_gradient(&image, "", 1.0).unwrap());
+    measure(bencher, || work.subject.rewards.scores_and_gradient(&image, "", 1.0, &mut Ledger::default()).unwrap());
 }
 
 /// Rollout, VAE, reward, backward, AdamW.

@@ -7,6 +7,7 @@ use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
 use alignprop::models::Pipeline;
 use alignprop::nn::lora::LoraGradients;
+use alignprop::ops::Ledger;
 use alignprop::training::{Anchor, Plan, Prompting, anchor, anchored_backprop, rollout};
 use candle_core::Tensor;
 use support::{fixture, numbers, text};
@@ -61,7 +62,9 @@ impl Chain {
         let shape = (4, 9, 5);
         let x_t = self.noise.normal_batch(Stream::Latents, 0, 0..IMAGES as u64, shape).unwrap();
         let variance = |i| Ok(self.noise.normal_batch(Stream::Variance, i as u64, 0..IMAGES as u64, shape)?);
-        rollout(&self.pipeline.unet, self.schedule.steps(), x_t, &self.prompting, adapters, variance).unwrap()
+        let (unet, steps) = (&self.pipeline.unet, self.schedule.steps());
+        let run = |ledger: &mut Ledger| rollout(unet, steps, x_t, &self.prompting, adapters, variance, ledger);
+        Ledger::around(run).unwrap().0
     }
 
     /// The base model's predictions at the latents of these adapters.
@@ -111,6 +114,7 @@ fn check(set: &str) {
         let mut term = Anchor::new(scale, IMAGES);
         let mut sum = LoraGradients::new(&chain.adapters);
         let nothing = trajectory.latents.zeros_like().unwrap();
+        let mut ledger = Ledger::default();
         anchored_backprop(
             &chain.pipeline.unet,
             &chain.adapters,
@@ -121,11 +125,13 @@ fn check(set: &str) {
             checkpointing,
             Some(&mut term),
             &mut sum,
+            &mut ledger,
         )
         .unwrap();
+        let distances = term.distances(&ledger.read().unwrap());
         // the value
         let expected = chain.distances(&chain.adapters, &base, &plan);
-        for (distance, expected) in term.distances.iter().zip(&expected) {
+        for (distance, expected) in distances.iter().zip(&expected) {
             assert!((distance / expected - 1.0).abs() < 1e-5 && *expected > 1e-4, "{distance} for {expected}");
         }
         // the gradient
@@ -174,9 +180,23 @@ fn an_image_that_keeps_fewer_steps_is_averaged_over_those() {
     let (adapters, checkpointing) = (&chain.adapters, Checkpointing::Step);
     let prompting = &chain.prompting;
     let pull = Some(&mut term);
-    anchored_backprop(unet, adapters, &trajectory, &plan, prompting, &nothing, checkpointing, pull, &mut sum).unwrap();
+    let back = |ledger: &mut Ledger| {
+        anchored_backprop(
+            unet,
+            adapters,
+            &trajectory,
+            &plan,
+            prompting,
+            &nothing,
+            checkpointing,
+            pull,
+            &mut sum,
+            ledger,
+        )
+    };
+    let ((), readings) = Ledger::around(back).unwrap();
     let expected = chain.distances(adapters, &base, &plan);
-    for (distance, expected) in term.distances.iter().zip(&expected) {
+    for (distance, expected) in term.distances(&readings).iter().zip(&expected) {
         assert!((distance / expected - 1.0).abs() < 1e-5, "{distance} for {expected}");
     }
     // and over all steps it is the guard's distance

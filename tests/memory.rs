@@ -12,6 +12,7 @@ use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
 use alignprop::models::Pipeline;
 use alignprop::nn::lora::LoraGradients;
+use alignprop::ops::Ledger;
 use alignprop::rewards::Rewards;
 use alignprop::training::memory::Parts;
 use alignprop::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
@@ -85,11 +86,13 @@ impl Chain {
         let prompting = self.prompting();
         let x_t = self.noise.normal_batch(Stream::Latents, 0, 0..1, (4, 24, 20)).unwrap();
         let unet = &self.pipeline.unet;
-        let trajectory =
-            rollout(unet, &plan.steps, x_t.clone(), &prompting, &self.adapters, |_| unreachable!()).unwrap();
+        let ledger = &mut Ledger::default();
+        let no_noise = |_| unreachable!();
+        let trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, &self.adapters, no_noise, ledger).unwrap();
         peak(|| {
             let mut sum = LoraGradients::new(&self.adapters);
-            backprop(unet, &self.adapters, &trajectory, &plan, &prompting, &x_t, checkpointing, &mut sum).unwrap();
+            backprop(unet, &self.adapters, &trajectory, &plan, &prompting, &x_t, checkpointing, &mut sum, ledger)
+                .unwrap();
             assert_eq!(sum.finish(&self.adapters).unwrap().len(), 160);
         })
     }
@@ -135,7 +138,16 @@ fn images_are_decoded_and_scored_one_at_a_time() {
         let latents = chain.noise.normal_batch(Stream::Latents, 0, 0..batch, (4, 9, 5)).unwrap();
         let prompts = Chain::prompts(batch as usize);
         peak(|| {
-            reward_cotangent(&chain.pipeline.vae, &rewards, &latents, &prompts, 1.0, checkpointing).unwrap();
+            reward_cotangent(
+                &chain.pipeline.vae,
+                &rewards,
+                &latents,
+                &prompts,
+                1.0,
+                checkpointing,
+                &mut Ledger::default(),
+            )
+            .unwrap();
         })
     };
     for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
@@ -175,14 +187,16 @@ fn the_estimate_is_near_the_peak() {
             let loaded = allocator::live() as f64;
             let peak = loaded
                 + peak(|| {
-                    let steps = &plan.steps;
+                    let (steps, ledger, no_noise) = (&plan.steps, &mut Ledger::default(), |_| unreachable!());
                     let chain_of =
-                        rollout(unet, steps, x_t.clone(), &prompting, &chain.adapters, |_| unreachable!()).unwrap();
+                        rollout(unet, steps, x_t.clone(), &prompting, &chain.adapters, no_noise, ledger).unwrap();
                     let prompts = Chain::prompts(batch);
                     let credit =
-                        reward_cotangent(vae, &rewards, &chain_of.latents, &prompts, 1.0, checkpointing).unwrap();
+                        reward_cotangent(vae, &rewards, &chain_of.latents, &prompts, 1.0, checkpointing, ledger)
+                            .unwrap();
                     let (d, mut sum) = (&credit.d_latents, LoraGradients::new(&chain.adapters));
-                    backprop(unet, &chain.adapters, &chain_of, &plan, &prompting, d, checkpointing, &mut sum).unwrap();
+                    backprop(unet, &chain.adapters, &chain_of, &plan, &prompting, d, checkpointing, &mut sum, ledger)
+                        .unwrap();
                 });
             let ratio = estimate.total() / peak;
             eprintln!("{latent_shape:?} x {batch}, {checkpointing:?}: {estimate}, {:.2} MB, {ratio:.3}", peak / 1e6);

@@ -15,9 +15,9 @@ use crate::models::unet::{PerBlock, Unet, UnetConfig};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::models::{Source, Weights};
 use crate::nn::lora::LoraGradients;
-use crate::ops::device::Compute;
+use crate::ops::device::{Compute, upload};
 use crate::ops::linear::{Weight, linear_fwd};
-use crate::ops::{flops, matmul_peak};
+use crate::ops::{Ledger, flops, matmul_peak};
 use crate::optim::{AdamW, clip_grad_norm};
 use crate::rewards::Rewards;
 use crate::training::loss_scale::{LossScale, unscale};
@@ -266,7 +266,7 @@ impl Work {
     pub fn latents(&self, number: u64) -> Result<Tensor> {
         let noise =
             self.noise.normal_batch(Stream::Latents, number, 0..self.batch as u64, self.subject.latent_shape)?;
-        Ok(noise.to_device(self.subject.unet.compute().device())?)
+        Ok(upload(&noise, self.subject.unet.compute().device())?)
     }
 
     /// One optimizer step; `mark` is told when a phase (0 to 3, as in the report) has ended.
@@ -276,15 +276,17 @@ impl Work {
         let prompts = vec![String::new(); self.batch];
         let (first, kept) = self.plan.steps.split_at(self.plan.steps.len() - self.kept);
         let no_noise = |_| anyhow::bail!("eta is 0");
-        let mut trajectory = rollout(unet, first, x_t, &self.prompting, &self.adapters, no_noise)?;
+        let mut ledger = Ledger::default();
+        let mut trajectory = rollout(unet, first, x_t, &self.prompting, &self.adapters, no_noise, &mut ledger)?;
         mark(0)?;
-        let last = rollout(unet, kept, trajectory.latents, &self.prompting, &self.adapters, no_noise)?;
+        let last = rollout(unet, kept, trajectory.latents, &self.prompting, &self.adapters, no_noise, &mut ledger)?;
         trajectory.inputs.extend(last.inputs);
         trajectory.latents = last.latents;
         mark(1)?;
         let loss_scale = LossScale::new(unet.compute().dtype()).map_or(1.0, |scale| scale.get());
         let scale = loss_scale * 0.01 / self.batch as f64;
-        let credit = reward_cotangent(vae, rewards, &trajectory.latents, &prompts, scale, self.checkpointing)?;
+        let credit =
+            reward_cotangent(vae, rewards, &trajectory.latents, &prompts, scale, self.checkpointing, &mut ledger)?;
         mark(2)?;
         let mut sum = LoraGradients::new(&self.adapters);
         backprop(
@@ -296,11 +298,13 @@ impl Work {
             &credit.d_latents,
             self.checkpointing,
             &mut sum,
+            &mut ledger,
         )?;
         let mut gradients = sum.finish(&self.adapters)?;
         unscale(&mut gradients, loss_scale)?;
-        clip_grad_norm(&mut gradients, 5.0)?;
+        ledger.number(&clip_grad_norm(&mut gradients, 5.0)?)?;
         let updated = self.optimizer.update(&self.adapters.tensors(), &gradients, 1e-3)?;
+        ledger.read()?;
         self.adapters = self.adapters.with_tensors(updated)?;
         mark(3)
     }

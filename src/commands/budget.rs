@@ -5,6 +5,7 @@ use anyhow::{Result, bail};
 use super::experiment::Model;
 use crate::config::{Checkpointing, CheckpointingChoice, Config};
 use crate::lora::Adapters;
+use crate::ops::Ledger;
 use crate::rewards::Rewards;
 use crate::training::memory::{Estimate, Meter, Parts, Split, fitting, size};
 
@@ -25,12 +26,13 @@ pub(super) fn plan(
         return Ok(None);
     }
     let pipeline = &model.pipeline;
+    let (prompting, _) = Ledger::around(|ledger| model.prompting(&[String::new()], ledger))?;
     let parts = Parts {
         unet: &pipeline.unet,
         vae: &pipeline.vae,
         rewards,
         adapters,
-        prompting: &model.prompting(&[String::new()])?,
+        prompting: &prompting,
         timestep: model.schedule.steps()[0].timestep,
         latent_shape: model.latent_shape,
         steps: model.schedule.len(),

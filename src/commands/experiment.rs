@@ -12,8 +12,8 @@ use crate::diffusion::{DdimSchedule, Noise, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
 use crate::models::Pipeline;
-use crate::ops::device::Compute;
-use crate::ops::{is_finite, not_a_number};
+use crate::ops::device::{Compute, upload};
+use crate::ops::{Ledger, is_finite, not_a_number};
 use crate::training::run_folder::RunFolder;
 use crate::training::{Prompting, anchor, rollout};
 
@@ -58,7 +58,7 @@ impl Model {
 
     /// Noise (B, C, h, w) for some samples, on the model's device.
     pub fn noise(&self, noise: &Noise, stream: Stream, step: u64, samples: Range<u64>) -> Result<Tensor> {
-        Ok(noise.normal_batch(stream, step, samples, self.latent_shape)?.to_device(self.compute().device())?)
+        Ok(upload(&noise.normal_batch(stream, step, samples, self.latent_shape)?, self.compute().device())?)
     }
 
     /// Height and width of its images.
@@ -68,11 +68,10 @@ impl Model {
     }
 
     /// The embeddings of prompts, beside those of the negative prompt.
-    pub fn prompting(&self, prompts: &[String]) -> Result<Prompting> {
+    pub fn prompting(&self, prompts: &[String], ledger: &mut Ledger) -> Result<Prompting> {
         let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
-        if !is_finite(&prompt_embeds)? {
-            return not_a_number(format!("the text encoder's output for `{}` is not finite", prompts.join("`, `")));
-        }
+        let of = prompts.join("`, `");
+        ledger.finite(&prompt_embeds, move |_| format!("the text encoder's output for `{of}` is not finite"))?;
         let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
         Ok(Prompting { prompt_embeds, negative_prompt_embeds, guidance_scale: self.guidance_scale })
     }
@@ -112,14 +111,18 @@ impl Model {
         let noise = Noise::new(seed);
         let samples = first..first + prompts.len() as u64;
         let x_t = self.noise(&noise, Stream::Evaluation, 0, samples.clone())?;
-        let prompting = self.prompting(prompts)?;
+        let mut ledger = Ledger::default();
+        let prompting = self.prompting(prompts, &mut ledger)?;
         let variance = |i| self.noise(&noise, Stream::EvaluationVariance, i as u64, samples.clone());
         let (unet, steps) = (&self.pipeline.unet, self.schedule.steps());
         // timesteps fall along the chain
         let (early, late) =
             steps.split_at(steps.partition_point(|step| lora_start.is_some_and(|t| step.timestep >= t)));
-        let middle = rollout(unet, early, x_t.clone(), &prompting, &Adapters::default(), variance)?.latents;
-        let latents = rollout(unet, late, middle, &prompting, adapters, |i| variance(early.len() + i))?.latents;
+        let base = Adapters::default();
+        let middle = rollout(unet, early, x_t.clone(), &prompting, &base, variance, &mut ledger)?.latents;
+        let variance = |i| variance(early.len() + i);
+        let latents = rollout(unet, late, middle, &prompting, adapters, variance, &mut ledger)?.latents;
+        ledger.read()?;
         let images = self.decode(&latents, prompts)?;
         Ok(Drawn { initial_latents: x_t, prompting, latents, images })
     }
@@ -128,10 +131,12 @@ impl Model {
     pub fn watched_image(&self, prompt: &str, number: u64, seed: u64, adapters: &Adapters) -> Result<(Tensor, f64)> {
         let (noise, sample, prompts) = (Noise::new(seed), number..number + 1, [prompt.to_owned()]);
         let x_t = self.noise(&noise, Stream::Guard, 0, sample.clone())?;
-        let prompting = self.prompting(&prompts)?;
+        let mut ledger = Ledger::default();
+        let prompting = self.prompting(&prompts, &mut ledger)?;
         let variance = |i| self.noise(&noise, Stream::GuardVariance, i as u64, sample.clone());
         let (unet, steps) = (&self.pipeline.unet, self.schedule.steps());
-        let trajectory = rollout(unet, steps, x_t, &prompting, adapters, variance)?;
+        let trajectory = rollout(unet, steps, x_t, &prompting, adapters, variance, &mut ledger)?;
+        ledger.read()?;
         let distances = anchor::distances(unet, steps, &trajectory, &prompting)?;
         Ok((self.decode(&trajectory.latents, &prompts)?, distances[0]))
     }

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail, ensure};
-use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value as Json, json};
 
@@ -17,8 +16,9 @@ use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::nn::lora::LoraGradients;
+use crate::ops::{Ledger, Number, Readings};
 use crate::optim::{AdamW, clip_grad_norm, learning_rate, moving_average};
-use crate::rewards::Rewards;
+use crate::rewards::{Rewards, Scores};
 use crate::training::checkpoint::{Checkpoint, EMA};
 use crate::training::guard::{Guard, best_checkpoint};
 use crate::training::health;
@@ -26,7 +26,7 @@ use crate::training::loss_scale::{LossScale, unscale};
 use crate::training::memory::{self, Estimate, Meter};
 use crate::training::run_folder::RunFolder;
 use crate::training::signals::{Interrupt, Interrupted};
-use crate::training::{Anchor, Credit, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
+use crate::training::{Anchor, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let mut config = resolve_config(args)?;
@@ -161,6 +161,53 @@ struct Trainer<'a> {
     noise: &'a Noise,
 }
 
+/// What a way back is given.
+struct Batch<'a> {
+    plan: &'a Plan,
+    prompting: &'a Prompting,
+    prompts: &'a [String],
+    /// What the loss is a mean over.
+    images: f64,
+}
+
+/// What a way back found of its images, known when the ledger is read.
+struct Judged {
+    scores: Vec<Scores>,
+    /// Where the loss has the KL term.
+    anchor: Option<Anchor>,
+}
+
+/// What was found of one image.
+struct Verdict {
+    scores: Vec<f64>,
+    loss: f64,
+    /// Mean distance of the noise predictions from the base model's; 0 where the loss has no KL term.
+    distance: f64,
+}
+
+impl Judged {
+    fn verdicts(&self, trainer: &Trainer, readings: &Readings) -> Vec<Verdict> {
+        let distances = self.anchor.as_ref().map(|anchor| anchor.distances(readings));
+        let verdict = |(image, scores): (usize, &Scores)| {
+            let distance = distances.as_ref().map_or(0.0, |distances| distances[image]);
+            let mut loss = scores.loss(trainer.rewards, readings);
+            if self.anchor.is_some() {
+                loss += trainer.config.regularization.kl_weight * distance;
+            }
+            Verdict { scores: scores.get(readings), loss, distance }
+        };
+        self.scores.iter().enumerate().map(verdict).collect()
+    }
+}
+
+/// The run's next state, until it is known to be finite.
+struct Update {
+    adapters: Adapters,
+    optimizer: AdamW,
+    /// Of the gradients, before they were clipped.
+    norm: Number,
+}
+
 /// What one optimizer step found.
 struct Outcome {
     /// Mean and standard deviation over the global batch, one each for every reward.
@@ -179,7 +226,7 @@ impl Trainer<'_> {
     fn scaled_step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
         let before = state.loss_scale;
         loop {
-            match self.step(state, lr, progress) {
+            match self.step(state, lr, progress, Ledger::default()) {
                 Err(error) if health::is_not_a_number(&error) => {
                     let Some(smaller) = state.loss_scale.and_then(|scale| scale.smaller()) else {
                         state.loss_scale = before; // it was not the scale
@@ -196,8 +243,9 @@ impl Trainer<'_> {
         }
     }
 
-    /// One optimizer step: micro-batches of rollout, reward and backprop, then clipping and AdamW.
-    fn step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar) -> Result<Outcome> {
+    /// One optimizer step: micro-batches of rollout, reward and backprop, then clipping and AdamW. What it wants to know of
+    /// its numbers is in the ledger, which is read when the update is computed and nothing has become the run's state.
+    fn step(&self, state: &mut Checkpoint, lr: f64, progress: &ProgressBar, mut ledger: Ledger) -> Result<Outcome> {
         let Config { train, optimizer, truncation, regularization, .. } = self.config;
         let Self { model, noise, .. } = self;
         let step = state.step as u64;
@@ -206,7 +254,7 @@ impl Trainer<'_> {
         // the loss is a mean over the global batch
         let images = global_batch as f64 / loss_scale;
         let mut sum = LoraGradients::new(&state.adapters);
-        let (mut scores, mut losses, mut distances, mut kept_steps) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let (mut judged, mut kept_steps) = (Vec::new(), 0);
 
         for micro_batch in 0..train.gradient_accumulation_steps as u64 {
             let size = train.batch_size as u64;
@@ -216,60 +264,49 @@ impl Trainer<'_> {
                 .map(|sample| self.prompts[noise.below(Stream::Prompts, step, sample, self.prompts.len())].clone())
                 .collect();
             let plan = Plan::new(truncation, &model.schedule, noise, step, samples.clone())?;
-            let prompting = model.prompting(&prompts)?;
+            let prompting = model.prompting(&prompts, &mut ledger)?;
             let x_t = model.noise(noise, Stream::Latents, step, samples.clone())?;
             let variance = |i| model.variance_noise(noise, step, i, samples.clone());
 
-            let trajectory = rollout(&model.pipeline.unet, &plan.steps, x_t, &prompting, &state.adapters, variance)?;
-            let credit = if plan.renoise > 0 {
-                self.renoised(
-                    &plan,
-                    &trajectory,
-                    &prompting,
-                    &prompts,
-                    samples,
-                    step,
-                    images,
-                    &state.adapters,
-                    &mut sum,
-                )?
+            let unet = &model.pipeline.unet;
+            let trajectory = rollout(unet, &plan.steps, x_t, &prompting, &state.adapters, variance, &mut ledger)?;
+            let batch = Batch { plan: &plan, prompting: &prompting, prompts: &prompts, images };
+            judged.push(if plan.renoise > 0 {
+                self.renoised(&batch, &trajectory, samples, step, &state.adapters, &mut sum, &mut ledger)?
             } else {
-                let mut credit = self.credit(&trajectory.latents, &prompts, images)?;
-                self.backprop(&state.adapters, &trajectory, &plan, &prompting, &mut credit, images, &mut sum)?;
-                credit
-            };
-            scores.extend(credit.scores);
-            losses.extend(credit.losses);
-            distances.extend(credit.distances);
+                vec![self.back(&batch, &trajectory, &state.adapters, &mut sum, &mut ledger)?]
+            });
             kept_steps += plan.kept_count();
             progress.inc(1);
         }
 
+        // a random rule may detach every step of a batch: there is nothing to learn from it
+        let update = match sum.is_empty() {
+            true => None,
+            false => Some(self.update(state, sum, loss_scale, lr, &mut ledger)?),
+        };
+        // a step's one wait for a GPU: all of it is checked before any of it becomes the run's state
+        let readings = ledger.read()?;
         let mut grad_norm = 0.0;
-        if sum.is_empty() {
-            // a random rule may detach every step of a batch: there is nothing to learn from it
-            state.step += 1;
-        } else {
-            // all of it is checked before any of it becomes the run's state
-            let mut gradients = sum.finish(&state.adapters)?;
-            unscale(&mut gradients, loss_scale)?;
-            health::ensure_finite("the LoRA gradient", &state.adapters, &gradients)?;
-            grad_norm = clip_grad_norm(&mut gradients, optimizer.max_grad_norm)?;
-            let mut optimizer = state.optimizer.clone();
-            let updated = optimizer.update(&state.adapters.tensors(), &gradients, lr)?;
-            let of = format!("AdamW's update (with a learning rate of {lr})");
-            health::ensure_finite(&of, &state.adapters, &updated)?;
-            let updated = state.adapters.with_tensors(updated)?;
+        if let Some(Update { adapters, optimizer, norm }) = update {
+            grad_norm = readings.get(norm);
             if optimizer.step == 1 {
-                health::ensure_moved(&state.adapters, &updated, grad_norm)?;
+                health::ensure_moved(&state.adapters, &adapters, grad_norm)?;
             }
             if let Some(ema) = &mut state.ema {
                 let decay = regularization.ema_decay;
-                *ema = ema.with_tensors(moving_average(&ema.tensors(), &updated.tensors(), decay)?)?;
+                *ema = ema.with_tensors(moving_average(&ema.tensors(), &adapters.tensors(), decay)?)?;
             }
-            state.adapters = updated;
+            state.adapters = adapters;
             state.optimizer = optimizer;
-            state.step += 1;
+        }
+        state.step += 1;
+
+        let (mut scores, mut losses, mut distances) = (Vec::new(), Vec::new(), Vec::new());
+        for image in judged.iter().flat_map(|judged| self.verdicts(judged, &readings)) {
+            scores.push(image.scores);
+            losses.push(image.loss);
+            distances.push(image.distance);
         }
         let column = |r: usize| scores.iter().map(move |row: &Vec<f64>| row[r]);
         let statistics = (0..self.rewards.names().len()).map(|r| mean_std(&column(r).collect::<Vec<_>>()));
@@ -284,40 +321,27 @@ impl Trainer<'_> {
         })
     }
 
-    /// The rewards of some latents, and the gradient of their part of the loss: a mean over `images`, which a loss scale
-    /// makes fewer.
-    fn credit(&self, latents: &Tensor, prompts: &[String], images: f64) -> Result<Credit> {
-        let train = &self.config.train;
-        let scale = self.config.optimizer.loss_coeff / images;
-        reward_cotangent(&self.model.pipeline.vae, self.rewards, latents, prompts, scale, train.checkpointing.into())
-    }
-
-    /// Back through the chain, with the pull towards the base model where the loss has one: it is added to the losses.
-    #[allow(clippy::too_many_arguments)]
-    fn backprop(
+    /// Back through rewards and decoder, and through the chain, with the pull towards the base model where the loss has one.
+    /// The loss is a mean over `batch.images`, which a loss scale makes fewer.
+    fn back(
         &self,
-        adapters: &Adapters,
+        batch: &Batch,
         trajectory: &Trajectory,
-        plan: &Plan,
-        prompting: &Prompting,
-        credit: &mut Credit,
-        images: f64,
+        adapters: &Adapters,
         sum: &mut LoraGradients,
-    ) -> Result<()> {
+        ledger: &mut Ledger,
+    ) -> Result<Judged> {
         let Config { train, optimizer, regularization, .. } = self.config;
-        let scale = optimizer.loss_coeff * regularization.kl_weight / images;
-        let mut anchor = (regularization.kl_weight > 0.0).then(|| Anchor::new(scale, credit.losses.len()));
-        let checkpointing = train.checkpointing.into();
-        let d_latents = credit.d_latents.clone();
-        let unet = &self.model.pipeline.unet;
-        let pull = anchor.as_mut();
-        anchored_backprop(unet, adapters, trajectory, plan, prompting, &d_latents, checkpointing, pull, sum)?;
-        if let Some(anchor) = anchor {
-            let terms = anchor.distances.iter().map(|distance| regularization.kl_weight * distance);
-            credit.losses.iter_mut().zip(terms).for_each(|(loss, term)| *loss += term);
-            credit.distances = anchor.distances;
-        }
-        Ok(())
+        let (Batch { plan, prompting, prompts, images }, pipeline) = (batch, &self.model.pipeline);
+        let (scale, checkpointing) = (optimizer.loss_coeff / images, train.checkpointing.into());
+        let latents = &trajectory.latents;
+        let credit = reward_cotangent(&pipeline.vae, self.rewards, latents, prompts, scale, checkpointing, ledger)?;
+        let kl_scale = optimizer.loss_coeff * regularization.kl_weight / images;
+        let mut anchor = (regularization.kl_weight > 0.0).then(|| Anchor::new(kl_scale, prompts.len()));
+        let (pull, d) = (anchor.as_mut(), &credit.d_latents);
+        let unet = &pipeline.unet;
+        anchored_backprop(unet, adapters, trajectory, plan, prompting, d, checkpointing, pull, sum, ledger)?;
+        Ok(Judged { scores: credit.scores, anchor })
     }
 
     /// After DRaFT-LV (Clark et al. 2024): the images are noised to the last step's level and denoised again, several
@@ -326,50 +350,72 @@ impl Trainer<'_> {
     #[allow(clippy::too_many_arguments)]
     fn renoised(
         &self,
-        plan: &Plan,
+        batch: &Batch,
         trajectory: &Trajectory,
-        prompting: &Prompting,
-        prompts: &[String],
         samples: std::ops::Range<u64>,
         step: u64,
-        images: f64,
         adapters: &Adapters,
         sum: &mut LoraGradients,
-    ) -> Result<Credit> {
-        let images = images * plan.renoise as f64;
+        ledger: &mut Ledger,
+    ) -> Result<Vec<Judged>> {
+        let Batch { plan, prompting, prompts, images } = batch;
         let Model { pipeline, schedule, .. } = self.model;
         let last = schedule.len() - 1;
         let (signal, spread) = schedule.add_noise(last);
-        let only_last = Plan {
+        let only_last = &Plan {
             steps: vec![plan.steps[last]],
             keep: vec![vec![true; prompts.len()]],
             detach_input: false,
             renoise: 0,
         };
-        let mut total: Option<Credit> = None;
+        let batch = Batch { plan: only_last, prompting, prompts, images: images * plan.renoise as f64 };
+        let mut judged = Vec::with_capacity(plan.renoise);
         for repetition in 0..plan.renoise {
             let z = self.model.noise(self.noise, Stream::Renoise, counter(step, repetition), samples.clone())?;
             let x_1 = ((&trajectory.latents * signal)? + (z * spread)?)?;
             // places after the chain's own
             let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
-            let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance)?;
-            let mut credit = self.credit(&again.latents, prompts, images)?;
-            self.backprop(adapters, &again, &only_last, prompting, &mut credit, images, sum)?;
-            match &mut total {
-                None => total = Some(credit),
-                Some(total) => {
-                    let pairs = total.scores.iter_mut().flatten().zip(credit.scores.iter().flatten());
-                    pairs.for_each(|(sum, score)| *sum += score);
-                    total.losses.iter_mut().zip(&credit.losses).for_each(|(sum, loss)| *sum += loss);
-                    total.distances.iter_mut().zip(&credit.distances).for_each(|(sum, d)| *sum += d);
-                }
-            }
+            let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance, ledger)?;
+            judged.push(self.back(&batch, &again, adapters, sum, ledger)?);
         }
-        let mut credit = total.context("truncation.n = 0: DRaFT-LV needs at least one repetition")?;
-        let n = plan.renoise as f64;
-        credit.scores.iter_mut().flatten().for_each(|score| *score /= n);
-        credit.losses.iter_mut().chain(&mut credit.distances).for_each(|value| *value /= n);
-        Ok(credit)
+        Ok(judged)
+    }
+
+    /// Clipping and AdamW. Changes nothing of the run's state.
+    fn update(
+        &self,
+        state: &Checkpoint,
+        sum: LoraGradients,
+        loss_scale: f64,
+        lr: f64,
+        ledger: &mut Ledger,
+    ) -> Result<Update> {
+        let mut gradients = sum.finish(&state.adapters)?;
+        unscale(&mut gradients, loss_scale)?;
+        health::ensure_finite("the LoRA gradient", &state.adapters, &gradients, ledger)?;
+        let norm = ledger.number(&clip_grad_norm(&mut gradients, self.config.optimizer.max_grad_norm)?)?;
+        let mut optimizer = state.optimizer.clone();
+        let updated = optimizer.update(&state.adapters.tensors(), &gradients, lr)?;
+        let of = format!("AdamW's update (with a learning rate of {lr})");
+        health::ensure_finite(&of, &state.adapters, &updated, ledger)?;
+        Ok(Update { adapters: state.adapters.with_tensors(updated)?, optimizer, norm })
+    }
+
+    /// What was found of each image of a batch: a mean, where it was judged several times.
+    fn verdicts(&self, judged: &[Judged], readings: &Readings) -> Vec<Verdict> {
+        let mut repetitions = judged.iter().map(|judged| judged.verdicts(self, readings));
+        let mut mean = repetitions.next().unwrap_or_default();
+        for (sum, verdict) in repetitions.flat_map(|r| r.into_iter().enumerate()) {
+            let sum = &mut mean[sum];
+            sum.scores.iter_mut().zip(verdict.scores).for_each(|(sum, score)| *sum += score);
+            sum.loss += verdict.loss;
+            sum.distance += verdict.distance;
+        }
+        for verdict in &mut mean {
+            let values = verdict.scores.iter_mut().chain([&mut verdict.loss, &mut verdict.distance]);
+            values.for_each(|value| *value /= judged.len() as f64);
+        }
+        mean
     }
 
     /// Passes over a step that met a number which is not finite: adapters and moments stay, the metrics say so.
@@ -674,4 +720,97 @@ fn mean_std(values: &[f64]) -> (f64, f64) {
     let mean = values.iter().sum::<f64>() / n;
     let variance = values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n;
     (mean, variance.sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::device::Compute;
+
+    /// An experiment with all that is read of a step: two micro-batches, several rewards, one of them with a stand-in and a
+    /// cap, the pull towards the base model.
+    const SETTINGS: [&str; 9] = [
+        "sampler.num_inference_steps=3",
+        "sampler.eta=1",
+        "truncation.k=2",
+        "train.batch_size=2",
+        "train.gradient_accumulation_steps=2",
+        "reward.compressibility.weight=0.1",
+        "reward.incompressibility.weight=0",
+        "regularization.kl_weight=0.1",
+        "regularization.ema_decay=0.9",
+    ];
+
+    /// One step from the start with this ledger, and the state after it.
+    fn step(settings: &[&str], lr: f64, first: f32, ledger: Ledger) -> (Result<Outcome>, Checkpoint, Checkpoint) {
+        let settings: Vec<String> = SETTINGS.iter().chain(settings).map(|set| (*set).to_owned()).collect();
+        let mut config = Config::parse(EMBEDDED.0, EMBEDDED.1, &settings).unwrap();
+        let (compute, noise) = (Compute::cpu(), Noise::new(1));
+        let model = Model::load(&config, &compute).unwrap();
+        let rewards = Rewards::load(&config.reward, &model.pipeline.tokenizer).unwrap();
+        let rewards = rewards.with_caps(&config.regularization.reward_cap);
+        let prompts = config.prompts.load().unwrap();
+        let mut before = start(&mut config, &model, &noise).unwrap();
+        let mut tensors = before.adapters.tensors();
+        tensors[1] = (&tensors[1] + f64::from(first)).unwrap();
+        before.adapters = before.adapters.with_tensors(tensors).unwrap();
+        let trainer = Trainer {
+            config: &config,
+            model: &model,
+            rewards: &rewards,
+            prompts: &prompts,
+            sample_prompts: &prompts,
+            noise: &noise,
+        };
+        let mut state = before.clone();
+        let outcome = trainer.step(&mut state, lr, &ProgressBar::hidden(), ledger);
+        (outcome, before, state)
+    }
+
+    /// Every number of a state, bit by bit.
+    fn bits(state: &Checkpoint) -> Vec<u32> {
+        let moments = state.optimizer.moments.iter().flat_map(|(m, v)| [m.clone(), v.clone()]);
+        let ema = state.ema.iter().flat_map(|ema| ema.tensors());
+        let tensors = state.adapters.tensors().into_iter().chain(moments).chain(ema);
+        tensors.flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()).map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn a_step_that_looks_only_at_its_end_is_the_same_step() {
+        for settings in [
+            &["regularization.reward_cap.compressibility=-2.2"][..],
+            &["truncation={ rule = \"draft-lv\", n = 2 }", "regularization.reward_cap.clip-score=0.76"],
+        ] {
+            let run = |ledger| {
+                let (outcome, before, after) = step(settings, 1e-3, 0.0, ledger);
+                let outcome = outcome.unwrap();
+                assert!(bits(&before) != bits(&after) && outcome.grad_norm > 0.0 && after.step == 1);
+                let Outcome { mean_scores, std_scores, loss, grad_norm, distance, kept_steps } = outcome;
+                assert_eq!(mean_scores.len(), 3);
+                ((mean_scores, std_scores), (loss, grad_norm, distance, kept_steps), bits(&after))
+            };
+            assert_eq!(run(Ledger::default()), run(Ledger::always_later()));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_found_at_the_end_too_and_changes_nothing() {
+        for (settings, lr, first, message) in [
+            (&[][..], 1e-3, f32::INFINITY, "the UNet's prediction at denoising step 0"),
+            (&["optimizer.loss_coeff=1e41"], 1e-3, 0.0, "the gradient that comes back from the reward"),
+            (&["regularization.kl_weight=1e45"], 1e-3, 0.0, "the gradient that comes back from the UNet"),
+            (&[], 1e39, 0.0, "AdamW's update"),
+        ] {
+            let run = |ledger| {
+                let (outcome, before, after) = step(settings, lr, first, ledger);
+                let error = outcome.err().unwrap();
+                assert!(health::is_not_a_number(&error));
+                assert!(bits(&before) == bits(&after) && (after.step, after.optimizer.step) == (0, 0));
+                format!("{error:#}")
+            };
+            let now = run(Ledger::default());
+            assert!(now.contains(message), "{now}");
+            assert_eq!(run(Ledger::always_later()), now);
+        }
+    }
 }

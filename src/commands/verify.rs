@@ -20,6 +20,7 @@ use crate::lora::{Adapters, formats};
 use crate::models::Pipeline;
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Tape, Value};
+use crate::ops::Ledger;
 use crate::ops::device::Compute;
 use crate::optim::{AdamW, clip_grad_norm};
 use crate::rewards::{Rewards, preprocess};
@@ -479,7 +480,9 @@ impl Subject<'_> {
         self.pipeline.latent_shape(self.reference.size[0], self.reference.size[1])?;
 
         let unet = &self.pipeline.unet;
-        let trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, start, |i| Ok(noises.get(i)?))?;
+        let mut ledger = Ledger::default();
+        let noise = |i: usize| Ok(noises.get(i)?);
+        let trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, start, noise, &mut ledger)?;
         report.compare(
             name,
             "latents",
@@ -496,8 +499,12 @@ impl Subject<'_> {
             prompts,
             self.loss_scale() / batch as f64,
             Checkpointing::Step,
+            &mut ledger,
         )?;
-        let scores: Vec<f32> = credit.scores.iter().map(|s| s[0] as f32).collect();
+        let (d, mut sum) = (&credit.d_latents, LoraGradients::new(start));
+        backprop(unet, start, &trajectory, &plan, &prompting, d, Checkpointing::Step, &mut sum, &mut ledger)?;
+        let readings = ledger.read()?;
+        let scores: Vec<f32> = credit.scores.iter().map(|s| s.get(&readings)[0] as f32).collect();
         report.compare(
             name,
             "rewards",
@@ -505,11 +512,9 @@ impl Subject<'_> {
             expected.get("rewards").context("no `rewards`")?,
             self.bounds.parts,
         )?;
-        let loss = credit.losses.iter().sum::<f64>() / batch as f64;
+        let loss = credit.scores.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() / batch as f64;
         report.push(name, "loss", (loss / case.loss - 1.0).abs(), self.bounds.parts);
 
-        let mut sum = LoraGradients::new(start);
-        backprop(unet, start, &trajectory, &plan, &prompting, &credit.d_latents, Checkpointing::Step, &mut sum)?;
         let mut gradients = sum.finish(start)?;
         unscale(&mut gradients, self.loss_scale())?;
         let mut distances = Vec::with_capacity(gradients.len());
@@ -579,9 +584,9 @@ impl Subject<'_> {
         let config = OptimizerConfig { lr: train.lr, weight_decay: train.weight_decay, ..Default::default() };
         let mut optimizer = AdamW::new(&config, &adapters.tensors())?;
         for (i, log) in train.log.iter().enumerate() {
-            let trajectory = rollout(unet, &plan.steps, x_t.get(i)?, &prompting, &adapters, |_| {
-                anyhow::bail!("no noise is recorded for these steps")
-            })?;
+            let mut ledger = Ledger::default();
+            let no_noise = |_| anyhow::bail!("no noise is recorded for these steps");
+            let trajectory = rollout(unet, &plan.steps, x_t.get(i)?, &prompting, &adapters, no_noise, &mut ledger)?;
             let scale = self.loss_scale() * train.loss_coeff / batch as f64;
             let credit = reward_cotangent(
                 &self.pipeline.vae,
@@ -590,6 +595,7 @@ impl Subject<'_> {
                 &self.reference.prompts,
                 scale,
                 Checkpointing::Step,
+                &mut ledger,
             )?;
             let mut sum = LoraGradients::new(&adapters);
             backprop(
@@ -601,28 +607,32 @@ impl Subject<'_> {
                 &credit.d_latents,
                 Checkpointing::Step,
                 &mut sum,
+                &mut ledger,
             )?;
             let mut gradients = sum.finish(&adapters)?;
             unscale(&mut gradients, self.loss_scale())?;
-            let norm = clip_grad_norm(&mut gradients, train.max_grad_norm)?;
+            let norm = ledger.number(&clip_grad_norm(&mut gradients, train.max_grad_norm)?)?;
             let updated = optimizer.update(&adapters.tensors(), &gradients, train.lr)?;
             adapters = adapters.with_tensors(updated)?;
+            let readings = ledger.read()?;
 
             let case = format!("train3, step {i}");
             let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / batch as f64;
             report.push(
                 &case,
                 "loss",
-                (mean(&mut credit.losses.iter().copied()) * train.loss_coeff / log.loss - 1.0).abs(),
+                (mean(&mut credit.scores.iter().map(|s| s.loss(&rewards, &readings))) * train.loss_coeff / log.loss
+                    - 1.0)
+                    .abs(),
                 self.bounds.parts,
             );
             report.push(
                 &case,
                 "mean reward",
-                (mean(&mut credit.scores.iter().map(|s| s[0])) / log.reward_mean - 1.0).abs(),
+                (mean(&mut credit.scores.iter().map(|s| s.get(&readings)[0])) / log.reward_mean - 1.0).abs(),
                 self.bounds.parts,
             );
-            report.push(&case, "gradient norm", (norm / log.grad_norm - 1.0).abs(), self.bounds.parts);
+            report.push(&case, "gradient norm", (readings.get(norm) / log.grad_norm - 1.0).abs(), self.bounds.parts);
         }
         let mut together = Distance::default();
         for (name, tensor) in adapters.named_tensors() {

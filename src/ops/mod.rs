@@ -31,7 +31,7 @@ pub(crate) mod tiles;
 pub mod upsample;
 pub(crate) mod vector;
 
-pub use finite::{NotANumber, first_not_finite, is_finite, not_a_number};
+pub use finite::{Ledger, NotANumber, Number, Readings, is_finite, not_a_number};
 pub use host::Real;
 pub(crate) use host::{Host, Rounded, SharedMut, buffer, per_dtype, tensor_from, widened};
 

@@ -1,8 +1,9 @@
 //! All factors in one launch (`ops/cuda/optim.cu`). What comes out are views of one stretch of device memory.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use crate::ops::cuda::{Kernel, pointer, read, unset};
+use crate::ops::cuda::{Kernel, pointer, unset};
+use crate::ops::device::upload;
 
 const THREADS: usize = 256;
 /// Elements of a block.
@@ -46,7 +47,7 @@ impl Table {
             total += n;
             longest = longest.max(n);
         }
-        let rows = Tensor::from_vec(rows, (count, 6), lists[0][0].device())?;
+        let rows = upload(&Tensor::from_vec(rows, (count, 6), &Device::Cpu)?, lists[0][0].device())?;
         Ok(Self { rows, shapes, total, chunks: longest.div_ceil(CHUNK), inputs })
     }
 
@@ -100,15 +101,24 @@ impl Table {
         self.views(&out)
     }
 
-    /// The sum of all squares of the first list, in f64. Waits for the GPU.
-    pub(super) fn square_sum(&self) -> Result<f64> {
+    /// The norm of all of the first list together, in f64.
+    pub(super) fn norm(&self) -> Result<Tensor> {
         let n = self.chunks * self.shapes.len();
-        let (parts, total) = (unset(&self.rows, n, DType::F64)?, unset(&self.rows, 1, DType::F64)?);
+        let (parts, norm) = (unset(&self.rows, n, DType::F64)?, unset(&self.rows, 1, DType::F64)?);
         let mut kernel = Kernel::of("optim", "square_sums", &self.inputs[0])?;
         kernel.typed(&parts, DType::F64)?.typed(&self.rows, DType::I64)?;
         self.launch(&mut kernel)?;
-        let mut kernel = Kernel::of("optim", "total", &self.inputs[0])?;
-        kernel.typed(&total, DType::F64)?.typed(&parts, DType::F64)?.int(n).launch([1, 1, 1], THREADS, 0)?;
-        Ok(read(&total)?[0])
+        let mut kernel = Kernel::of("optim", "norm", &self.inputs[0])?;
+        kernel.typed(&norm, DType::F64)?.typed(&parts, DType::F64)?.int(n).launch([1, 1, 1], THREADS, 0)?;
+        Ok(norm)
+    }
+
+    /// The first list, scaled down to `max_norm` where its `norm` is more.
+    pub(super) fn clipped(&self, norm: &Tensor, max_norm: f64) -> Result<Vec<Tensor>> {
+        let out = self.output()?;
+        let mut kernel = Kernel::of("optim", "clip", &out)?;
+        kernel.tensor(&out)?.typed(&self.rows, DType::I64)?.typed(norm, DType::F64)?.float(max_norm);
+        self.launch(&mut kernel)?;
+        self.views(&out)
     }
 }

@@ -134,31 +134,32 @@ pub fn add_all(a: &[Tensor], b: &[Tensor]) -> Result<Vec<Tensor>> {
     a.iter().zip(b).map(|(a, b)| Ok((a + b)?)).collect()
 }
 
-/// The L2 norm of all gradients together, summed in f64. Waits for a GPU, once.
-pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
+/// The L2 norm of all gradients together, summed in f64: one f64 number, on their device. Does not wait for a GPU.
+pub fn global_norm(gradients: &[Tensor]) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if on_gpu(gradients) {
-        return Ok(cuda::Table::new(&[gradients])?.square_sum()?.sqrt());
+        return Ok(cuda::Table::new(&[gradients])?.norm()?);
     }
     let mut sum = 0f64;
     for gradient in gradients {
         sum += numbers(gradient)?.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
     }
-    Ok(sum.sqrt())
+    Ok(Tensor::new(&[sum.sqrt()], &Device::Cpu)?)
 }
 
-/// Scales the gradients down so that their global norm is at most `max_norm`; returns the norm before.
+/// Scales the gradients down so that their global norm is at most `max_norm`; returns the norm before, as
+/// [`global_norm`] does.
 ///
 /// As `torch.nn.utils.clip_grad_norm_`: the factor is `max_norm / (norm + 1e-6)`, at most one.
-pub fn clip_grad_norm(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
+pub fn clip_grad_norm(gradients: &mut [Tensor], max_norm: f64) -> Result<Tensor> {
     let norm = global_norm(gradients)?;
-    let factor = max_norm / (norm + 1e-6);
+    #[cfg(feature = "cuda")]
+    if on_gpu(gradients) {
+        gradients.clone_from_slice(&cuda::Table::new(&[gradients])?.clipped(&norm, max_norm)?);
+        return Ok(norm);
+    }
+    let factor = max_norm / (norm.to_vec1::<f64>()?[0] + 1e-6);
     if factor < 1.0 {
-        #[cfg(feature = "cuda")]
-        if on_gpu(gradients) {
-            gradients.clone_from_slice(&cuda::Table::new(&[gradients])?.weighted_sum(factor, 0.0)?);
-            return Ok(norm);
-        }
         for gradient in gradients {
             *gradient = (&*gradient * factor)?;
         }
@@ -225,10 +226,13 @@ mod tests {
     #[test]
     fn clipping_scales_all_gradients_by_one_factor() {
         let mut gradients = [vector(&[3.0]), vector(&[0.0, 4.0])];
-        assert_eq!(clip_grad_norm(&mut gradients, 1.0).unwrap(), 5.0);
+        let clip = |gradients: &mut [Tensor], max_norm| {
+            clip_grad_norm(gradients, max_norm).unwrap().to_vec1::<f64>().unwrap()[0]
+        };
+        assert_eq!(clip(&mut gradients, 1.0), 5.0);
         assert_close(&gradients[0], &[0.6]);
         assert_close(&gradients[1], &[0.0, 0.8]);
-        assert!((clip_grad_norm(&mut gradients, f64::INFINITY).unwrap() - 1.0).abs() < 1e-5);
+        assert!((clip(&mut gradients, f64::INFINITY) - 1.0).abs() < 1e-5);
         assert_close(&gradients[0], &[0.6]);
     }
 

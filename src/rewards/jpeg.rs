@@ -4,13 +4,14 @@
 //! sizes of files.
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use jpeg_encoder::{ChromaSubsamplingMethod, ColorType, Encoder, SamplingFactor};
 
 use super::{Objective, Reward};
 use crate::nn::Value;
 use crate::nn::layers::{activation, jpeg_size};
-use crate::ops::activation::Activation;
+use crate::ops::activation::{Activation, activation_fwd};
+use crate::ops::{Ledger, Number};
 
 /// PIL's and DDPO's. The tables of `ops::jpeg_size` are of this quality.
 const QUALITY: u8 = 95;
@@ -26,9 +27,10 @@ impl Reward for Jpeg {
         Ok(bytes.affine(self.per_kilobyte / 1000.0, 0.0)?)
     }
 
-    fn exact(&self, image: &Tensor) -> Result<Option<f64>> {
-        let bytes = jpeg_bytes(&image.squeeze(0)?)?;
-        Ok(Some(self.per_kilobyte * bytes.len() as f64 / 1000.0))
+    fn exact(&self, image: &Tensor, ledger: &mut Ledger) -> Result<Option<Number>> {
+        let per_kilobyte = self.per_kilobyte;
+        let size = move |pixels: &Tensor| Ok(per_kilobyte * encode(pixels)?.len() as f64 / 1000.0);
+        ledger.counted(&to_pixels(&image.squeeze(0)?)?, size).map(Some)
     }
 
     fn objective(&self) -> Objective {
@@ -51,22 +53,32 @@ pub(super) fn incompressibility() -> Box<dyn Reward> {
 /// # Errors
 /// More than 65535 pixels along a side, which the format does not have.
 pub fn jpeg_bytes(image: &Tensor) -> Result<Vec<u8>> {
-    let (_, height, width) = image.dims3()?;
+    encode(&to_pixels(image)?)
+}
+
+/// 8-bit pixels (H, W, 3) as a file.
+fn encode(pixels: &Tensor) -> Result<Vec<u8>> {
+    let (height, width, _) = pixels.dims3()?;
     let side = |n: usize| u16::try_from(n).with_context(|| format!("a JPEG of {width}x{height} pixels"));
     let mut file = Vec::new();
     let mut encoder = Encoder::new(&mut file, QUALITY);
     encoder.set_sampling_factor(SamplingFactor::F_2_2);
     encoder.set_chroma_subsampling_method(ChromaSubsamplingMethod::Average);
-    encoder.encode(&to_bytes(image)?, side(width)?, side(height)?, ColorType::Rgb)?;
+    encoder.encode(&pixels.flatten_all()?.to_vec1()?, side(width)?, side(height)?, ColorType::Rgb)?;
     Ok(file)
 }
 
 /// One image (3, H, W) in [-1, 1] as 8-bit pixels, (H, W, 3), rounded as diffusers rounds.
 pub fn to_bytes(image: &Tensor) -> Result<Vec<u8>> {
+    Ok(to_pixels(image)?.flatten_all()?.to_vec1()?)
+}
+
+/// [`to_bytes`] where the image is.
+fn to_pixels(image: &Tensor) -> Result<Tensor> {
     let (channels, _, _) = image.dims3()?;
     ensure!(channels == 3, "an image of {channels} channels");
-    let data: Vec<f32> = image.permute((1, 2, 0))?.flatten_all()?.to_vec1()?;
-    Ok(data.into_iter().map(|x| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8).collect())
+    let unit = activation_fwd(&image.permute((1, 2, 0))?.contiguous()?, Activation::UnitRange)?;
+    Ok((unit * 255.0)?.round()?.to_dtype(DType::U8)?)
 }
 
 #[cfg(test)]
@@ -102,6 +114,12 @@ mod tests {
         pictures
     }
 
+    /// The reported score.
+    fn exact(reward: &dyn Reward, image: &Tensor) -> f64 {
+        let (score, readings) = Ledger::around(|ledger| Ok(reward.exact(image, ledger)?.unwrap())).unwrap();
+        readings.get(score)
+    }
+
     fn pearson(pairs: &[(f64, f64)]) -> f64 {
         let n = pairs.len() as f64;
         let mean = |f: &dyn Fn(&(f64, f64)) -> f64| pairs.iter().map(f).sum::<f64>() / n;
@@ -116,8 +134,7 @@ mod tests {
         let smooth = |x: &Tensor| {
             f64::from(reward.score(&Value::constant(x), &[]).unwrap().tensor().to_vec1::<f32>().unwrap()[0])
         };
-        let pairs: Vec<(f64, f64)> =
-            pictures().iter().map(|x| (reward.exact(x).unwrap().unwrap(), smooth(x))).collect();
+        let pairs: Vec<(f64, f64)> = pictures().iter().map(|x| (exact(&*reward, x), smooth(x))).collect();
         let correlation = pearson(&pairs);
         assert!(correlation > 0.995, "Pearson {correlation}");
         for (exact, smooth) in &pairs {
@@ -144,7 +161,7 @@ mod tests {
                 (&x + (&d * f64::from(0.01 * norm(&x) / norm(&d))).unwrap()).unwrap()
             })
         };
-        let kilobytes = |x: &Tensor| large.exact(x).unwrap().unwrap();
+        let kilobytes = |x: &Tensor| exact(&*large, x);
         for x in &pictures()[1..5] {
             let (less, now, more) = (kilobytes(&followed(&*small, x)), kilobytes(x), kilobytes(&followed(&*large, x)));
             assert!(less < 0.98 * now && now < 0.98 * more, "{less}, {now} and {more} kB");

@@ -11,8 +11,8 @@ mod text_image;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Tensor};
 
 use crate::config::RewardsConfig;
 use crate::models::clip::Clip;
@@ -20,7 +20,7 @@ use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
-use crate::ops::not_a_number;
+use crate::ops::{Ledger, Number, Readings};
 
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, preprocess, resize_matrix};
@@ -32,7 +32,7 @@ pub trait Reward: Sync {
 
     /// The exact score of one image (1, 3, H, W), where `score` is a smooth stand-in for it: what is reported, while the
     /// loss is that of `score`.
-    fn exact(&self, _image: &Tensor) -> Result<Option<f64>> {
+    fn exact(&self, _image: &Tensor, _ledger: &mut Ledger) -> Result<Option<Number>> {
         Ok(None)
     }
 
@@ -64,12 +64,11 @@ impl Objective {
             Self::OneMinus => 1.0 - score,
         }
     }
-    /// d loss / d score.
-    pub fn slope(self, score: f64) -> f64 {
+    /// d loss / d score, of scores in f64, on their device.
+    pub fn slope(self, scores: &Tensor) -> candle_core::Result<Tensor> {
         match self {
-            Self::Target(target) if score == target => 0.0,
-            Self::Target(target) => (score - target).signum(),
-            Self::Maximize | Self::OneMinus => -1.0,
+            Self::Target(target) => (scores - target)?.sign(),
+            Self::Maximize | Self::OneMinus => scores.ones_like()?.neg(),
         }
     }
     fn of(target: Option<f64>) -> Self {
@@ -96,23 +95,38 @@ impl Weighted {
         self.weight * self.reward.objective().loss(self.cap.map_or(score, |cap| score.min(cap)))
     }
 
-    /// d loss / d score.
-    fn slope(&self, score: f64) -> f64 {
-        if self.cap.is_some_and(|cap| score >= cap) { 0.0 } else { self.weight * self.reward.objective().slope(score) }
+    /// d loss / d score, of scores in f64, on their device.
+    fn slope(&self, scores: &Tensor) -> candle_core::Result<Tensor> {
+        let slope = (self.reward.objective().slope(scores)? * self.weight)?;
+        match self.cap {
+            // 1 below the cap, 0 from there on
+            Some(cap) => slope * (cap - scores)?.sign()?.relu()?,
+            None => Ok(slope),
+        }
     }
 }
 
 /// The rewards of an experiment.
 pub struct Rewards(Vec<Weighted>);
 
-/// What the rewards say of one image, and how the loss changes with it.
-pub struct ImageReward {
-    /// One score for each reward, in order.
-    pub scores: Vec<f64>,
+/// What the rewards say of one image, known when the ledger is read: one score for each reward, in order.
+pub struct Scores {
+    /// Exact where the differentiated one is a stand-in.
+    reported: Vec<Number>,
+    /// What the loss is made of; anything where a reward is not trained.
+    differentiated: Vec<Number>,
+}
+
+impl Scores {
+    /// The scores as they are reported.
+    pub fn get(&self, readings: &Readings) -> Vec<f64> {
+        self.reported.iter().map(|score| readings.get(*score)).collect()
+    }
+
     /// The weighted sum of the losses.
-    pub loss: f64,
-    /// d (scale · loss) / d image, (1, 3, H, W).
-    pub d_image: Tensor,
+    pub fn loss(&self, rewards: &Rewards, readings: &Readings) -> f64 {
+        rewards.loss(&self.differentiated.iter().map(|score| readings.get(*score)).collect::<Vec<_>>())
+    }
 }
 
 impl Rewards {
@@ -222,29 +236,41 @@ impl Rewards {
         Ok(None)
     }
 
-    /// Scores of one image, (1, 3, H, W), without a gradient; exact where the gradient is that of a stand-in.
+    /// Scores of one image, (1, 3, H, W), without a gradient; exact where the gradient is that of a stand-in. Waits for a
+    /// GPU.
     pub fn scores(&self, image: &Tensor, prompt: &str) -> Result<Vec<f64>> {
-        self.0.iter().map(|r| r.reported(image, prompt)).collect()
+        let noted =
+            |ledger: &mut Ledger| self.0.iter().map(|r| r.reported(image, prompt, ledger)).collect::<Result<Vec<_>>>();
+        let (scores, readings) = Ledger::around(noted)?;
+        Ok(scores.into_iter().map(|score| readings.get(score)).collect())
     }
 
-    /// Scores of one image, its loss, and the gradient of `scale · loss` with respect to it.
-    pub fn scores_and_gradient(&self, image: &Tensor, prompt: &str, scale: f64) -> Result<ImageReward> {
+    /// Scores of one image, and the gradient of `scale · loss` with respect to it, (1, 3, H, W).
+    ///
+    /// # Errors
+    /// A score that is not finite, here or when the ledger is read.
+    pub fn scores_and_gradient(
+        &self,
+        image: &Tensor,
+        prompt: &str,
+        scale: f64,
+        ledger: &mut Ledger,
+    ) -> Result<(Scores, Tensor)> {
         let prompts = [prompt.to_owned()];
-        let mut scores = Vec::with_capacity(self.0.len());
-        let mut differentiated = Vec::with_capacity(self.0.len());
+        let mut scores = Scores { reported: Vec::new(), differentiated: Vec::new() };
         let mut d_image: Option<Tensor> = None;
         for r in &self.0 {
             if r.weight == 0.0 {
-                scores.push(r.reported(image, prompt)?);
-                differentiated.push(0.0);
+                scores.reported.push(r.reported(image, prompt, ledger)?);
+                scores.differentiated.push(0.0.into());
                 continue;
             }
             let tape = Tape::new();
             let leaf = tape.leaf(image);
             let score = r.reward.score(&leaf, &prompts)?;
-            let value = scalar(&score, r.name)?;
-            let slope = scale * r.slope(value);
-            let cotangent = score.tensor().ones_like()?.affine(slope, 0.0)?;
+            let value = scalar(&score, r.name, ledger)?;
+            let cotangent =
+                (r.slope(&score.tensor().to_dtype(DType::F64)?)? * scale)?.to_dtype(score.tensor().dtype())?;
             let gradient = tape
                 .backward(&[(&score, &cotangent)])?
                 .take(&leaf, &format!("the image from the reward `{}`", r.name))?;
@@ -252,33 +278,32 @@ impl Rewards {
                 Some(sum) => (sum + gradient)?,
                 None => gradient,
             });
-            scores.push(r.reward.exact(image)?.unwrap_or(value));
-            differentiated.push(value);
+            scores.reported.push(r.reward.exact(image, ledger)?.unwrap_or(value));
+            scores.differentiated.push(value);
         }
         let d_image = match d_image {
             Some(d_image) => d_image,
             None => image.zeros_like()?,
         };
-        Ok(ImageReward { loss: self.loss(&differentiated), scores, d_image })
+        Ok((scores, d_image))
     }
 }
 
 impl Weighted {
     /// The score of one image (1, 3, H, W), as it is reported.
-    fn reported(&self, image: &Tensor, prompt: &str) -> Result<f64> {
-        match self.reward.exact(image)? {
+    fn reported(&self, image: &Tensor, prompt: &str, ledger: &mut Ledger) -> Result<Number> {
+        match self.reward.exact(image, ledger)? {
             Some(score) => Ok(score),
-            None => scalar(&self.reward.score(&Value::constant(image), &[prompt.to_owned()])?, self.name),
+            None => scalar(&self.reward.score(&Value::constant(image), &[prompt.to_owned()])?, self.name, ledger),
         }
     }
 }
 
-fn scalar(score: &Value, name: &str) -> Result<f64> {
-    match score.tensor().flatten_all()?.to_vec1::<f32>()?.as_slice() {
-        [score] if score.is_finite() => Ok(f64::from(*score)),
-        [score] => not_a_number(format!("the reward `{name}` gave {score}")),
-        other => bail!("the reward `{name}` gave {} scores for one image", other.len()),
-    }
+/// The one score, which must be finite.
+fn scalar(score: &Value, name: &'static str, ledger: &mut Ledger) -> Result<Number> {
+    let count = score.tensor().elem_count();
+    ensure!(count == 1, "the reward `{name}` gave {count} scores for one image");
+    ledger.finite_number(score.tensor(), move |score| format!("the reward `{name}` gave {score}"))
 }
 
 /// CLIP models by their path, so that two rewards on one model share its weights.

@@ -7,6 +7,7 @@ use crate::config::Preprocess;
 use crate::nn::layers::activation;
 use crate::nn::{Linear, Value};
 use crate::ops::activation::Activation;
+use crate::ops::device::upload;
 
 /// OpenAI's pixel statistics, which every CLIP here was trained with.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
@@ -104,11 +105,11 @@ fn resize(x: &Value, height: usize, width: usize, filter: Filter) -> Result<Valu
     let (_, _, h, w) = x.tensor().dims4()?;
     let (mut x, device) = (x.clone(), x.tensor().device());
     if w != width {
-        x = Linear::new(&resize_matrix(w, width, filter)?.to_device(device)?, None)?.forward(&x)?;
+        x = Linear::new(&upload(&resize_matrix(w, width, filter)?, device)?, None)?.forward(&x)?;
     }
     if h != height {
         x = x.permute(&[0, 1, 3, 2])?;
-        x = Linear::new(&resize_matrix(h, height, filter)?.to_device(device)?, None)?.forward(&x)?;
+        x = Linear::new(&upload(&resize_matrix(h, height, filter)?, device)?, None)?.forward(&x)?;
         x = x.permute(&[0, 1, 3, 2])?;
     }
     Ok(x)

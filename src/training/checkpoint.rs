@@ -21,6 +21,7 @@ pub const EMA: &str = "pytorch_lora_weights_ema.safetensors";
 const STATE: &str = "state.json";
 
 /// The state of a run between two optimizer steps.
+#[derive(Clone)]
 pub struct Checkpoint {
     /// Optimizer steps taken.
     pub step: usize,

@@ -5,20 +5,23 @@ use candle_core::Tensor;
 
 use super::run_folder::RunFolder;
 use crate::lora::Adapters;
-use crate::ops::{NotANumber, first_not_finite, not_a_number};
+use crate::ops::{Ledger, NotANumber};
 
 /// Whether a step failed because some number was not finite: it can be skipped.
 pub fn is_not_a_number(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| cause.is::<NotANumber>())
 }
 
+/// Notes that all of the tensors, one for each of the adapters', must be finite; `what` says what they are.
+///
 /// # Errors
-/// [`NotANumber`], which names the first tensor that has one; `what` says of what.
-pub fn ensure_finite(what: &str, adapters: &Adapters, tensors: &[Tensor]) -> Result<()> {
-    match first_not_finite(&tensors.iter().collect::<Vec<_>>())? {
-        Some(first) => not_a_number(format!("{what} of `{}` is not finite", adapters.named_tensors()[first].0)),
-        None => Ok(()),
+/// [`NotANumber`], which names the first tensor that has one: here or when the ledger is read.
+pub fn ensure_finite(what: &str, adapters: &Adapters, tensors: &[Tensor], ledger: &mut Ledger) -> Result<()> {
+    for ((name, _), tensor) in adapters.named_tensors().into_iter().zip(tensors) {
+        let what = what.to_owned();
+        ledger.finite(tensor, move |_| format!("{what} of `{name}` is not finite"))?;
     }
+    Ok(())
 }
 
 /// After the first update: some factor B must have moved. Otherwise the model is what it was at the start, and would stay it.

@@ -25,6 +25,7 @@ use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
+use crate::ops::Ledger;
 use crate::ops::device::{Compute, Counts};
 use crate::rewards::Rewards;
 
@@ -180,7 +181,11 @@ impl Parts<'_> {
     fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
         let prompt = [String::new()];
-        rise(self.meter(), || reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing))
+        rise(self.meter(), || {
+            Ledger::around(|ledger| {
+                reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing, ledger)
+            })
+        })
     }
 
     /// The peak of a run with micro-batches of `batch` images.

@@ -9,7 +9,7 @@ use crate::diffusion::guidance::{guide, guide_bwd};
 use crate::lora::Adapters;
 use crate::models::unet::{Text, Unet};
 use crate::nn::lora::LoraGradients;
-use crate::ops::{first_not_finite, is_finite, not_a_number};
+use crate::ops::Ledger;
 
 /// What the UNet is told: embeddings of the prompts and of what guidance moves away from.
 #[derive(Clone)]
@@ -152,7 +152,7 @@ pub struct Trajectory {
 /// Runs the chain from `x_t`. `noise(i)` is the noise of step i, asked for where its σ is not zero.
 ///
 /// # Errors
-/// A latent that is not finite: names the step.
+/// A latent that is not finite, here or when the ledger is read: names the step.
 pub fn rollout(
     unet: &Unet,
     steps: &[DdimStep],
@@ -160,6 +160,7 @@ pub fn rollout(
     prompting: &Prompting,
     adapters: &Adapters,
     noise: impl Fn(usize) -> Result<Tensor>,
+    ledger: &mut Ledger,
 ) -> Result<Trajectory> {
     let mut inputs = Vec::with_capacity(steps.len());
     let mut predictions = Vec::with_capacity(steps.len());
@@ -169,22 +170,12 @@ pub fn rollout(
         let prediction = projected.predict(unet, &x, step.timestep, adapters)?;
         let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
         let next = step.apply(&x, &prediction, noise.as_ref())?;
-        if next.device().is_cpu() && !is_finite(&next)? {
-            return not_finite(i, step);
-        }
+        let timestep = step.timestep;
+        ledger.finite(&next, move |_| {
+            format!("the UNet's prediction at denoising step {i} (timestep {timestep}) is not finite")
+        })?;
         inputs.push(std::mem::replace(&mut x, next));
         predictions.push(prediction);
     }
-    // a GPU is not kept waiting at every step
-    if !x.device().is_cpu() {
-        let results: Vec<&Tensor> = inputs.iter().skip(1).chain([&x]).collect();
-        if let Some(i) = first_not_finite(&results)? {
-            return not_finite(i, &steps[i]);
-        }
-    }
     Ok(Trajectory { inputs, predictions, latents: x })
-}
-
-fn not_finite<T>(i: usize, step: &DdimStep) -> Result<T> {
-    not_a_number(format!("the UNet's prediction at denoising step {i} (timestep {}) is not finite", step.timestep))
 }

@@ -46,15 +46,27 @@ int main() {
         "global norm",
         [&] {
             emulator::launch(grid, 256, 0, [&] { square_sums_f32(parts.data(), table.data()); });
-            emulator::launch({1}, 256, 0, [&] { total_f32(&norm, parts.data(), parts.size()); });
+            emulator::launch({1}, 256, 0, [&] { norm_f32(&norm, parts.data(), parts.size()); });
         },
         {{&norm, 8}});
-    report(std::fabs(norm / squares - 1) < 1e-12, "global norm", norm, squares);
+    report(std::fabs(norm / std::sqrt(squares) - 1) < 1e-12, "global norm", norm, std::sqrt(squares));
+    Buffer<float> clipped(total);
+    for (double part : {0.25, 1.5, (double)INFINITY}) {  // of the norm: the first one clips
+        const float max_norm = part * norm;
+        emulator::launch(grid, 256, 0, [&] { clip_f32(clipped, table.data(), &norm, max_norm); });
+        std::vector<double> clipped_ref;
+        for (size_t t = 0; t < sizes.size(); t++)
+            for (size_t i = 0; i < sizes[t]; i++) clipped_ref.push_back(std::min(part, 1.0) * p[t][i]);
+        close("clip to " + std::to_string(part), clipped, clipped_ref);
+    }
     p[4].set(5000, INFINITY);
     emulator::launch(grid, 256, 0, [&] { square_sums_f32(parts.data(), table.data()); });
-    emulator::launch({1}, 256, 0, [&] { total_f32(&norm, parts.data(), parts.size()); });
+    emulator::launch({1}, 256, 0, [&] { norm_f32(&norm, parts.data(), parts.size()); });
     report(!std::isfinite(norm), "the norm of an infinity", norm, 0);
     p[4].set(5000, 1);
+    norm = NAN;
+    emulator::launch(grid, 256, 0, [&] { clip_f32(clipped, table.data(), &norm, 1.0f); });
+    report(clipped[1] == p[1][0], "a norm that is none clips nothing", clipped[1], p[1][0]);
 
     for (size_t t = 0; t < sizes.size(); t++) table[6 * t + 3] = 0;
     emulator::launch(grid, 256, 0, [&] { weighted_sum_f32(scaled, table.data(), 0.5f, NAN); });

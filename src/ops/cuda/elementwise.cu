@@ -172,11 +172,11 @@ template <int VEC, typename T> __device__ void concat_bwd(T* a, T* b, const T* y
     store<VEC>(col < left ? a + row * left + col : b + row * right + (col - left), v);
 }
 
-// Sets *flag to 1 if some x[i] is a NaN or an infinity; the caller has set it to 0.
-template <typename T> __device__ void not_finite(float* flag, const T* x, i64 n) {
+// Makes *slot NaN if some x[i] is a NaN or an infinity, and leaves it otherwise.
+template <typename T> __device__ void not_finite(double* slot, const T* x, i64 n) {
     bool bad = false;
     for (i64 i = thread_index(); i < n; i += (i64)gridDim.x * blockDim.x) bad |= !isfinite(to_float(x[i]));
-    if (bad) *flag = 1.0f;  // every thread that writes writes the same
+    if (bad) *slot = nan("");  // every thread that writes writes the same
 }
 
 // A kernel for vectors of 8 and one for any size.
@@ -218,6 +218,6 @@ template <typename T> __device__ void not_finite(float* flag, const T* x, i64 n)
     KERNEL concat_bwd_##NAME(T* a, T* b, const T* y, i64 rows, i64 left, i64 right, i64 vector) {                      \
         DISPATCH(concat_bwd, a, b, y, rows, left, right)                                                               \
     }                                                                                                                  \
-    KERNEL not_finite_##NAME(float* flag, const T* x, i64 n) { not_finite(flag, x, n); }
+    KERNEL not_finite_##NAME(double* slot, const T* x, i64 n) { not_finite(slot, x, n); }
 
 EACH_TYPE(INSTANCES)

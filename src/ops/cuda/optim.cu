@@ -1,4 +1,4 @@
-// All LoRA factors in one launch: AdamW, weighted sums, the sum of squares. f32.
+// All LoRA factors in one launch: AdamW, weighted sums, their norm and clipping by it. f32.
 //
 // `table` (count, 6) holds for each tensor its number of elements, its place in the outputs, and the addresses of up to
 // four inputs. Blocks: (chunks of the longest tensor, tensors). The outputs are one stretch of memory, in the table's
@@ -63,10 +63,18 @@ KERNEL square_sums_f32(double* parts, const i64* table) {
     if (threadIdx.x == 0) parts[blockIdx.y * (i64)gridDim.x + blockIdx.x] = sum;
 }
 
-// The sum of n parts, by one block.
-KERNEL total_f32(double* total, const double* parts, i64 n) {
+// The root of the sum of n parts, by one block.
+KERNEL norm_f32(double* norm, const double* parts, i64 n) {
     double sum = 0;
     for (i64 i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) *total = sum;
+    if (threadIdx.x == 0) *norm = sqrt(sum);
+}
+
+// out = in[0], scaled down where the norm is above max_norm; as it is where the norm is a NaN.
+KERNEL clip_f32(float* out, const i64* table, const double* norm, float max_norm) {
+    const Operands o = operands(table);
+    const double factor = max_norm / (*norm + 1e-6);
+    const float by = factor < 1.0 ? (float)factor : 1.0f;
+    over_elements(o.count, [&](i64 i) { out[o.place + i] = by * o.in[0][i]; });
 }

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::ops::activation::{Activation, activation_bwd, activation_fwd};
 use crate::ops::attention::{Heads, attention_bwd, attention_fwd};
 use crate::ops::concat::{concat_last_bwd, concat_last_fwd};
+use crate::ops::device::upload;
 use crate::ops::geglu::{geglu_bwd, geglu_fwd};
 use crate::ops::group_norm::{GroupNorm, group_norm_bwd, group_norm_fwd};
 use crate::ops::jpeg_size::{jpeg_size_bwd, jpeg_size_fwd};
@@ -14,7 +15,7 @@ use crate::ops::linear::{lora_bwd, lora_fwd};
 use crate::ops::sum::{add, add_channels};
 use crate::ops::testing::{Case, gpu_tolerance, gpus, relative_error};
 use crate::ops::upsample::{upsample_nearest_bwd, upsample_nearest_fwd};
-use crate::ops::{first_not_finite, is_finite};
+use crate::ops::{Ledger, is_finite};
 
 /// `run` on the GPU in each format, against the CPU in f32 on the same rounded numbers. Inputs from `factors` on are f32
 /// everywhere.
@@ -156,7 +157,7 @@ fn the_optimizer_agrees_with_the_cpu() {
         next = optimizer.update(&next, &gradients, 0.1).unwrap();
         next.extend(moving_average(parameters, &gradients, 0.9).unwrap());
         next.extend(add_all(parameters, &gradients).unwrap());
-        next.push(Tensor::new(&[norm as f32], &Device::Cpu)?);
+        next.push(norm.to_dtype(DType::F32)?);
         Ok(next)
     });
 }
@@ -173,6 +174,27 @@ fn a_bad_number_is_found_on_a_gpu() {
         let (good, bad) = (tensor(2.0), tensor(f32::NAN));
         assert!(is_finite(&good).unwrap() && !is_finite(&bad).unwrap());
         assert!(!is_finite(&tensor(f32::INFINITY)).unwrap());
-        assert_eq!(first_not_finite(&[&good, &good, &bad, &good]).unwrap(), Some(2));
+        let mut ledger = Ledger::default();
+        let third = |ledger: &mut Ledger| ledger.number(&good.get(2).unwrap()).unwrap();
+        let before = third(&mut ledger);
+        ledger.finite(&good, |_| unreachable!()).unwrap();
+        assert_eq!(ledger.read().unwrap().get(before), 1.0);
+        let mut ledger = Ledger::default();
+        ledger.finite(&good, |_| unreachable!()).unwrap();
+        ledger.finite(&bad, |_| "the second".into()).unwrap();
+        ledger.finite(&bad, |_| "the third".into()).unwrap();
+        third(&mut ledger);
+        assert_eq!(ledger.read().err().unwrap().to_string(), "not a number: the second");
+    }
+}
+
+#[test]
+fn what_is_uploaded_in_pieces_arrives_whole() {
+    for compute in gpus() {
+        for n in [1, 16_384, 16_385, 100_000] {
+            let data: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let there = upload(&Tensor::from_vec(data.clone(), n, &Device::Cpu).unwrap(), compute.device()).unwrap();
+            assert!(there.device().is_cuda() && there.to_vec1::<f32>().unwrap() == data);
+        }
     }
 }

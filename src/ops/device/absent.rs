@@ -1,6 +1,6 @@
 //! The twin of `cuda.rs` in a build without GPU kernels.
 
-use candle_core::{Device, Result, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::Counts;
 
@@ -10,6 +10,10 @@ pub(super) fn open(name: &str, _ordinal: usize, _allow_tf32: bool) -> anyhow::Re
     anyhow::bail!(
         "device `{name}`: this build computes on the CPU only; use --device cpu (or run.device = \"cpu\"), or build it with `--features cuda`"
     )
+}
+
+pub(super) fn upload(_: &Tensor, _: &Device) -> Result<Tensor> {
+    bail!("{ABSENT}")
 }
 
 pub(super) fn name(_: &Device) -> Result<String> {

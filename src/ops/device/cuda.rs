@@ -5,8 +5,10 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use candle_core::cuda_backend::DeviceId;
-use candle_core::{CudaDevice, Device, Result};
-use cudarc::driver::{CudaSlice, DevicePtr, result, sys};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, result, sys};
 
 use super::Counts;
 
@@ -84,6 +86,31 @@ fn pool(device: &CudaDevice) -> Result<sys::CUmemoryPool> {
     stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
     // SAFETY: the handle is that of a device whose context is open.
     unsafe { result::device::get_mem_pool(stream.context().cu_device()) }.map_err(candle_core::Error::wrap)
+}
+
+/// The most bytes that CUDA promises to copy from ordinary memory without waiting for what was launched before.
+const PIECE: usize = 64 << 10;
+
+/// A tensor on the device, copied in pieces that nothing waits for.
+pub(super) fn upload(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    fn copy<T: WithDType + CudaDType + DeviceRepr>(tensor: &Tensor, device: &CudaDevice) -> Result<CudaStorage> {
+        let data = tensor.flatten_all()?.to_vec1::<T>()?;
+        // SAFETY: the copies fill all of it.
+        let mut copied = unsafe { device.alloc::<T>(data.len())? };
+        let piece = PIECE / size_of::<T>();
+        for (index, data) in data.chunks(piece).enumerate() {
+            let place = index * piece..index * piece + data.len();
+            device.cuda_stream().memcpy_htod(data, &mut copied.slice_mut(place)).w()?;
+        }
+        Ok(CudaStorage::wrap_cuda_slice(copied, device.clone()))
+    }
+    let cuda = device.as_cuda_device()?;
+    let storage = match tensor.dtype() {
+        DType::F32 => copy::<f32>(tensor, cuda)?,
+        DType::I64 => copy::<i64>(tensor, cuda)?,
+        other => bail!("numbers of {other:?} are not uploaded, f32 and i64 are"),
+    };
+    Ok(Tensor::from_storage(Storage::Cuda(storage), tensor.shape(), BackpropOp::none(), false))
 }
 
 pub(super) fn name(device: &Device) -> Result<String> {

@@ -142,6 +142,11 @@ fn gib(bytes: usize) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
+/// A tensor of f32 or i64 on `device`. Does not wait for a GPU, whatever its size: `Tensor::to_device` may.
+pub fn upload(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    if tensor.device().is_cpu() && device.is_cuda() { cuda::upload(tensor, device) } else { tensor.to_device(device) }
+}
+
 /// What NVIDIA's libraries take when they are first used, and what is lost between blocks.
 const SET_ASIDE: usize = 512 << 20;
 

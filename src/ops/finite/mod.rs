@@ -1,7 +1,10 @@
-//! Whether every number of a tensor is finite.
+//! Whether every number of a tensor is finite, and the ledger in which a step notes what it wants to know of its numbers.
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod ledger;
+
+pub use ledger::{Ledger, Number, Readings};
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -26,7 +29,7 @@ pub fn not_a_number<T>(room: impl Into<String>) -> anyhow::Result<T> {
 
 const BLOCK: usize = 1 << 16;
 
-/// Whether no element is a NaN or an infinity.
+/// Whether no element is a NaN or an infinity. Waits for a GPU; a step notes in its [`Ledger`] what it wants to know.
 pub fn is_finite(x: &Tensor) -> Result<bool> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -35,22 +38,17 @@ pub fn is_finite(x: &Tensor) -> Result<bool> {
     per_dtype!(x, is_finite_cpu(x))
 }
 
-/// The place of the first tensor with an element that is a NaN or an infinity. Waits for a GPU once, not once a tensor.
-pub fn first_not_finite(tensors: &[&Tensor]) -> Result<Option<usize>> {
+/// Makes `slots[index]` (f64) NaN where `x` has an element that is a NaN or an infinity, and leaves it otherwise. Does not
+/// wait for a GPU.
+fn mark(slots: &Tensor, index: usize, x: &Tensor) -> Result<()> {
     #[cfg(feature = "cuda")]
-    if let Some(first) = tensors.first().filter(|first| first.device().is_cuda()) {
-        let flags = cuda::flags(tensors.len(), first.device())?;
-        for (index, tensor) in tensors.iter().enumerate() {
-            cuda::mark(&flags, index, tensor)?;
-        }
-        return Ok(cuda::set(&flags)?.into_iter().position(|set| set));
+    if x.device().is_cuda() {
+        return cuda::mark(slots, index, x);
     }
-    for (index, tensor) in tensors.iter().enumerate() {
-        if !is_finite(tensor)? {
-            return Ok(Some(index));
-        }
+    if !is_finite(x)? {
+        slots.slice_set(&Tensor::new(&[f64::NAN], x.device())?, 0, index)?;
     }
-    Ok(None)
+    Ok(())
 }
 
 fn is_finite_cpu<T: Real>(x: &Tensor) -> Result<bool> {
@@ -82,10 +80,6 @@ mod tests {
                 assert!(!is_finite(&Tensor::from_vec(data, n, &Device::Cpu).unwrap()).unwrap());
             }
         }
-        let tensor = |x: f32| Tensor::new(&[1.0, x], &Device::Cpu).unwrap();
-        let (good, bad) = (tensor(2.0), tensor(f32::NAN));
-        assert_eq!(first_not_finite(&[&good, &bad, &good, &bad]).unwrap(), Some(1));
-        assert_eq!(first_not_finite(&[&good, &good]).unwrap(), None);
         assert!(is_finite(&Tensor::from_vec(Vec::<f32>::new(), 0, &Device::Cpu).unwrap()).unwrap());
     }
 }

@@ -30,7 +30,7 @@ pub(super) fn conv2d(
 ) -> Result<Conv2d> {
     let weight = w.get("weight", &[outputs, inputs, k, k])?;
     let bias = w.contains("bias").then(|| w.get("bias", &[outputs])).transpose()?;
-    Ok(Conv2d(ops::conv2d::Kernel::new(&weight, bias, stride, padding)?))
+    Ok(Conv2d(ops::conv2d::Kernel::for_images(&weight, bias, stride, padding, w.images())?))
 }
 
 pub(super) fn group_norm(w: &Weights, channels: usize, groups: usize, eps: f64, silu: bool) -> Result<GroupNorm> {

@@ -18,6 +18,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::files::pickle;
 use crate::models::hub::Source;
+use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
 
 /// Variants to try, in this order, when none is asked for and there is no plain file.
@@ -30,6 +31,8 @@ pub struct Weights {
     prefix: String,
     /// Where tensors go, and in what number format.
     compute: Compute,
+    /// What the layers under this prefix will meet.
+    images: Images,
 }
 
 struct Files {
@@ -121,14 +124,14 @@ impl Weights {
         } else {
             files.add_safetensors(path, map)?;
         }
-        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() })
+        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu(), images: Images::Any })
     }
 
     /// Weights of any name and shape, without a file: uniform numbers of variance 1 / fan-in, norms near one. For
     /// measuring an architecture's time and memory, which do not depend on the numbers.
     pub fn random(seed: u64) -> Self {
         let files = Files { random: Some(seed), ..Files::new(Path::new("random weights")) };
-        Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() }
+        Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu(), images: Images::Any }
     }
 
     fn open_shards(source: &Source, index: &str) -> Result<Self> {
@@ -145,7 +148,7 @@ impl Weights {
         if let Some((key, shard)) = weight_map.iter().find(|(key, _)| !files.entries.contains_key(*key)) {
             bail!("{}: `{key}` should be in {shard}, and is not; download the shards again", files.label);
         }
-        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() })
+        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu(), images: Images::Any })
     }
 
     /// The tensors under `prefix.`: `weights.pp("down_blocks").pp(0)`.
@@ -156,6 +159,15 @@ impl Weights {
     /// The same tensors for another device, in another number format.
     pub fn on(&self, compute: &Compute) -> Self {
         Self { compute: compute.clone(), ..self.clone() }
+    }
+
+    /// The same tensors, for convolutions of such images.
+    pub fn for_images(&self, images: Images) -> Self {
+        Self { images, ..self.clone() }
+    }
+
+    pub fn images(&self) -> Images {
+        self.images
     }
 
     /// Where the tensors go.
@@ -282,7 +294,7 @@ impl Weights {
             integers: old.integers.clone(),
             random: None,
         };
-        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu() })
+        Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu(), images: Images::Any })
     }
 
     /// A whole number that was saved beside a pickled state dict: `global_step`.

@@ -23,6 +23,7 @@ use crate::lora::{Adapters, Target};
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Linear, LoraValues, Value};
 use crate::ops::activation::{Activation, activation_fwd};
+use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
 pub use blocks::Text;
 use blocks::{Evaluation, Transformer, UnetStage};
@@ -210,9 +211,10 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
     let blocks = channels.len();
     let mut steps = Vec::new();
     let mut push = |name: String, stage, pops, pushes| steps.push(Step { name, stage, pops, pushes });
-    let resnet = |name: &str, inputs, outputs| -> Result<UnetStage> {
-        let resnet =
-            Resnet::load(&w.pp(name), inputs, outputs, Some(time_dim), config.norm_num_groups, config.norm_eps);
+    let at = |name: &str, block: usize| w.pp(name).for_images(images(block));
+    let resnet = |name: &str, block, inputs, outputs| -> Result<UnetStage> {
+        let w = at(name, block);
+        let resnet = Resnet::load(&w, inputs, outputs, Some(time_dim), config.norm_num_groups, config.norm_eps);
         Ok(UnetStage::Resnet(resnet?))
     };
     let transformer = |name: &str, channels, block| -> Result<UnetStage> {
@@ -242,7 +244,7 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
         let cross = has_attention(kind, "CrossAttnDownBlock2D", "DownBlock2D")?;
         for layer in 0..config.layers_per_block.at(block).unwrap_or(2) {
             let name = format!("down_blocks.{block}.resnets.{layer}");
-            push(name.clone(), resnet(&name, current, channels[block])?, false, !cross);
+            push(name.clone(), resnet(&name, block, current, channels[block])?, false, !cross);
             current = channels[block];
             if cross {
                 let name = format!("down_blocks.{block}.attentions.{layer}");
@@ -260,11 +262,11 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
 
     let last = blocks - 1;
     let depth = config.transformer_layers_per_block.at(last).unwrap_or(1);
-    push("mid_block.resnets.0".into(), resnet("mid_block.resnets.0", current, current)?, false, false);
+    push("mid_block.resnets.0".into(), resnet("mid_block.resnets.0", last, current, current)?, false, false);
     if depth > 0 {
         push("mid_block.attentions.0".into(), transformer("mid_block.attentions.0", current, last)?, false, false);
     }
-    push("mid_block.resnets.1".into(), resnet("mid_block.resnets.1", current, current)?, false, false);
+    push("mid_block.resnets.1".into(), resnet("mid_block.resnets.1", last, current, current)?, false, false);
 
     for (up, kind) in config.up_block_types.iter().enumerate() {
         let block = last - up;
@@ -272,7 +274,7 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
         for layer in 0..=config.layers_per_block.at(block).unwrap_or(2) {
             let skip = skips.pop().context("unet/config.json: more layers on the way up than on the way down")?;
             let name = format!("up_blocks.{up}.resnets.{layer}");
-            push(name.clone(), resnet(&name, current + skip, channels[block])?, true, false);
+            push(name.clone(), resnet(&name, block, current + skip, channels[block])?, true, false);
             current = channels[block];
             if cross {
                 let name = format!("up_blocks.{up}.attentions.{layer}");
@@ -281,7 +283,7 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
         }
         if up + 1 < blocks {
             let name = format!("up_blocks.{up}.upsamplers.0.conv");
-            let conv = conv2d(&w.pp(&name), current, current, 3, 1, 1)?;
+            let conv = conv2d(&at(&name, block - 1), current, current, 3, 1, 1)?;
             push(name, UnetStage::Upsample(conv), false, false);
         }
     }
@@ -289,6 +291,11 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
     let conv = conv2d(&w.pp("conv_out"), current, config.out_channels, 3, 1, 1)?;
     push("conv_out".into(), UnetStage::Out(norm, conv), false, false);
     Ok(steps)
+}
+
+/// What the convolutions of a block meet: from the third block on, a sixteenth of the latents' pixels or less.
+fn images(block: usize) -> Images {
+    if block < 2 { Images::Any } else { Images::Small }
 }
 
 fn has_attention(kind: &str, with: &str, without: &str) -> Result<bool> {

@@ -36,14 +36,23 @@ enum Weight {
     Device(Tensor),
 }
 
+/// What is known of the images that a kernel will meet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Images {
+    #[default]
+    Any,
+    /// A few hundred pixels: reading a large kernel costs as much as the products with it.
+    Small,
+}
+
 impl Weight {
-    fn new(weight: &Tensor, stride: usize, padding: usize) -> Result<Self> {
+    fn new(weight: &Tensor, stride: usize, padding: usize, images: Images) -> Result<Self> {
         if !weight.device().is_cpu() {
             return Ok(Self::Device(weight.permute((0, 2, 3, 1))?.contiguous()?));
         }
         let weight = &widened(weight)?;
         #[cfg(target_arch = "x86_64")]
-        if let Some(winograd) = Winograd::new(weight, stride, padding)? {
+        if let Some(winograd) = Winograd::new(weight, stride, padding, images)? {
             return Ok(Self::Winograd(Arc::new(winograd)));
         }
         let (out, inputs, kh, kw) = weight.dims4()?;
@@ -67,6 +76,17 @@ pub struct Kernel {
 impl Kernel {
     /// From PyTorch's layout: weight (out, in, kh, kw), bias (out). `padding` is symmetric.
     pub fn new(weight: &Tensor, bias: Option<Tensor>, stride: usize, padding: usize) -> Result<Self> {
+        Self::for_images(weight, bias, stride, padding, Images::Any)
+    }
+
+    /// As [`Self::new`], in the form that suits these images best; the numbers are the same but for rounding.
+    pub fn for_images(
+        weight: &Tensor,
+        bias: Option<Tensor>,
+        stride: usize,
+        padding: usize,
+        images: Images,
+    ) -> Result<Self> {
         let (out, inputs, kh, kw) = weight.dims4()?;
         if stride == 0 {
             bail!("conv2d: the stride must be at least 1");
@@ -76,7 +96,7 @@ impl Kernel {
         {
             bail!("conv2d: a bias of shape {:?} for {out} output channels", bias.dims());
         }
-        let weight = Weight::new(weight, stride, padding)?;
+        let weight = Weight::new(weight, stride, padding, images)?;
         Ok(Self { weight, sides: (kh, kw), inputs, outputs: out, bias, stride, padding })
     }
     pub fn in_channels(&self) -> usize {

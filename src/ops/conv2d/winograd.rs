@@ -22,6 +22,7 @@ use std::sync::atomic::Ordering;
 
 use candle_core::{Result, Tensor};
 
+use super::Images;
 use crate::ops::frozen::panels::{PANEL, Panels, parallel, share};
 use crate::ops::gemm::FLOPS;
 use crate::ops::tiles::{Block, LANES, ROWS, Strided, each_height, mask, rows_to_lanes, strided_tile, tile_transposed};
@@ -35,6 +36,8 @@ const PATCH_BYTES: usize = 1 << 19;
 const CHANNELS: usize = 4 * ROWS;
 /// U is 16/9 of the kernel. Kernels beyond this many channel pairs lie where images are small, and stay as they are.
 const LARGEST: usize = 640 * 640;
+/// The same for [`Images::Small`]: U still fits in a cache.
+const LARGEST_FOR_SMALL: usize = 256 * 256;
 
 /// A transformed kernel.
 #[derive(Debug)]
@@ -174,11 +177,12 @@ unsafe fn transform_back(
 
 impl Winograd {
     /// From PyTorch's layout (out, in, 3, 3), where that is worth it.
-    pub(super) fn new(weight: &Tensor, stride: usize, padding: usize) -> Result<Option<Self>> {
+    pub(super) fn new(weight: &Tensor, stride: usize, padding: usize, images: Images) -> Result<Option<Self>> {
         let (outputs, inputs, kh, kw) = weight.dims4()?;
+        let largest = if images == Images::Small { LARGEST_FOR_SMALL } else { LARGEST };
         let fits = (kh, kw, stride, padding) == (3, 3, 1, 1)
             && inputs.min(outputs) >= LANES
-            && inputs * outputs <= LARGEST
+            && inputs * outputs <= largest
             && weight.dtype() == candle_core::DType::F32
             && weight.device().is_cpu()
             && tiles::available();

@@ -366,7 +366,7 @@ fn exp2(x: __m512) -> __m512 {
     let n = _mm512_roundscale_ps::<0x08>(x);
     let r = _mm512_sub_ps(x, n);
     let mut p = c(1.535_336_2e-4);
-    for term in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+    for term in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, std::f32::consts::LN_2, 1.0] {
         p = _mm512_fmadd_ps(p, r, c(term));
     }
     _mm512_scalef_ps(p, n)

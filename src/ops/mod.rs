@@ -23,6 +23,8 @@ pub mod jpeg_size;
 pub mod layer_norm;
 pub mod linear;
 pub mod sum;
+#[cfg(target_arch = "x86_64")]
+mod tasks;
 #[cfg(test)]
 pub(crate) mod testing;
 /// Register tiles of matrix products for AVX-512.

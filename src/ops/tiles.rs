@@ -8,6 +8,8 @@
 
 use std::arch::x86_64::*;
 
+use super::tasks::share;
+
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 /// Lanes of a tile at most, and of one step of a panel.
@@ -234,7 +236,7 @@ pub(crate) unsafe fn tile_transposed<const R: usize, const V: usize>(
 /// As for [`tile`].
 #[allow(clippy::too_many_arguments)]
 #[target_feature(enable = "avx512f")]
-pub(crate) unsafe fn tile_columns<const R: usize, const V: usize>(
+unsafe fn tile_columns<const R: usize, const V: usize>(
     mut numbers: *const f32,
     step: usize,
     mut vectors: *const f32,
@@ -265,6 +267,50 @@ pub(crate) unsafe fn tile_columns<const R: usize, const V: usize>(
                 let target = destination.wrapping_add(r * row_stride + LANES * j);
                 let sum = if replace { row[j] } else { _mm512_add_ps(row[j], _mm512_maskz_loadu_ps(masks[j], target)) };
                 _mm512_mask_storeu_ps(target, masks[j], sum);
+            }
+        }
+    }
+}
+
+/// A product by [`tile_columns`], in blocks of at most twelve columns and 32 lanes:
+/// `destination[c, lane] += sum_{k < depth} numbers[k step + c] vectors[k stride + lane]`, or replaced.
+pub(crate) struct Columns {
+    pub numbers: *const f32,
+    pub step: usize,
+    pub vectors: *const f32,
+    pub stride: usize,
+    pub depth: usize,
+}
+
+impl Columns {
+    /// # Safety
+    /// The CPU has AVX-512; at each step `columns` numbers are readable, and `lanes` numbers of vectors up to a multiple of
+    /// 16; the destination's rows (`row_stride` apart) are writable and exclusive.
+    pub(crate) unsafe fn product(
+        &self,
+        columns: usize,
+        destination: *mut f32,
+        row_stride: usize,
+        lanes: usize,
+        replace: bool,
+    ) {
+        let &Self { step, stride, depth, .. } = self;
+        let blocks = columns.div_ceil(ROWS);
+        for lane in (0..lanes).step_by(WIDE) {
+            let (vectors, count) = (self.vectors.wrapping_add(lane), (lanes - lane).min(WIDE));
+            for block in (0..blocks).map(|b| share(columns, blocks, b)) {
+                let numbers = self.numbers.wrapping_add(block.start);
+                let target = destination.wrapping_add(block.start * row_stride + lane);
+                each_height!(block.len(), R => {
+                    // SAFETY: the caller's promises.
+                    unsafe {
+                        if count > LANES {
+                            tile_columns::<R, 2>(numbers, step, vectors, stride, depth, target, row_stride, count, replace)
+                        } else {
+                            tile_columns::<R, 1>(numbers, step, vectors, stride, depth, target, row_stride, count, replace)
+                        }
+                    }
+                });
             }
         }
     }
@@ -484,6 +530,40 @@ pub(crate) unsafe fn lanes_to_rows(source: *const f32, stride: usize, depth: usi
                     _mm512_mask_storeu_ps(row.add(k), width, numbers);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exponentials_are_exact_to_two_units_in_the_last_place() {
+        if !available() {
+            return;
+        }
+        let scores: Vec<f32> = (0..1003).map(|i| (i as f32 * 0.7919).sin() * 20.0).collect();
+        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let expected: Vec<f64> = scores.iter().map(|s| ((f64::from(*s) - f64::from(max)) * 0.25).exp()).collect();
+        let mut found = scores.clone();
+        // SAFETY: the CPU was asked.
+        let sum = unsafe { exponentials(&mut found, 0.25) };
+        for (found, expected) in found.iter().zip(&expected) {
+            // the exponent itself is rounded: up to ten times log2 e, by half a unit
+            let relative = (f64::from(*found) / expected - 1.0).abs();
+            assert!(relative < 2.4e-7 + 1.5e-6, "{found} and {expected}");
+        }
+        assert!((f64::from(sum) / expected.iter().sum::<f64>() - 1.0).abs() < 1e-6);
+
+        // powers of two whose exponent is not rounded: the polynomial alone
+        for i in -640..=640 {
+            let x = i as f32 / 64.0;
+            let mut lanes = [0f32; LANES];
+            // SAFETY: the CPU was asked, and the array has sixteen numbers.
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), exp2(_mm512_set1_ps(x))) };
+            let expected = f64::from(x).exp2();
+            assert!((f64::from(lanes[3]) / expected - 1.0).abs() < 2.4e-7, "2^{x}: {} and {expected}", lanes[3]);
         }
     }
 }

@@ -226,6 +226,7 @@ fn rise<T>(meter: Meter, work: impl Fn() -> Result<T> + Sync) -> Result<Rise> {
     if started.elapsed() > CHEAP || !matches!(meter, Meter::Host) {
         return Ok(Rise { least: most, spread: 0.0 });
     }
+    // the first time in that thread its buffers are made
     let least = rayon::ThreadPoolBuilder::new().num_threads(1).build()?.install(|| look().and_then(|_| look()))?;
     Ok(Rise { least, spread: (most - least).max(0.0) })
 }

@@ -158,6 +158,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_finite_is_not_hidden() {
+        let heads = Heads { count: 1, causal: false };
+        let f32 = |dims: &[usize], seed| Case::normal(dims, seed).to_dtype(candle_core::DType::F32).unwrap();
+        let (q, v) = (f32(&[1, 40, 8], 1), f32(&[1, 200, 8], 3));
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut k = f32(&[1, 200, 8], 2).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            k[170 * 8 + 3] = bad;
+            let k = Tensor::from_vec(k, (1, 200, 8), &candle_core::Device::Cpu).unwrap();
+            let out = attention_fwd(&q, &k, &v, heads).unwrap();
+            assert!(!crate::ops::is_finite(&out).unwrap(), "{bad} in a key");
+        }
+    }
+
+    #[test]
     fn large_scores_do_not_overflow() {
         let q = (Case::normal(&[1, 4, 8], 1) * 1e3).unwrap().to_dtype(candle_core::DType::F32).unwrap();
         let y = attention_fwd(&q, &q, &q, Heads { count: 1, causal: false }).unwrap();

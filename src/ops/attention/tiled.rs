@@ -6,12 +6,12 @@
 
 use rayon::prelude::*;
 
-use super::super::frozen::panels::share;
 use super::cpu::Shape;
 use crate::ops::gemm::FLOPS;
+use crate::ops::tasks::share;
 use crate::ops::tiles::{
-    HIDDEN, LANES, ROWS, Softmax, Strided, WIDE, each_height, exponentials, lanes_to_rows, rows_to_lanes,
-    softmax_backward, strided_tile, tile_columns,
+    Columns, HIDDEN, LANES, ROWS, Softmax, Strided, WIDE, exponentials, lanes_to_rows, rows_to_lanes, softmax_backward,
+    strided_tile,
 };
 use crate::ops::{SharedMut, buffer};
 
@@ -102,43 +102,6 @@ unsafe fn product(
         let operands = Strided { first, stride, depth: panels.depth, lanes };
         // SAFETY: the caller's promises.
         unsafe { strided_tile(rows, &operands, destination.wrapping_add(p * WIDE), row_stride, count) };
-    }
-}
-
-/// Columns of numbers against lanes, in blocks of at most twelve columns:
-/// `destination[c, lane] += sum_{k < depth} numbers[k step + c] vectors[k stride + lane]`, or replaced.
-struct Columns {
-    numbers: *const f32,
-    step: usize,
-    vectors: *const f32,
-    stride: usize,
-    depth: usize,
-}
-
-impl Columns {
-    /// # Safety
-    /// The CPU has AVX-512; at each step `columns` numbers are readable, and `lanes` numbers of vectors up to a multiple of
-    /// 16; the destination's rows (`row_stride` apart) are writable and exclusive.
-    unsafe fn product(&self, columns: usize, destination: *mut f32, row_stride: usize, lanes: usize, replace: bool) {
-        let &Self { step, stride, depth, .. } = self;
-        let blocks = columns.div_ceil(ROWS);
-        for lane in (0..lanes).step_by(WIDE) {
-            let (vectors, count) = (self.vectors.wrapping_add(lane), (lanes - lane).min(WIDE));
-            for block in (0..blocks).map(|b| share(columns, blocks, b)) {
-                let numbers = self.numbers.wrapping_add(block.start);
-                let target = destination.wrapping_add(block.start * row_stride + lane);
-                each_height!(block.len(), R => {
-                    // SAFETY: the caller's promises.
-                    unsafe {
-                        if count > LANES {
-                            tile_columns::<R, 2>(numbers, step, vectors, stride, depth, target, row_stride, count, replace)
-                        } else {
-                            tile_columns::<R, 1>(numbers, step, vectors, stride, depth, target, row_stride, count, replace)
-                        }
-                    }
-                });
-            }
-        }
     }
 }
 

@@ -23,8 +23,9 @@ use std::sync::atomic::Ordering;
 use candle_core::{Result, Tensor};
 
 use super::Images;
-use crate::ops::frozen::panels::{PANEL, Panels, parallel, share};
+use crate::ops::frozen::panels::{PANEL, Panels};
 use crate::ops::gemm::FLOPS;
+use crate::ops::tasks::{parallel, share};
 use crate::ops::tiles::{Block, LANES, ROWS, Strided, each_height, mask, rows_to_lanes, strided_tile, tile_transposed};
 use crate::ops::{Host, SharedMut, buffer, tiles};
 

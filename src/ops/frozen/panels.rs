@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::Taps;
 use crate::allocator::lasting;
 use crate::ops::gemm::FLOPS;
+use crate::ops::tasks::{parallel, share};
 use crate::ops::tiles::{
     Block, LANES, ROWS, Segment, Segments, WIDE, each_height, rows_to_lanes, tile, tile_transposed,
 };
@@ -347,23 +348,10 @@ struct SharedTarget(*mut f32);
 // SAFETY: tasks write disjoint parts.
 unsafe impl Sync for SharedTarget {}
 
-/// Part `index` of `parts` nearly equal parts of 0..total.
-pub(in crate::ops) fn share(total: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
-    total * index / parts..total * (index + 1) / parts
-}
-
 /// In how many groups of panels `chunks` groups of rows are divided further, so that all threads have work.
 fn groups(panels: usize, chunks: usize, work: usize) -> usize {
     if work < SERIAL {
         return 1;
     }
     (4 * rayon::current_num_threads()).div_ceil(chunks).min(panels)
-}
-
-pub(in crate::ops) fn parallel(tasks: usize, task: impl Fn(usize) + Send + Sync) {
-    if tasks == 1 {
-        task(0);
-    } else {
-        (0..tasks).into_par_iter().for_each(task);
-    }
 }

@@ -1,76 +1,72 @@
 //! LoRA's products in f32 on AVX-512 tiles. Rows of x and dy become lanes, so that no sum runs across a vector.
 
 use crate::ops::buffer;
-use crate::ops::frozen::panels::share;
-use crate::ops::tiles::{LANES, ROWS, Strided, WIDE, each_height, rows_to_lanes, strided_tile, tile_columns};
+use crate::ops::tasks::share;
+use crate::ops::tiles::{Columns, LANES, ROWS, Strided, WIDE, rows_to_lanes, strided_tile};
 
-/// A matrix (n, columns) with zeros behind each row, up to a multiple of 32 numbers.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    data: &'a [f32],
+/// A matrix (rank, columns) with zeros behind each row, up to a multiple of 16 numbers.
+struct Padded {
+    data: Vec<f32>,
     columns: usize,
     width: usize,
 }
 
-fn padded(matrix: &[f32], columns: usize) -> Vec<f32> {
-    let width = columns.next_multiple_of(WIDE);
-    let mut data = vec![0.0; matrix.len() / columns * width];
-    for (row, source) in data.chunks_mut(width).zip(matrix.chunks(columns)) {
-        row[..columns].copy_from_slice(source);
+impl Padded {
+    fn new(matrix: &[f32], rank: usize) -> Self {
+        let columns = matrix.len() / rank;
+        let width = columns.next_multiple_of(LANES);
+        let mut data = vec![0.0; rank * width];
+        for (row, source) in data.chunks_mut(width).zip(matrix.chunks(columns)) {
+            row[..columns].copy_from_slice(source);
+        }
+        Self { data, columns, width }
     }
-    data
 }
 
-/// The factors: A (rank, inputs) and Bᵀ (rank, outputs), in padded rows.
+/// The factors of a layer.
 pub(super) struct Tiled {
-    a: Vec<f32>,
-    b: Vec<f32>,
+    /// A (rank, inputs)
+    a: Padded,
+    /// Bᵀ (rank, outputs)
+    b: Padded,
     rank: usize,
     scale: f32,
-    inputs: usize,
-    outputs: usize,
 }
 
 impl Tiled {
     /// For a CPU with AVX-512, which the caller has asked for.
     pub(super) fn new(a: &[f32], b: &[f32], rank: usize, scale: f32) -> Self {
-        let (inputs, outputs) = (a.len() / rank, b.len() / rank);
-        Self { a: padded(a, inputs), b: padded(b, outputs), rank, scale, inputs, outputs }
-    }
-    fn a(&self) -> Rows<'_> {
-        Rows { data: &self.a, columns: self.inputs, width: self.inputs.next_multiple_of(WIDE) }
-    }
-    fn b(&self) -> Rows<'_> {
-        Rows { data: &self.b, columns: self.outputs, width: self.outputs.next_multiple_of(WIDE) }
+        Self { a: Padded::new(a, rank), b: Padded::new(b, rank), rank, scale }
     }
 
     /// sum += scale (x Aᵀ) Bᵀ.
     pub(super) fn add(&self, x: &[f32], sum: &mut [f32]) {
-        let mut lanes = buffer(self.inputs * WIDE);
+        let mut lanes = buffer(self.a.columns * WIDE);
         let mut low = buffer(self.rank * WIDE);
-        for (x, sum) in x.chunks(WIDE * self.inputs).zip(sum.chunks_mut(WIDE * self.outputs)) {
-            self.low(x, self.a(), &mut lanes, &mut low);
-            self.expand(&low, self.b(), sum, false);
+        for (x, sum) in x.chunks(WIDE * self.a.columns).zip(sum.chunks_mut(WIDE * self.b.columns)) {
+            self.low(x, &self.a, &mut lanes, &mut low);
+            self.expand(&low, &self.b, sum, false);
         }
     }
 
     /// dx, and da (rank, inputs) and db (rank, outputs) added to.
     pub(super) fn backward(&self, dy: &[f32], x: &[f32], dx: &mut [f32], da: &mut [f32], db: &mut [f32]) {
-        let mut lanes = buffer(self.inputs.max(self.outputs) * WIDE);
-        let [mut low, mut d_low, mut rows] = std::array::from_fn(|_| buffer(self.rank * WIDE));
-        let blocks = x.chunks(WIDE * self.inputs).zip(dy.chunks(WIDE * self.outputs));
-        for (dx, (x, dy)) in dx.chunks_mut(WIDE * self.inputs).zip(blocks) {
-            self.low(x, self.a(), &mut lanes, &mut low);
-            self.low(dy, self.b(), &mut lanes, &mut d_low);
-            self.expand(&d_low, self.a(), dx, true);
-            self.add_outer(&d_low, &mut rows, x, self.inputs, da);
-            self.add_outer(&low, &mut rows, dy, self.outputs, db);
+        let (inputs, outputs) = (self.a.columns, self.b.columns);
+        let mut lanes = buffer(inputs.max(outputs) * WIDE);
+        let [mut low, mut d_low, mut turned] = std::array::from_fn(|_| buffer(self.rank * WIDE));
+        let blocks = x.chunks(WIDE * inputs).zip(dy.chunks(WIDE * outputs));
+        for (dx, (x, dy)) in dx.chunks_mut(WIDE * inputs).zip(blocks) {
+            self.low(x, &self.a, &mut lanes, &mut low);
+            self.low(dy, &self.b, &mut lanes, &mut d_low);
+            self.expand(&d_low, &self.a, dx, true);
+            self.add_outer(&d_low, &mut turned, x, inputs, da);
+            self.add_outer(&low, &mut turned, dy, outputs, db);
         }
     }
 
     /// `low` (rank, 32) = scale matrix xᵀ for up to 32 rows of x; lanes without a row are zero.
-    fn low(&self, x: &[f32], matrix: Rows, lanes: &mut [f32], low: &mut [f32]) {
-        let n = matrix.columns;
+    fn low(&self, x: &[f32], matrix: &Padded, lanes: &mut [f32], low: &mut [f32]) {
+        let (n, width) = (matrix.columns, matrix.width);
         assert!(lanes.len() >= n * WIDE && low.len() == self.rank * WIDE);
         let mut rows = [std::ptr::null(); WIDE];
         for (row, x) in rows.iter_mut().zip(x.chunks_exact(n)) {
@@ -80,8 +76,8 @@ impl Tiled {
         unsafe { rows_to_lanes(&rows, n, lanes.as_mut_ptr()) };
         let blocks = self.rank.div_ceil(ROWS);
         for block in (0..blocks).map(|b| share(self.rank, blocks, b)) {
-            let first = matrix.data[block.start * matrix.width..][..block.len() * matrix.width].as_ptr();
-            let operands = Strided { first, stride: matrix.width, depth: n, lanes: lanes.as_ptr() };
+            let first = matrix.data[block.start * width..][..block.len() * width].as_ptr();
+            let operands = Strided { first, stride: width, depth: n, lanes: lanes.as_ptr() };
             let target = low[block.start * WIDE..][..block.len() * WIDE].as_mut_ptr();
             // SAFETY: the operands and the target were measured above.
             unsafe { strided_tile(block.len(), &operands, target, WIDE, WIDE) };
@@ -90,20 +86,14 @@ impl Tiled {
     }
 
     /// y (rows, columns) = lowᵀ matrix, or added to y.
-    fn expand(&self, low: &[f32], matrix: Rows, y: &mut [f32], replace: bool) {
-        let rows = y.len() / matrix.columns;
-        assert!(rows <= WIDE && low.len() == self.rank * WIDE && matrix.data.len() == self.rank * matrix.width);
-        let blocks = rows.div_ceil(ROWS);
-        for block in (0..blocks).map(|b| share(rows, blocks, b)) {
-            for c in (0..matrix.columns).step_by(WIDE) {
-                let columns = (matrix.columns - c).min(WIDE);
-                let target = y[block.start * matrix.columns + c..].as_mut_ptr();
-                let step =
-                    Step { numbers: &low[block.start..], step: WIDE, vectors: &matrix.data[c..], stride: matrix.width };
-                // SAFETY: `low` and the padded matrix were measured above; y has these rows.
-                unsafe { step.tile(block.len(), self.rank, target, matrix.columns, columns, replace) };
-            }
-        }
+    fn expand(&self, low: &[f32], matrix: &Padded, y: &mut [f32], replace: bool) {
+        let (columns, depth) = (matrix.columns, self.rank);
+        let rows = y.len() / columns;
+        assert!(rows <= WIDE && low.len() == depth * WIDE);
+        let (numbers, vectors) = (low.as_ptr(), matrix.data.as_ptr());
+        let products = Columns { numbers, step: WIDE, vectors, stride: matrix.width, depth };
+        // SAFETY: `low` was measured above, the matrix is padded to whole vectors, and y has these rows.
+        unsafe { products.product(rows, y.as_mut_ptr(), columns, columns, replace) };
     }
 
     /// sum (rank, n) += low xᵀ for the rows of x, (rows, n); `turned` is room for low, transposed.
@@ -115,66 +105,24 @@ impl Tiled {
                 turned[row * self.rank + k] = *value;
             }
         }
-        // the last columns, which are no whole vectors
         let full = n / LANES * LANES;
-        let mut rest = [0f32; WIDE * LANES];
+        let columns = |vectors: &[f32], stride| Columns {
+            numbers: turned.as_ptr(),
+            step: self.rank,
+            vectors: vectors.as_ptr(),
+            stride,
+            depth: rows,
+        };
+        // SAFETY: x has whole vectors up to `full` in each of its rows.
+        unsafe { columns(x, n).product(self.rank, sum.as_mut_ptr(), n, full, false) };
         if full < n {
+            // the last columns are no whole vector: from a copy with room behind them
+            let mut rest = [0f32; WIDE * LANES];
             for (rest, x) in rest.chunks_mut(LANES).zip(x.chunks(n)) {
                 rest[..n - full].copy_from_slice(&x[full..]);
             }
+            // SAFETY: `rest` has a vector for each row, and sum that many numbers behind `full` in each of its rows.
+            unsafe { columns(&rest, LANES).product(self.rank, sum[full..].as_mut_ptr(), n, n - full, false) };
         }
-        let blocks = self.rank.div_ceil(ROWS);
-        for block in (0..blocks).map(|b| share(self.rank, blocks, b)) {
-            let numbers = &turned[block.start..];
-            let mut c = 0;
-            while c < n {
-                let (vectors, stride, columns) = match n - c {
-                    left if left >= WIDE => (&x[c..], n, WIDE),
-                    left if left >= LANES => (&x[c..], n, LANES),
-                    left => (&rest[..], LANES, left),
-                };
-                let target = sum[block.start * n + c..].as_mut_ptr();
-                let step = Step { numbers, step: self.rank, vectors, stride };
-                // SAFETY: x has whole vectors at these columns of each of its rows, and `rest` has one for each.
-                unsafe { step.tile(block.len(), rows, target, n, columns, false) };
-                c += columns;
-            }
-        }
-    }
-}
-
-/// Neighbouring numbers at each step of a reduction, against vectors.
-struct Step<'a> {
-    numbers: &'a [f32],
-    step: usize,
-    vectors: &'a [f32],
-    stride: usize,
-}
-
-impl Step<'_> {
-    /// # Safety
-    /// As for [`tile_columns`]: of each of `depth` steps there are `height` numbers, and 32 lanes of vectors, or 16 where
-    /// `columns` is no more.
-    unsafe fn tile(
-        &self,
-        height: usize,
-        depth: usize,
-        target: *mut f32,
-        row_stride: usize,
-        columns: usize,
-        replace: bool,
-    ) {
-        let (numbers, vectors) = (self.numbers.as_ptr(), self.vectors.as_ptr());
-        let (step, stride) = (self.step, self.stride);
-        each_height!(height, R => {
-            // SAFETY: the caller's promises.
-            unsafe {
-                if columns > LANES {
-                    tile_columns::<R, 2>(numbers, step, vectors, stride, depth, target, row_stride, columns, replace)
-                } else {
-                    tile_columns::<R, 1>(numbers, step, vectors, stride, depth, target, row_stride, columns, replace)
-                }
-            }
-        });
     }
 }

@@ -399,6 +399,10 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value_t = Checkpointing::Step)]
     pub checkpointing: Checkpointing,
 
+    /// Of the steps that keep their gradient, how many stay in memory instead of being evaluated again
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub stored_steps: usize,
+
     /// cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: String,

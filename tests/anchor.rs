@@ -58,7 +58,7 @@ impl Chain {
         tensors.map(random).collect()
     }
 
-    fn rollout(&self, adapters: &Adapters) -> alignprop::training::Trajectory {
+    fn rollout<'a>(&'a self, adapters: &'a Adapters) -> alignprop::training::Trajectory<'a> {
         let shape = (4, 9, 5);
         let x_t = self.noise.normal_batch(Stream::Latents, 0, 0..IMAGES as u64, shape).unwrap();
         let variance = |i| Ok(self.noise.normal_batch(Stream::Variance, i as u64, 0..IMAGES as u64, shape)?);
@@ -107,7 +107,7 @@ impl Chain {
 fn check(set: &str) {
     let chain = Chain::new(set);
     let plan = Plan::with_mask(&chain.schedule, &[true; STEPS], IMAGES);
-    let trajectory = chain.rollout(&chain.adapters);
+    let mut trajectory = chain.rollout(&chain.adapters);
     let base = chain.base_predictions(&trajectory);
     let scale = 0.7;
     for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
@@ -118,7 +118,7 @@ fn check(set: &str) {
         anchored_backprop(
             &chain.pipeline.unet,
             &chain.adapters,
-            &trajectory,
+            &mut trajectory,
             &plan,
             &chain.prompting,
             &nothing,
@@ -172,7 +172,7 @@ fn an_image_that_keeps_fewer_steps_is_averaged_over_those() {
         keep: vec![vec![false, false], vec![true, false], vec![true, true]],
         ..Plan::with_mask(&chain.schedule, &[true; STEPS], IMAGES)
     };
-    let trajectory = chain.rollout(&chain.adapters);
+    let mut trajectory = chain.rollout(&chain.adapters);
     let base = chain.base_predictions(&trajectory);
     let mut term = Anchor::new(1.0, IMAGES);
     let mut sum = LoraGradients::new(&chain.adapters);
@@ -184,7 +184,7 @@ fn an_image_that_keeps_fewer_steps_is_averaged_over_those() {
         anchored_backprop(
             unet,
             adapters,
-            &trajectory,
+            &mut trajectory,
             &plan,
             prompting,
             &nothing,

@@ -155,21 +155,27 @@ fn the_memory_is_estimated_and_fitted_before_the_start() {
     let large = ["sampler.height=256", "sampler.width=256", "train.batch_size=4"];
     let said = stderr(&large);
     assert!(said.contains("memory ") && said.contains("VAE and reward") && said.contains("available"), "{said}");
-    assert!(said.contains("checkpointing `step`, micro-batches of 4 x 1"), "{said}");
-    // what the machine has free is enough for this one
-    let auto = [&large[..], &["train.checkpointing=auto"]].concat();
-    assert!(stderr(&auto).contains("checkpointing `step`, micro-batches of 4 x 1"));
-    // half way between what the one needs and the other
+    // what the machine has free is enough for all of it
+    assert!(said.contains("checkpointing `step`, 3 steps stored, micro-batches of 4 x 1"), "{said}");
+    let step = [&large[..], &["train.checkpointing=step"]].concat();
+    let stored = [&step[..], &["train.stored_steps=1"]].concat();
     let mib = |said: &str| -> f64 {
         let line = said.lines().find(|line| line.starts_with("memory ")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
-    let (step, block) = (mib(&said), mib(&stderr(&[&large[..], &["train.checkpointing=block"]].concat())));
-    assert!(block + 4.0 < step, "{block} and {step} MiB");
-    let budget = format!("train.memory_budget={}", (step + block) / 2.0 / 1024.0);
-    let said = stderr(&[&auto[..], &[&budget]].concat());
-    assert!(said.contains("checkpointing `block`, micro-batches of 4 x 1") && said.contains("allowed"), "{said}");
-    let line = with_settings(&["train", "--config", &config], &large);
+    let said = stderr(&step);
+    assert!(said.contains("checkpointing `step`, micro-batches of 4 x 1"), "{said}");
+    let (step, stored) = (mib(&said), mib(&stderr(&stored)));
+    let block = mib(&stderr(&[&large[..], &["train.checkpointing=block"]].concat()));
+    assert!(block + 4.0 < step && step + 4.0 < stored, "{block}, {step} and {stored} MiB");
+    // half way between what the one needs and the other
+    let between = |less: f64, more: f64| format!("train.memory_budget={}", (less + more) / 2.0 / 1024.0);
+    let said = stderr(&[&large[..], &[&between(step, stored)]].concat());
+    assert!(said.contains("checkpointing `step`, micro-batches of 4 x 1") && said.contains("allowed"), "{said}");
+    let budget = between(block, step);
+    let said = stderr(&[&large[..], &[&budget]].concat());
+    assert!(said.contains("checkpointing `block`, micro-batches of 4 x 1"), "{said}");
+    let line = with_settings(&["train", "--config", &config, "--set", "train.checkpointing=step"], &large);
     let line = [&line[..], &["--set", &budget]].concat();
     assert_fails(folder, &line, &["train.memory_budget = 0.0", "checkpointing = \"auto\"", "batch_size"]);
     assert!(!experiment.run_folder().exists());
@@ -180,7 +186,7 @@ fn the_memory_is_estimated_and_fitted_before_the_start() {
     let said = String::from_utf8(output.get_output().stderr.clone()).unwrap();
     assert!(said.contains(" at the peak, ") && said.contains(" estimated (ratio "), "{said}");
     let saved = fs::read_to_string(experiment.run_folder().join("config.toml")).unwrap();
-    assert!(saved.contains("checkpointing = \"step\""), "{saved}");
+    assert!(saved.contains("checkpointing = \"step\"") && saved.contains("stored_steps = 3"), "{saved}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use alignprop::nn::lora::LoraGradients;
 use alignprop::ops::Ledger;
 use alignprop::rewards::Rewards;
 use alignprop::training::memory::Parts;
-use alignprop::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
+use alignprop::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
 use candle_core::{DType, Device, Tensor};
 use support::{Experiment, fixture, text};
 
@@ -88,10 +88,11 @@ impl Chain {
         let unet = &self.pipeline.unet;
         let ledger = &mut Ledger::default();
         let no_noise = |_| unreachable!();
-        let trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, &self.adapters, no_noise, ledger).unwrap();
+        let mut trajectory =
+            rollout(unet, &plan.steps, x_t.clone(), &prompting, &self.adapters, no_noise, ledger).unwrap();
         peak(|| {
             let mut sum = LoraGradients::new(&self.adapters);
-            backprop(unet, &self.adapters, &trajectory, &plan, &prompting, &x_t, checkpointing, &mut sum, ledger)
+            backprop(unet, &self.adapters, &mut trajectory, &plan, &prompting, &x_t, checkpointing, &mut sum, ledger)
                 .unwrap();
             assert_eq!(sum.finish(&self.adapters).unwrap().len(), 160);
         })
@@ -167,7 +168,12 @@ fn the_estimate_is_near_the_peak() {
     let rewards = Rewards::load(&aesthetic(), &chain.pipeline.tokenizer).unwrap();
     let prompting = chain.prompting();
     for (latent_shape, batch) in [((4, 9, 5), 1), ((4, 9, 5), 4), ((4, 32, 24), 3)] {
-        for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
+        for (checkpointing, stored) in [
+            (Checkpointing::Step, 0),
+            (Checkpointing::Step, 1),
+            (Checkpointing::Step, STEPS),
+            (Checkpointing::Block, 0),
+        ] {
             let parts = Parts {
                 unet: &chain.pipeline.unet,
                 vae: &chain.pipeline.vae,
@@ -178,7 +184,7 @@ fn the_estimate_is_near_the_peak() {
                 latent_shape,
                 steps: STEPS,
             };
-            let estimate = parts.estimate(&parts.measure(checkpointing).unwrap(), batch);
+            let estimate = parts.estimate(&parts.measure(checkpointing).unwrap(), batch, stored);
             let plan = Plan::with_mask(&chain.schedule, &[true; STEPS], batch);
             let rows = Tensor::zeros(batch, DType::U32, &Device::Cpu).unwrap();
             let prompting = prompting.select(&rows).unwrap();
@@ -188,18 +194,33 @@ fn the_estimate_is_near_the_peak() {
             let peak = loaded
                 + peak(|| {
                     let (steps, ledger, no_noise) = (&plan.steps, &mut Ledger::default(), |_| unreachable!());
-                    let chain_of =
-                        rollout(unet, steps, x_t.clone(), &prompting, &chain.adapters, no_noise, ledger).unwrap();
+                    let recorded = plan.recorded(stored);
+                    let (x, adapters, record) = (x_t.clone(), &chain.adapters, |i: usize| recorded[i]);
+                    let mut chain_of =
+                        recorded_rollout(unet, steps, x, &prompting, adapters, no_noise, record, ledger).unwrap();
                     let prompts = Chain::prompts(batch);
                     let credit =
                         reward_cotangent(vae, &rewards, &chain_of.latents, &prompts, 1.0, checkpointing, ledger)
                             .unwrap();
                     let (d, mut sum) = (&credit.d_latents, LoraGradients::new(&chain.adapters));
-                    backprop(unet, &chain.adapters, &chain_of, &plan, &prompting, d, checkpointing, &mut sum, ledger)
-                        .unwrap();
+                    backprop(
+                        unet,
+                        &chain.adapters,
+                        &mut chain_of,
+                        &plan,
+                        &prompting,
+                        d,
+                        checkpointing,
+                        &mut sum,
+                        ledger,
+                    )
+                    .unwrap();
                 });
             let ratio = estimate.total() / peak;
-            eprintln!("{latent_shape:?} x {batch}, {checkpointing:?}: {estimate}, {:.2} MB, {ratio:.3}", peak / 1e6);
+            eprintln!(
+                "{latent_shape:?} x {batch}, {checkpointing:?}, {stored}: {estimate}, {:.2} MB, {ratio:.3}",
+                peak / 1e6
+            );
             assert!((0.8..1.25).contains(&ratio), "{ratio}");
         }
     }
@@ -207,7 +228,7 @@ fn the_estimate_is_near_the_peak() {
 
 /// The peak of a whole `train`, models included.
 fn train_peak(settings: &[&str]) -> f64 {
-    let settings = [&["train.steps=1", "run.save_every=0"], settings].concat();
+    let settings = [&["train.steps=1", "run.save_every=0", "train.checkpointing=step"], settings].concat();
     peak(|| {
         Experiment::trained(&settings);
     })

@@ -313,6 +313,32 @@ fn block_checkpointing_gives_the_same_adapters() {
 }
 
 #[test]
+fn stored_steps_give_the_same_run_to_the_last_bit() {
+    let run = |settings: &[&str], stored: &str| {
+        let stored = format!("train.stored_steps={stored}");
+        let settings = [&["train.batch_size=2", "train.checkpointing=step", &stored], settings].concat();
+        let run = Experiment::trained(&settings);
+        let adapters = [1, 2].map(|step| fs::read(run.lora_file(step)).unwrap());
+        assert!(adapters[0] != adapters[1]);
+        (run.metrics(), adapters)
+    };
+    for settings in [
+        &["truncation={ rule = \"fixed\", k = 3 }"][..],
+        &["truncation={ rule = \"fixed\", k = 3 }", "sampler.guidance_scale=1"],
+        &["truncation={ rule = \"fixed\", k = 3 }", "regularization.kl_weight=0.1"],
+        // some images of the batch keep a step and some do not: those are evaluated again
+        &["truncation={ rule = \"uniform\" }"],
+        &["truncation={ rule = \"steps\", steps = [0, 2] }"],
+        &["truncation={ rule = \"drtune\", k = 2 }"],
+        &["truncation={ rule = \"refl\", lo = 1, hi = 2 }"],
+        &["truncation={ rule = \"draft-lv\", n = 2 }"],
+    ] {
+        let evaluated = run(settings, "0");
+        assert!(run(settings, "1") == evaluated && run(settings, "99") == evaluated, "{settings:?}");
+    }
+}
+
+#[test]
 fn without_guidance_the_negative_prompt_is_not_read() {
     let run = |guidance: &str, negative: &str| {
         let guidance = format!("sampler.guidance_scale={guidance}");

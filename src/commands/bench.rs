@@ -22,7 +22,7 @@ use crate::optim::{AdamW, clip_grad_norm};
 use crate::rewards::Rewards;
 use crate::training::loss_scale::{LossScale, unscale};
 use crate::training::memory::{Meter, Parts};
-use crate::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
+use crate::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
 
 /// Side of the square product that the CPU's peak is taken from.
 const PEAK_SIDE: usize = 1536;
@@ -39,6 +39,7 @@ struct Report {
     batch: usize,
     steps: usize,
     backprop_steps: usize,
+    stored_steps: usize,
     /// Medians, in seconds.
     step_s: f64,
     /// The steps of the chain whose gradient is not kept.
@@ -117,6 +118,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         batch: args.batch,
         steps: args.steps,
         backprop_steps: args.backprop_steps,
+        stored_steps: work.stored_steps,
         step_s,
         rollout_s: median(&|p| p.seconds[0]),
         kept_steps_s: median(&|p| p.seconds[1]),
@@ -207,6 +209,7 @@ pub struct Work {
     kept: usize,
     batch: usize,
     checkpointing: Checkpointing,
+    stored_steps: usize,
 }
 
 impl Work {
@@ -243,6 +246,7 @@ impl Work {
             kept: args.backprop_steps,
             batch: args.batch,
             checkpointing: args.checkpointing,
+            stored_steps: args.stored_steps.min(args.backprop_steps),
             subject,
         })
     }
@@ -259,7 +263,7 @@ impl Work {
             latent_shape: self.subject.latent_shape,
             steps: self.plan.steps.len(),
         };
-        Ok(parts.estimate(&parts.measure(self.checkpointing)?, self.batch).total())
+        Ok(parts.estimate(&parts.measure(self.checkpointing)?, self.batch, self.stored_steps).total())
     }
 
     /// Noise of the latents' shape, (B, C, h, w).
@@ -279,8 +283,12 @@ impl Work {
         let mut ledger = Ledger::default();
         let mut trajectory = rollout(unet, first, x_t, &self.prompting, &self.adapters, no_noise, &mut ledger)?;
         mark(0)?;
-        let last = rollout(unet, kept, trajectory.latents, &self.prompting, &self.adapters, no_noise, &mut ledger)?;
+        let recorded = self.plan.recorded(self.stored_steps);
+        let record = |i| recorded[first.len() + i];
+        let (prompting, adapters, x) = (&self.prompting, &self.adapters, trajectory.latents);
+        let last = recorded_rollout(unet, kept, x, prompting, adapters, no_noise, record, &mut ledger)?;
         trajectory.inputs.extend(last.inputs);
+        trajectory.recordings.extend(last.recordings);
         trajectory.latents = last.latents;
         mark(1)?;
         let loss_scale = LossScale::new(unet.compute().dtype()).map_or(1.0, |scale| scale.get());
@@ -292,7 +300,7 @@ impl Work {
         backprop(
             unet,
             &self.adapters,
-            &trajectory,
+            &mut trajectory,
             &self.plan,
             &self.prompting,
             &credit.d_latents,

@@ -7,7 +7,11 @@ use crate::config::{Checkpointing, CheckpointingChoice, Config};
 use crate::lora::Adapters;
 use crate::ops::Ledger;
 use crate::rewards::Rewards;
-use crate::training::memory::{Estimate, Meter, Parts, Split, fitting, size};
+use crate::training::Plan;
+use crate::training::memory::{Budget, Estimate, Meter, Parts, Split, fitting, size};
+
+/// The share of what is free that stored steps may fill: on a GPU, which the run has for itself, and of a machine's memory.
+const STORING: (f64, f64) = (0.9, 0.5);
 
 /// Estimates the run's memory, makes the choice that `checkpointing = "auto"` leaves open (in `config`, so that the run
 /// keeps it), and says both on stderr. `None` where the program's allocator does not count.
@@ -41,7 +45,10 @@ pub(super) fn plan(
     let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
     // what the process holds already is not to be found again
     let live = meter.live()? as f64;
-    let budget = given.or_else(|| meter.available().map(|free| free + live));
+    let free = meter.available();
+    let budget = given.or_else(|| free.map(|free| free + live));
+    let share = if model.compute().device().is_cpu() { STORING.1 } else { STORING.0 };
+    let storing = given.or_else(|| free.map(|free| share * free + live)).unwrap_or(0.0);
     let step = parts.measure(Checkpointing::Step)?;
     let block = match train.checkpointing {
         CheckpointingChoice::Step => None,
@@ -49,28 +56,37 @@ pub(super) fn plan(
     };
     let estimate = |split: Split| {
         let costs = block.as_ref().filter(|_| split.checkpointing == Checkpointing::Block).unwrap_or(&step);
-        parts.estimate(costs, split.batch_size)
+        parts.estimate(costs, split.batch_size, split.stored_steps)
     };
-    let asked = Split { checkpointing: train.checkpointing.into(), batch_size: train.batch_size };
+    let (stored_steps, batch_size) = (train.stored_steps, train.batch_size);
+    let asked = Split { checkpointing: train.checkpointing.into(), stored_steps, batch_size };
     let (split, fits) = match train.checkpointing {
         CheckpointingChoice::Auto => {
-            fitting(train.batch_size, budget.unwrap_or(f64::INFINITY), |split| estimate(split).total())
+            let most = Plan::most_kept(&config.truncation, model.schedule.len());
+            let budget = Budget { all: budget.unwrap_or(f64::INFINITY), storing };
+            fitting(batch_size, most, budget, |split| estimate(split).total())
         }
         _ => (asked, budget.is_none_or(|budget| estimate(asked).total() <= budget)),
     };
     let estimate = estimate(split);
     train.checkpointing = explicit(split.checkpointing);
+    train.stored_steps = split.stored_steps;
     train.gradient_accumulation_steps *= train.batch_size / split.batch_size;
     train.batch_size = split.batch_size;
 
-    let name = format!("{:?}", split.checkpointing).to_lowercase();
+    let mut name = format!("checkpointing `{:?}`", split.checkpointing).to_lowercase();
+    match split.stored_steps {
+        0 => {}
+        1 => name += ", 1 step stored",
+        n => name += &format!(", {n} steps stored"),
+    }
     let limit = match (given, budget) {
         (Some(given), _) => format!("of {} allowed (train.memory_budget)", size(given)),
         (None, Some(free)) => format!("of {} available", size(free)),
         (None, None) => "available memory unknown".to_owned(),
     };
     eprintln!(
-        "memory      {estimate}, {limit}; checkpointing `{name}`, micro-batches of {} x {}",
+        "memory      {estimate}, {limit}; {name}, micro-batches of {} x {}",
         split.batch_size, train.gradient_accumulation_steps
     );
     if !fits && given.is_some() {

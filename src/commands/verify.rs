@@ -25,7 +25,7 @@ use crate::ops::device::Compute;
 use crate::optim::{AdamW, clip_grad_norm};
 use crate::rewards::{Rewards, preprocess};
 use crate::training::loss_scale::{LossScale, unscale};
-use crate::training::{Plan, Prompting, backprop, reward_cotangent, rollout};
+use crate::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
 
 /// Relative errors (L2) that a computation must stay below.
 struct Bounds {
@@ -482,7 +482,7 @@ impl Subject<'_> {
         let unet = &self.pipeline.unet;
         let mut ledger = Ledger::default();
         let noise = |i: usize| Ok(noises.get(i)?);
-        let trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, start, noise, &mut ledger)?;
+        let mut trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, start, noise, &mut ledger)?;
         report.compare(
             name,
             "latents",
@@ -502,7 +502,7 @@ impl Subject<'_> {
             &mut ledger,
         )?;
         let (d, mut sum) = (&credit.d_latents, LoraGradients::new(start));
-        backprop(unet, start, &trajectory, &plan, &prompting, d, Checkpointing::Step, &mut sum, &mut ledger)?;
+        backprop(unet, start, &mut trajectory, &plan, &prompting, d, Checkpointing::Step, &mut sum, &mut ledger)?;
         let readings = ledger.read()?;
         let scores: Vec<f32> = credit.scores.iter().map(|s| s.get(&readings)[0] as f32).collect();
         report.compare(
@@ -586,7 +586,9 @@ impl Subject<'_> {
         for (i, log) in train.log.iter().enumerate() {
             let mut ledger = Ledger::default();
             let no_noise = |_| anyhow::bail!("no noise is recorded for these steps");
-            let trajectory = rollout(unet, &plan.steps, x_t.get(i)?, &prompting, &adapters, no_noise, &mut ledger)?;
+            // with every step stored, where the cases above evaluate each again
+            let (steps, x_t, all) = (&plan.steps, x_t.get(i)?, |_| true);
+            let mut trajectory = recorded_rollout(unet, steps, x_t, &prompting, &adapters, no_noise, all, &mut ledger)?;
             let scale = self.loss_scale() * train.loss_coeff / batch as f64;
             let credit = reward_cotangent(
                 &self.pipeline.vae,
@@ -601,7 +603,7 @@ impl Subject<'_> {
             backprop(
                 unet,
                 &adapters,
-                &trajectory,
+                &mut trajectory,
                 &plan,
                 &prompting,
                 &credit.d_latents,
@@ -609,6 +611,7 @@ impl Subject<'_> {
                 &mut sum,
                 &mut ledger,
             )?;
+            drop(trajectory);
             let mut gradients = sum.finish(&adapters)?;
             unscale(&mut gradients, self.loss_scale())?;
             let norm = ledger.number(&clip_grad_norm(&mut gradients, train.max_grad_norm)?)?;

@@ -461,8 +461,11 @@ table! {
         batch_size: usize = 1,
         /// Micro-batches of one optimizer step; 1 or more. Costs time, not memory.
         gradient_accumulation_steps: usize = 1,
-        /// What the backward pass recomputes: `step`, `block`, or `auto`, the one that fits `memory_budget`.
-        checkpointing: CheckpointingChoice = CheckpointingChoice::Step,
+        /// What the backward pass recomputes: `step`, `block`, or `auto`, the least that fits `memory_budget`.
+        checkpointing: CheckpointingChoice = CheckpointingChoice::Auto,
+        /// How many of the steps that keep their gradient, the last ones of the chain, stay in memory with their
+        /// activations, so that the backward pass need not evaluate them again. `auto` chooses by itself; with `block` 0.
+        stored_steps: usize = 0,
         /// Memory that the run may take, in GiB; more than 0. A run that does not fit by its estimate is not started.
         /// Absent: what the machine has free, which only `checkpointing = "auto"` looks at.
         memory_budget: Option<f64> = None,
@@ -476,11 +479,11 @@ table! {
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum CheckpointingChoice {
-    #[default]
     Step,
     Block,
-    /// `step` if its estimate fits the budget, else `block`, with smaller micro-batches if need be. The run's own
-    /// config keeps the choice, so that a resumed run computes as the run did.
+    /// `step` if its estimate fits the budget, with as many stored steps as there is room for, else `block`, with smaller
+    /// micro-batches if need be. The run's own config keeps the choice, so that a resumed run computes as the run did.
+    #[default]
     Auto,
 }
 
@@ -498,7 +501,7 @@ impl From<CheckpointingChoice> for Checkpointing {
 #[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Checkpointing {
-    /// One UNet evaluation is kept in memory: each kept step is evaluated once more.
+    /// One UNet evaluation is kept in memory: each kept step that is not stored is evaluated once more.
     #[default]
     Step,
     /// One UNet block is kept in memory: each kept step is evaluated once more, and each of its blocks again.

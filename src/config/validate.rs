@@ -4,7 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, Truncation};
+use super::{
+    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, Truncation,
+};
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
 const MAX_SIDE: usize = 16_384;
@@ -78,6 +80,11 @@ impl Config {
             "train.batch_size = {} and train.gradient_accumulation_steps = {}: at most {MAX_BATCH} images a step",
             train.batch_size,
             train.gradient_accumulation_steps
+        );
+        ensure!(
+            train.stored_steps == 0 || train.checkpointing == CheckpointingChoice::Step,
+            "train.stored_steps = {}: that goes with train.checkpointing = \"step\"; \"auto\" chooses it by itself, and \"block\" stores none",
+            train.stored_steps
         );
         ensure!(
             optimizer.warmup_steps <= train.steps,
@@ -317,6 +324,7 @@ mod tests {
             ("train.steps = 0", "train.steps = 0: must be 1 or more"),
             ("train.batch_size = 0", "train.batch_size = 0: must be 1 or more"),
             ("train.gradient_accumulation_steps = 0", "train.gradient_accumulation_steps = 0"),
+            ("train.stored_steps = 2", "train.stored_steps = 2: that goes with train.checkpointing = \"step\""),
             ("train.memory_budget = 0", "train.memory_budget = 0: must be a finite number, more than 0"),
             ("regularization.kl_weight = -1", "regularization.kl_weight = -1: must be"),
             ("regularization.ema_decay = 1", "regularization.ema_decay = 1: must be 0 or more and less than 1"),

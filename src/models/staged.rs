@@ -16,7 +16,7 @@ use crate::ops::sum::add;
 /// One stage: hidden activations (B, H, W, C) to hidden activations.
 pub(super) trait Stage {
     /// What all stages share in one evaluation (the time embedding, the text).
-    type Inputs;
+    type Inputs: Clone;
 
     /// `skip` is the skip connection that the stage consumes, `next_skip` the height and width of the one that the
     /// following stages will.
@@ -74,7 +74,7 @@ impl<S: Stage> Staged<S> {
     pub fn trace<'a>(
         &'a self,
         x: Tensor,
-        inputs: &'a S::Inputs,
+        inputs: &S::Inputs,
         adapters: &'a Adapters,
         checkpointing: Checkpointing,
     ) -> Result<Trace<'a, S>> {
@@ -95,7 +95,7 @@ impl<S: Stage> Staged<S> {
                 Ok(output)
             }
         })?;
-        Ok(Trace { network: self, inputs, adapters, kept, output })
+        Ok(Trace { network: self, inputs: inputs.clone(), adapters, kept, output })
     }
 
     /// Runs the stages in order, the skip connections on a stack.
@@ -140,7 +140,7 @@ enum Kept<'a> {
 /// A forward pass that can be pulled back once.
 pub(super) struct Trace<'a, S: Stage> {
     network: &'a Staged<S>,
-    inputs: &'a S::Inputs,
+    inputs: S::Inputs,
     adapters: &'a Adapters,
     kept: Vec<Kept<'a>>,
     output: Tensor,
@@ -161,7 +161,7 @@ impl<S: Stage> Trace<'_, S> {
             }
             let Recorded { tape, hidden, skip, lora, output } = match kept {
                 Kept::Recorded(recorded) => recorded,
-                Kept::Input(input) => record(step, input, self.inputs, self.adapters)?,
+                Kept::Input(input) => record(step, input, &self.inputs, self.adapters)?,
             };
             let mut gradients = tape
                 .backward(&[(&output, &d_hidden)])

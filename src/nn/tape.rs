@@ -4,14 +4,13 @@
 //! addition: nothing), and its memory is given back the moment the backward has used it. No gradient slot is filled
 //! with zeros, no operand that is frozen gets a gradient, and nothing recurses.
 
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Result, Tensor, bail};
 
 use crate::ops;
 
-type Backward = Box<dyn FnOnce(&Tensor) -> Result<Vec<Option<Tensor>>>>;
+type Backward = Box<dyn FnOnce(&Tensor) -> Result<Vec<Option<Tensor>>> + Send>;
 
 struct Step {
     /// The nodes of the inputs, in the order in which `backward` returns their gradients.
@@ -26,9 +25,9 @@ struct Record {
     steps: Vec<Step>,
 }
 
-/// A recording of one differentiable computation.
+/// A recording of one differentiable computation. It may be made on one thread and pulled back on another.
 #[derive(Clone, Default)]
-pub struct Tape(Rc<RefCell<Record>>);
+pub struct Tape(Arc<Mutex<Record>>);
 
 impl Tape {
     pub fn new() -> Self {
@@ -40,8 +39,12 @@ impl Tape {
         Value { tensor: tensor.clone(), node: Some(Node { tape: self.clone(), id: self.new_node() }) }
     }
 
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn new_node(&self) -> usize {
-        let mut record = self.0.borrow_mut();
+        let mut record = self.record();
         record.nodes += 1;
         record.nodes - 1
     }
@@ -51,10 +54,10 @@ impl Tape {
     /// # Errors
     /// An output that is not of this tape, a cotangent of another shape.
     pub fn backward(self, outputs: &[(&Value, &Tensor)]) -> Result<Gradients> {
-        let Record { nodes, steps } = self.0.take();
+        let Record { nodes, steps } = std::mem::take(&mut *self.record());
         let mut gradients: Vec<Option<Tensor>> = vec![None; nodes];
         for (value, cotangent) in outputs {
-            let Some(node) = value.node.as_ref().filter(|node| Rc::ptr_eq(&node.tape.0, &self.0)) else {
+            let Some(node) = value.node.as_ref().filter(|node| Arc::ptr_eq(&node.tape.0, &self.0)) else {
                 bail!("backward: the output does not depend on anything on this tape");
             };
             if value.tensor.dims() != cotangent.dims() {
@@ -133,13 +136,13 @@ impl Value {
     pub fn step<const N: usize>(
         inputs: [&Value; N],
         output: Tensor,
-        backward: impl FnOnce(&Tensor) -> Result<[Option<Tensor>; N]> + 'static,
+        backward: impl FnOnce(&Tensor) -> Result<[Option<Tensor>; N]> + Send + 'static,
     ) -> Value {
         let Some(tape) = inputs.iter().find_map(|value| value.node.as_ref()).map(|node| node.tape.clone()) else {
             return output.into();
         };
         let id = tape.new_node();
-        tape.0.borrow_mut().steps.push(Step {
+        tape.record().steps.push(Step {
             inputs: inputs.iter().map(|value| value.node.as_ref().map(|node| node.id)).collect(),
             output: id,
             backward: Box::new(move |cotangent| Ok(backward(cotangent)?.into_iter().collect())),

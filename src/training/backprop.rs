@@ -67,7 +67,8 @@ pub fn reward_cotangent(
 /// ```
 ///
 /// A step that is not kept loses its noise prediction's gradient only: the linear path carries the cotangent on.
-/// Memory is one UNet evaluation, whatever the number of steps.
+/// A kept step that was recorded is pulled back and its recording given up; another is evaluated again, so that memory is
+/// that of one UNet evaluation beside what was recorded.
 ///
 /// # Errors
 /// A gradient that is not finite, here or when the ledger is read: names the step.
@@ -75,7 +76,7 @@ pub fn reward_cotangent(
 pub fn backprop(
     unet: &Unet,
     adapters: &Adapters,
-    trajectory: &Trajectory,
+    trajectory: &mut Trajectory,
     plan: &Plan,
     prompting: &Prompting,
     d_latents: &Tensor,
@@ -92,7 +93,7 @@ pub fn backprop(
 pub fn anchored_backprop(
     unet: &Unet,
     adapters: &Adapters,
-    trajectory: &Trajectory,
+    trajectory: &mut Trajectory,
     plan: &Plan,
     prompting: &Prompting,
     d_latents: &Tensor,
@@ -115,7 +116,10 @@ pub fn anchored_backprop(
             if let Some(anchor) = anchor.as_deref_mut() {
                 d_prediction = (d_prediction + anchor.cotangent(unet, trajectory, plan, i, prompting, ledger)?)?;
             }
-            let d_unet = if all {
+            let recording = trajectory.recordings[i].take().filter(|_| all);
+            let d_unet = if let Some(recording) = recording {
+                recording.pull(&d_prediction, sum)
+            } else if all {
                 prompting.vjp(unet, x_t, step.timestep, adapters, &d_prediction, checkpointing, sum)
             } else {
                 let (x_t, d_prediction) = (x_t.index_select(&rows, 0)?, d_prediction.index_select(&rows, 0)?);

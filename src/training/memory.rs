@@ -6,8 +6,10 @@
 //!
 //! ```text
 //! peak of a UNet evaluation = fixed + batch · (per image + per latent pixel · h w)     twice with guidance
+//! what a stored step keeps  = fixed + batch · (per image + per latent pixel · h w)     twice with guidance
 //! peak of an image          = fixed + per latent pixel · h w                       one at a time, whatever the batch
-//! peak of the run           = what is loaded + trajectory + the larger of the two
+//! peak of the run           = what is loaded + trajectory + the largest of: a UNet evaluation;
+//!                             all stored steps + an image; all stored steps + what the way back through one adds
 //! ```
 
 use std::fmt;
@@ -132,14 +134,20 @@ impl Parts<'_> {
             self.image_peak(small, checkpointing)?,
             self.image_peak(large, checkpointing)?,
         ];
-        let [one, two, large, image, large_image] = peaks.map(|rise| rise.least);
+        let stored = [(small, 1), (small, 2), (large, 1)];
+        let stored = stored.map(|(sides, batch)| self.stored(sides, batch, checkpointing));
+        let [one, two, of_large, image, large_image] = peaks.map(|rise| rise.least);
+        let [stored, stored_two, stored_large] = stored;
         let small = (small.0 * small.1) as f64;
-        let (per_image, unet_pixel, image_pixel) = (two - one, (large - one) / pixels, (large_image - image) / pixels);
+        let evaluation = |[one, two, large]: [f64; 3]| {
+            let (image, pixel) = (two - one, (large - one) / pixels);
+            Evaluation { fixed: one - image, image: image - pixel * small, pixel }
+        };
+        let image_pixel = (large_image - image) / pixels;
         Ok(Costs {
             loaded: self.meter().live()? as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
-            unet_fixed: one - per_image,
-            unet_image: per_image - unet_pixel * small,
-            unet_pixel,
+            unet: evaluation([one, two, of_large]),
+            stored: evaluation([stored?, stored_two?, stored_large?]),
             image_fixed: image - image_pixel * small,
             image_pixel,
         })
@@ -172,10 +180,21 @@ impl Parts<'_> {
         })
     }
 
+    /// What one branch of a recorded step keeps.
+    fn stored(&self, sides: (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<f64> {
+        let x = self.latents(sides, batch)?;
+        let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
+        let before = self.meter().live()?;
+        let trace = self.unet.trace(&x, self.timestep, &context, self.adapters, checkpointing)?;
+        let kept = self.meter().live()?.saturating_sub(before) as f64;
+        drop(trace);
+        Ok(kept)
+    }
+
     /// Branches of guidance that are in memory together at most.
     fn branches(&self) -> f64 {
         let together = self.unet.compute().batches_guidance() || rayon::current_num_threads() > 1;
-        if self.prompting.guidance_scale > 1.0 && together { 2.0 } else { 1.0 }
+        if together { self.prompting.branches() } else { 1.0 }
     }
 
     fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
@@ -188,15 +207,17 @@ impl Parts<'_> {
         })
     }
 
-    /// The peak of a run with micro-batches of `batch` images.
-    pub fn estimate(&self, costs: &Costs, batch: usize) -> Estimate {
+    /// The peak of a run with micro-batches of `batch` images and `stored_steps` steps that are not evaluated again.
+    pub fn estimate(&self, costs: &Costs, batch: usize, stored_steps: usize) -> Estimate {
         let (channels, h, w) = self.latent_shape;
         let pixels = (h * w) as f64;
         let latents = (4 * batch * channels * h * w) as f64;
         Estimate {
             loaded: costs.loaded,
             trajectory: 2.0 * self.steps as f64 * latents,
-            unet: self.branches() * (costs.unet_fixed + batch as f64 * (costs.unet_image + costs.unet_pixel * pixels)),
+            unet: self.branches() * costs.unet.of(batch, pixels),
+            stored_step: self.prompting.branches() * costs.stored.of(batch, pixels),
+            stored_steps,
             image: costs.image_fixed + costs.image_pixel * pixels,
         }
     }
@@ -238,11 +259,25 @@ const CHEAP: Duration = Duration::from_millis(100);
 pub struct Costs {
     /// With what the threads' buffers may add.
     loaded: f64,
-    unet_fixed: f64,
-    unet_image: f64,
-    unet_pixel: f64,
+    /// The peak of one that is differentiated, of one branch.
+    unet: Evaluation,
+    /// What one that is stored keeps, of one branch.
+    stored: Evaluation,
     image_fixed: f64,
     image_pixel: f64,
+}
+
+/// Bytes of UNet evaluations, whatever their size.
+struct Evaluation {
+    fixed: f64,
+    image: f64,
+    pixel: f64,
+}
+
+impl Evaluation {
+    fn of(&self, batch: usize, pixels: f64) -> f64 {
+        self.fixed + batch as f64 * (self.image + self.pixel * pixels)
+    }
 }
 
 /// Bytes that a run is expected to need.
@@ -254,20 +289,29 @@ pub struct Estimate {
     pub trajectory: f64,
     /// One differentiated step of a micro-batch, both branches of guidance.
     pub unet: f64,
+    /// What one stored step of a micro-batch keeps, both branches of guidance.
+    pub stored_step: f64,
+    pub stored_steps: usize,
     /// The decoder and the rewards, of one image, there and back.
     pub image: f64,
 }
 
 impl Estimate {
     pub fn total(&self) -> f64 {
-        self.loaded + self.trajectory + self.unet.max(self.image)
+        let stored = self.stored_steps as f64 * self.stored_step;
+        let back = if self.stored_steps > 0 { self.unet - self.stored_step } else { 0.0 };
+        self.loaded + self.trajectory + self.unet.max(stored + self.image.max(back))
     }
 }
 
 impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let [loaded, unet, image] = [self.loaded, self.unet, self.image].map(size);
-        write!(f, "{} (loaded {loaded}, UNet {unet}, VAE and reward {image})", size(self.total()))
+        write!(f, "{} (loaded {loaded}, UNet {unet}, VAE and reward {image}", size(self.total()))?;
+        if self.stored_steps > 0 {
+            write!(f, ", stored steps {} x {}", self.stored_steps, size(self.stored_step))?;
+        }
+        write!(f, ")")
     }
 }
 
@@ -299,19 +343,32 @@ pub fn resident_peak() -> Option<f64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Split {
     pub checkpointing: Checkpointing,
+    pub stored_steps: usize,
     pub batch_size: usize,
 }
 
-/// The first split that fits `budget`, fastest first: `step` and then `block` with the given micro-batch, then `block`
-/// with its divisors, downwards. The last one, and `false`, where none fits.
-pub fn fitting(batch_size: usize, budget: f64, total: impl Fn(Split) -> f64) -> (Split, bool) {
-    let whole = Split { checkpointing: Checkpointing::Step, batch_size };
+/// What a run may take, in bytes.
+#[derive(Clone, Copy)]
+pub struct Budget {
+    pub all: f64,
+    /// With stored steps, which save time and are not needed: less, where others may want memory too.
+    pub storing: f64,
+}
+
+/// The first split that fits, fastest first: `step` with as many stored steps as there is room for, at most `most_stored`;
+/// then `block` with the given micro-batch; then `block` with its divisors, downwards. The last one, and `false`, where
+/// none fits.
+pub fn fitting(batch_size: usize, most_stored: usize, budget: Budget, total: impl Fn(Split) -> f64) -> (Split, bool) {
+    let step = |stored_steps| Split { checkpointing: Checkpointing::Step, stored_steps, batch_size };
+    let block = |batch_size| Split { checkpointing: Checkpointing::Block, stored_steps: 0, batch_size };
     let divisors = (1..=batch_size).rev().filter(|n| batch_size.is_multiple_of(*n));
-    let blocks = divisors.map(|batch_size| Split { checkpointing: Checkpointing::Block, batch_size });
-    let smallest = Split { checkpointing: Checkpointing::Block, batch_size: 1 };
-    match std::iter::once(whole).chain(blocks).find(|split| total(*split) <= budget) {
+    let fits = |split: &Split| {
+        let room = if split.stored_steps > 0 { budget.storing } else { budget.all };
+        total(*split) <= room
+    };
+    match (0..=most_stored).rev().map(step).chain(divisors.map(block)).find(fits) {
         Some(split) => (split, true),
-        None => (smallest, false),
+        None => (block(1), false),
     }
 }
 
@@ -321,20 +378,24 @@ mod tests {
 
     #[test]
     fn the_fastest_split_that_fits_is_chosen() {
-        // an image costs 3 with `step` and 1 with `block`, beside 1 that is loaded
+        // an image costs 3 with `step` and 1 with `block`, 2 more for each stored step, beside 1 that is loaded
         let total = |split: Split| {
             let image = if split.checkpointing == Checkpointing::Step { 3.0 } else { 1.0 };
-            1.0 + image * split.batch_size as f64
+            1.0 + (image + 2.0 * split.stored_steps as f64) * split.batch_size as f64
         };
-        let chosen = |budget| {
-            let (split, fits) = fitting(6, budget, total);
-            (split.checkpointing, split.batch_size, fits)
+        let chosen = |all| {
+            let (split, fits) = fitting(6, 4, Budget { all, storing: all / 2.0 }, total);
+            (split.checkpointing, split.stored_steps, split.batch_size, fits)
         };
-        assert_eq!(chosen(19.0), (Checkpointing::Step, 6, true));
-        assert_eq!(chosen(18.9), (Checkpointing::Block, 6, true));
-        assert_eq!(chosen(6.0), (Checkpointing::Block, 3, true));
-        assert_eq!(chosen(2.0), (Checkpointing::Block, 1, true));
-        assert_eq!(chosen(1.9), (Checkpointing::Block, 1, false));
+        assert_eq!(chosen(1e9), (Checkpointing::Step, 4, 6, true));
+        assert_eq!(chosen(134.0), (Checkpointing::Step, 4, 6, true));
+        assert_eq!(chosen(133.9), (Checkpointing::Step, 3, 6, true));
+        assert_eq!(chosen(61.9), (Checkpointing::Step, 0, 6, true));
+        assert_eq!(chosen(19.0), (Checkpointing::Step, 0, 6, true));
+        assert_eq!(chosen(18.9), (Checkpointing::Block, 0, 6, true));
+        assert_eq!(chosen(6.0), (Checkpointing::Block, 0, 3, true));
+        assert_eq!(chosen(2.0), (Checkpointing::Block, 0, 1, true));
+        assert_eq!(chosen(1.9), (Checkpointing::Block, 0, 1, false));
     }
 
     #[test]

@@ -15,5 +15,5 @@ pub mod truncation;
 
 pub use anchor::Anchor;
 pub use backprop::{Credit, anchored_backprop, backprop, reward_cotangent};
-pub use rollout::{Prompting, Trajectory, rollout};
+pub use rollout::{Prompting, Trajectory, recorded_rollout, rollout};
 pub use truncation::Plan;

@@ -1,4 +1,4 @@
-//! The denoising chain without gradients: only its latents are kept.
+//! The denoising chain. Its latents are kept, and of some steps what their way back needs.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -7,7 +7,7 @@ use crate::config::Checkpointing;
 use crate::diffusion::DdimStep;
 use crate::diffusion::guidance::{guide, guide_bwd};
 use crate::lora::Adapters;
-use crate::models::unet::{Text, Unet};
+use crate::models::unet::{Text, Unet, UnetTrace};
 use crate::nn::lora::LoraGradients;
 use crate::ops::Ledger;
 
@@ -35,6 +35,11 @@ impl Prompting {
         self.guidance_scale > 1.0
     }
 
+    /// Evaluations of a prediction.
+    pub(super) fn branches(&self) -> f64 {
+        if self.guided() { 2.0 } else { 1.0 }
+    }
+
     /// The embeddings of both branches, (2 B, tokens, D).
     fn both(&self) -> candle_core::Result<Tensor> {
         Tensor::cat(&[&self.negative_prompt_embeds, &self.prompt_embeds], 0)
@@ -58,8 +63,36 @@ impl Prompting {
         Ok(Projected { branches, guidance_scale: self.guidance_scale })
     }
 
+    /// [`Self::predict`], keeping what the pullback needs.
+    pub fn record<'a>(
+        &self,
+        unet: &'a Unet,
+        x_t: &Tensor,
+        timestep: usize,
+        adapters: &'a Adapters,
+    ) -> Result<Recording<'a>> {
+        let branch = |x_t: &Tensor, embeds: &Tensor| unet.trace(x_t, timestep, embeds, adapters, Checkpointing::Step);
+        let guide = |uncond: &Tensor, cond: &Tensor| guide(uncond, cond, self.guidance_scale);
+        let (traces, prediction) = if !self.guided() {
+            let trace = branch(x_t, &self.prompt_embeds)?;
+            let prediction = trace.prediction().clone();
+            (Traces::One(trace), prediction)
+        } else if unet.compute().batches_guidance() {
+            let trace = branch(&Tensor::cat(&[x_t, x_t], 0)?, &self.both()?)?;
+            let [uncond, cond] = halves(trace.prediction())?;
+            (Traces::Together(trace), guide(&uncond, &cond)?)
+        } else {
+            let (negative, prompt) =
+                rayon::join(|| branch(x_t, &self.negative_prompt_embeds), || branch(x_t, &self.prompt_embeds));
+            let (negative, prompt) = (negative?, prompt?);
+            let prediction = guide(negative.prediction(), prompt.prediction())?;
+            (Traces::Apart { negative, prompt }, prediction)
+        };
+        Ok(Recording { traces, prediction, guidance_scale: self.guidance_scale, adapters })
+    }
+
     /// Pulls the guided prediction's cotangent back through both branches: the gradient with respect to x_t; those of
-    /// the adapters are added to `sum`.
+    /// the adapters are added to `sum`. The forward is computed here again.
     #[allow(clippy::too_many_arguments)]
     pub fn vjp(
         &self,
@@ -94,6 +127,49 @@ impl Prompting {
         // always in this order: the sums do not depend on which branch was faster
         sum.merge(uncond)?;
         sum.merge(cond)?;
+        Ok((d_uncond + d_cond)?)
+    }
+}
+
+/// A guided prediction that can be pulled back once.
+pub struct Recording<'a> {
+    traces: Traces<'a>,
+    prediction: Tensor,
+    guidance_scale: f64,
+    adapters: &'a Adapters,
+}
+
+/// As in [`Branches`].
+enum Traces<'a> {
+    One(UnetTrace<'a>),
+    Apart { negative: UnetTrace<'a>, prompt: UnetTrace<'a> },
+    Together(UnetTrace<'a>),
+}
+
+impl Recording<'_> {
+    /// As [`Prompting::vjp`], without a forward.
+    pub fn pull(self, cotangent: &Tensor, sum: &mut LoraGradients) -> Result<Tensor> {
+        if let Traces::One(trace) = self.traces {
+            return trace.pull(cotangent, sum);
+        }
+        let [d_uncond, d_cond] = guide_bwd(cotangent, self.guidance_scale)?;
+        let [d_uncond, d_cond] = match self.traces {
+            Traces::Apart { negative, prompt } => {
+                let branch = |trace: UnetTrace, cotangent: &Tensor| -> Result<(Tensor, LoraGradients)> {
+                    let mut sum = LoraGradients::new(self.adapters);
+                    Ok((trace.pull(cotangent, &mut sum)?, sum))
+                };
+                let (uncond, cond) = rayon::join(|| branch(negative, &d_uncond), || branch(prompt, &d_cond));
+                let ((d_uncond, uncond), (d_cond, cond)) = (uncond?, cond?);
+                // always in this order, as in a vjp
+                sum.merge(uncond)?;
+                sum.merge(cond)?;
+                [d_uncond, d_cond]
+            }
+            Traces::One(trace) | Traces::Together(trace) => {
+                halves(&trace.pull(&Tensor::cat(&[d_uncond, d_cond], 0)?, sum)?)?
+            }
+        };
         Ok((d_uncond + d_cond)?)
     }
 }
@@ -140,34 +216,56 @@ impl Projected {
 }
 
 /// The latents of a chain: what each step started from, and what the last one gave.
-pub struct Trajectory {
+pub struct Trajectory<'a> {
     /// x_T, ..., one for each step, (B, C, h, w).
     pub inputs: Vec<Tensor>,
     /// The guided prediction of each step, (B, C, h, w).
     pub predictions: Vec<Tensor>,
+    /// Of each step that was recorded.
+    pub recordings: Vec<Option<Recording<'a>>>,
     /// x_0.
     pub latents: Tensor,
 }
 
-/// Runs the chain from `x_t`. `noise(i)` is the noise of step i, asked for where its σ is not zero.
+/// Runs the chain from `x_t` and records nothing. `noise(i)` is the noise of step i, asked for where its σ is not zero.
 ///
 /// # Errors
 /// A latent that is not finite, here or when the ledger is read: names the step.
-pub fn rollout(
-    unet: &Unet,
+pub fn rollout<'a>(
+    unet: &'a Unet,
     steps: &[DdimStep],
     x_t: Tensor,
     prompting: &Prompting,
-    adapters: &Adapters,
+    adapters: &'a Adapters,
     noise: impl Fn(usize) -> Result<Tensor>,
     ledger: &mut Ledger,
-) -> Result<Trajectory> {
+) -> Result<Trajectory<'a>> {
+    recorded_rollout(unet, steps, x_t, prompting, adapters, noise, |_| false, ledger)
+}
+
+/// [`rollout`], keeping what the way back needs of the steps that `record` names: they need not be evaluated again.
+#[allow(clippy::too_many_arguments)]
+pub fn recorded_rollout<'a>(
+    unet: &'a Unet,
+    steps: &[DdimStep],
+    x_t: Tensor,
+    prompting: &Prompting,
+    adapters: &'a Adapters,
+    noise: impl Fn(usize) -> Result<Tensor>,
+    record: impl Fn(usize) -> bool,
+    ledger: &mut Ledger,
+) -> Result<Trajectory<'a>> {
     let mut inputs = Vec::with_capacity(steps.len());
     let mut predictions = Vec::with_capacity(steps.len());
+    let mut recordings = Vec::with_capacity(steps.len());
     let mut x = x_t;
     let projected = prompting.project(unet, adapters)?;
     for (i, step) in steps.iter().enumerate() {
-        let prediction = projected.predict(unet, &x, step.timestep, adapters)?;
+        let recording = if record(i) { Some(prompting.record(unet, &x, step.timestep, adapters)?) } else { None };
+        let prediction = match &recording {
+            Some(recording) => recording.prediction.clone(),
+            None => projected.predict(unet, &x, step.timestep, adapters)?,
+        };
         let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
         let next = step.apply(&x, &prediction, noise.as_ref())?;
         let timestep = step.timestep;
@@ -176,6 +274,7 @@ pub fn rollout(
         })?;
         inputs.push(std::mem::replace(&mut x, next));
         predictions.push(prediction);
+        recordings.push(recording);
     }
-    Ok(Trajectory { inputs, predictions, latents: x })
+    Ok(Trajectory { inputs, predictions, recordings, latents: x })
 }

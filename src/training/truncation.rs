@@ -114,6 +114,20 @@ impl Plan {
         Ok(plan)
     }
 
+    /// The most steps that a plan under this rule keeps of a chain of `total`.
+    pub fn most_kept(rule: &Truncation, total: usize) -> usize {
+        match rule {
+            Truncation::Uniform { .. }
+            | Truncation::Gaussian { .. }
+            | Truncation::PerStep { .. }
+            | Truncation::Full => total,
+            Truncation::Fixed { k } => *k,
+            Truncation::Steps { steps } => steps.len(),
+            Truncation::DraftLv { .. } | Truncation::Refl { .. } => 1,
+            Truncation::Drtune { k } => k.unwrap_or(total),
+        }
+    }
+
     /// A plan with the same mask for `samples` samples.
     pub fn with_mask(schedule: &DdimSchedule, keep: &[bool], samples: usize) -> Self {
         Self {
@@ -127,6 +141,24 @@ impl Plan {
     /// The earliest step that some sample keeps.
     pub fn first_kept(&self) -> Option<usize> {
         self.keep.iter().position(|kept| kept.iter().any(|k| *k))
+    }
+
+    /// The newest steps that every sample keeps, at most `count`: those worth recording, as the way back meets them first.
+    /// `recorded[i]` is whether step i is one.
+    pub fn recorded(&self, count: usize) -> Vec<bool> {
+        let mut left = count;
+        let mut recorded: Vec<bool> = self
+            .keep
+            .iter()
+            .rev()
+            .map(|kept| {
+                let recorded = left > 0 && !kept.is_empty() && kept.iter().all(|k| *k);
+                left -= usize::from(recorded);
+                recorded
+            })
+            .collect();
+        recorded.reverse();
+        recorded
     }
 
     /// Differentiated steps of all samples together.
@@ -165,6 +197,37 @@ mod tests {
         assert_eq!(mask(&plan(Truncation::Steps { steps: vec![0, 2, 9] }, 0), 0), "1.1......1");
         assert!(Plan::new(&Truncation::Fixed { k: 11 }, &schedule(), &Noise::new(0), 0, 0..1).is_err());
         assert!(Plan::new(&Truncation::Steps { steps: vec![10] }, &schedule(), &Noise::new(0), 0, 0..1).is_err());
+    }
+
+    #[test]
+    fn the_newest_steps_that_all_keep_are_recorded() {
+        let recorded = |plan: &Plan, count| -> String {
+            plan.recorded(count).into_iter().map(|r| if r { '1' } else { '.' }).collect()
+        };
+        let mut steps = plan(Truncation::Steps { steps: vec![0, 2, 5, 9] }, 0);
+        assert_eq!(recorded(&steps, 0), "..........");
+        assert_eq!(recorded(&steps, 2), ".....1...1");
+        assert_eq!(recorded(&steps, 99), "1.1..1...1");
+        steps.keep[5][2] = false;
+        assert_eq!(recorded(&steps, 2), "..1......1");
+    }
+
+    #[test]
+    fn no_plan_keeps_more_than_its_rule_can() {
+        for rule in [
+            Truncation::Uniform { per: Per::Sample },
+            Truncation::Fixed { k: 4 },
+            Truncation::Gaussian { mean: 3.0, std: 2.0, per: Per::Batch },
+            Truncation::PerStep { lo: 2, hi: 6 },
+            Truncation::Full,
+            Truncation::Steps { steps: vec![1, 7] },
+            Truncation::Refl { lo: 3, hi: 8 },
+            Truncation::Drtune { k: Some(3) },
+            Truncation::Drtune { k: None },
+        ] {
+            let most = (0..200).map(|step| plan(rule.clone(), step).recorded(99).iter().filter(|r| **r).count()).max();
+            assert!(most.unwrap() > 0 && most.unwrap() <= Plan::most_kept(&rule, T), "{rule:?}");
+        }
     }
 
     #[test]

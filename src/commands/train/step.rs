@@ -18,7 +18,7 @@ use crate::rewards::{Rewards, Scores};
 use crate::training::checkpoint::Checkpoint;
 use crate::training::health;
 use crate::training::loss_scale::{LossScale, unscale};
-use crate::training::{Anchor, Plan, Prompting, Trajectory, anchored_backprop, reward_cotangent, rollout};
+use crate::training::{Anchor, Plan, Prompting, Trajectory, anchored_backprop, recorded_rollout, reward_cotangent};
 
 /// What a way back is given.
 struct Batch<'a> {
@@ -128,12 +128,16 @@ impl Trainer<'_> {
             let variance = |i| model.variance_noise(noise, step, i, samples.clone());
 
             let unet = &model.pipeline.unet;
-            let trajectory = rollout(unet, &plan.steps, x_t, &prompting, &state.adapters, variance, &mut ledger)?;
+            let recorded = plan.recorded(train.stored_steps);
+            let record = |i: usize| recorded[i];
+            let (steps, adapters) = (&plan.steps, &state.adapters);
+            let mut trajectory =
+                recorded_rollout(unet, steps, x_t, &prompting, adapters, variance, record, &mut ledger)?;
             let batch = Batch { plan: &plan, prompting: &prompting, prompts: &prompts, images };
             judged.push(if plan.renoise > 0 {
                 self.renoised(&batch, &trajectory, samples, step, &state.adapters, &mut sum, &mut ledger)?
             } else {
-                vec![self.back(&batch, &trajectory, &state.adapters, &mut sum, &mut ledger)?]
+                vec![self.back(&batch, &mut trajectory, &state.adapters, &mut sum, &mut ledger)?]
             });
             kept_steps += plan.kept_count();
             progress.inc(1);
@@ -185,7 +189,7 @@ impl Trainer<'_> {
     fn back(
         &self,
         batch: &Batch,
-        trajectory: &Trajectory,
+        trajectory: &mut Trajectory,
         adapters: &Adapters,
         sum: &mut LoraGradients,
         ledger: &mut Ledger,
@@ -234,8 +238,10 @@ impl Trainer<'_> {
             let x_1 = ((&trajectory.latents * signal)? + (z * spread)?)?;
             // places after the chain's own
             let variance = |_| self.model.variance_noise(self.noise, step, last + 1 + repetition, samples.clone());
-            let again = rollout(&pipeline.unet, &only_last.steps, x_1, prompting, adapters, variance, ledger)?;
-            judged.push(self.back(&batch, &again, adapters, sum, ledger)?);
+            let record = |_| self.config.train.stored_steps > 0;
+            let (unet, steps) = (&pipeline.unet, &only_last.steps);
+            let mut again = recorded_rollout(unet, steps, x_1, prompting, adapters, variance, record, ledger)?;
+            judged.push(self.back(&batch, &mut again, adapters, sum, ledger)?);
         }
         Ok(judged)
     }

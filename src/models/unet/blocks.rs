@@ -14,6 +14,7 @@ use crate::nn::{Attention, Conv2d, FeedForward, GroupNorm, LayerNorm, Linear, Lo
 use crate::ops::attention::Heads;
 
 /// What one evaluation's stages share.
+#[derive(Clone)]
 pub(super) struct Evaluation {
     /// SiLU of the time embedding, (1, time_dim).
     pub time: Tensor,

@@ -16,7 +16,7 @@ pub(super) use blocks::Resnet;
 pub use config::{PerBlock, UnetConfig};
 
 use super::parameters::{conv2d, from_inside, group_norm, linear, to_inside};
-use super::staged::{Staged, Step};
+use super::staged::{Staged, Step, Trace};
 use super::{Source, Weights};
 use crate::config::Checkpointing;
 use crate::lora::{Adapters, Target};
@@ -128,13 +128,25 @@ impl Unet {
         checkpointing: Checkpointing,
         sum: &mut LoraGradients,
     ) -> Result<Tensor> {
+        self.trace(x, timestep, context, adapters, checkpointing)?.pull(cotangent, sum)
+    }
+
+    /// [`Self::forward`], keeping what its pullback needs.
+    pub fn trace<'a>(
+        &'a self,
+        x: &Tensor,
+        timestep: usize,
+        context: &Tensor,
+        adapters: &'a Adapters,
+        checkpointing: Checkpointing,
+    ) -> Result<UnetTrace<'a>> {
         let evaluation = self.evaluation(x, timestep, &Text::of(context))?;
         let trace = self
             .stages
             .trace(to_inside(x, &self.compute)?, &evaluation, adapters, checkpointing)
             .context("in the UNet")?;
-        let dx = trace.pull(to_inside(cotangent, &self.compute)?, sum).context("in the UNet")?;
-        Ok(from_inside(&dx)?)
+        let prediction = from_inside(trace.output())?;
+        Ok(UnetTrace { trace, prediction, compute: &self.compute })
     }
 
     /// The batch size of prompt embeddings that fit this UNet.
@@ -188,6 +200,26 @@ impl Unet {
         let embedding = second.forward(&Value::from(activation_fwd(&hidden, Activation::Silu)?))?.into_tensor();
         // every resnet applies SiLU to it before its own projection
         Ok(activation_fwd(&embedding, Activation::Silu)?)
+    }
+}
+
+/// A prediction that can be pulled back once.
+pub struct UnetTrace<'a> {
+    trace: Trace<'a, UnetStage>,
+    prediction: Tensor,
+    compute: &'a Compute,
+}
+
+impl UnetTrace<'_> {
+    /// (B, C, h, w)
+    pub fn prediction(&self) -> &Tensor {
+        &self.prediction
+    }
+
+    /// The gradient with respect to x of <cotangent, prediction>; those of the adapters are added to `sum`.
+    pub fn pull(self, cotangent: &Tensor, sum: &mut LoraGradients) -> Result<Tensor> {
+        let dx = self.trace.pull(to_inside(cotangent, self.compute)?, sum).context("in the UNet")?;
+        Ok(from_inside(&dx)?)
     }
 }
 

@@ -53,6 +53,18 @@ static Gradients reference(const Case& c, Buffer<T>& q, Buffer<T>& k, Buffer<T>&
     return r;
 }
 
+// The instance for heads of up to D.
+#define FOR_HEAD(NAME)                                                       \
+    [] {                                                                     \
+        if constexpr (D == 16) return KERNEL_OF(NAME##_16, T);               \
+        if constexpr (D == 32) return KERNEL_OF(NAME##_32, T);               \
+        if constexpr (D == 48) return KERNEL_OF(NAME##_48, T);               \
+        if constexpr (D == 64) return KERNEL_OF(NAME##_64, T);               \
+        if constexpr (D == 80) return KERNEL_OF(NAME##_80, T);               \
+        if constexpr (D == 128) return KERNEL_OF(NAME##_128, T);             \
+        if constexpr (D == 160) return KERNEL_OF(NAME##_160, T);             \
+    }()
+
 template <int D, typename T> static void attention(const Case& c, double scale = 1, size_t shift = 0) {
     typedef Sizes<T, D> Z;
     const std::string name = "attention " + std::to_string(c.n) + "x" + std::to_string(c.m) + " " + std::to_string(c.heads) + "x" +
@@ -64,20 +76,21 @@ template <int D, typename T> static void attention(const Case& c, double scale =
     Buffer<float> lse(rows), delta(rows), parts(2 * c.splits * size_k);
     const unsigned heads = (unsigned)c.heads, batch = (unsigned)c.batch;
     const bool vector = c.d % (16 / sizeof(T)) == 0 && shift == 0;
-    const AttentionShape s = {(i64)c.n, (i64)c.m, (i64)C, (int)c.d, c.causal, vector, 1 / std::sqrt((float)c.d)};
+    const float factor = 1 / std::sqrt((float)c.d);
+#define SHAPE c.n, c.m, C, c.d, c.causal, vector, factor
     in_any_order(
         name,
         [&] {
-            emulator::launch({blocks(c.n, Z::FWD_ROWS), heads, batch}, Z::THREADS, Z::FWD_BYTES,
-                             [&] { attention_fwd<D, T>(o, lse, q, k, v, s); });
-            emulator::launch({blocks(rows, 8)}, 256, 0, [&] { attention_delta<T>(delta, d_o, o, c.batch, c.n, c.heads, c.d); });
-            emulator::launch({blocks(c.n, Z::BWD_ROWS), heads, batch}, Z::THREADS, Z::BWD_BYTES,
-                             [&] { attention_bwd_q<D, T>(d_q, d_o, lse, delta, q, k, v, s); });
-            emulator::launch({blocks(c.m, Z::BWD_ROWS) * (unsigned)c.splits, heads, batch}, Z::THREADS, Z::BWD_BYTES, [&] {
-                attention_bwd_kv<D, T>(d_k, d_v, parts, c.splits, d_o, lse, delta, q, k, v, s);
-            });
+            emulator::launch({blocks(c.n, Z::FWD_ROWS), heads, batch}, Z::THREADS, Z::FWD_BYTES, FOR_HEAD(attention_fwd), o, lse,
+                             q, k, v, SHAPE);
+            emulator::launch({blocks(rows, 8)}, 256, 0, KERNEL_OF(attention_delta, T), delta, d_o, o, c.batch, c.n, c.heads, c.d);
+            emulator::launch({blocks(c.n, Z::BWD_ROWS), heads, batch}, Z::THREADS, Z::BWD_BYTES, FOR_HEAD(attention_bwd_q), d_q,
+                             d_o, lse, delta, q, k, v, SHAPE);
+            emulator::launch({blocks(c.m, Z::BWD_ROWS) * (unsigned)c.splits, heads, batch}, Z::THREADS, Z::BWD_BYTES,
+                             FOR_HEAD(attention_bwd_kv), d_k, d_v, parts, c.splits, d_o, lse, delta, q, k, v, SHAPE);
             if (c.splits > 1)
-                emulator::launch({blocks(2 * size_k, 256)}, 256, 0, [&] { attention_sum<T>(d_k, d_v, parts, c.splits, size_k); });
+                emulator::launch({blocks(2 * size_k, 256)}, 256, 0, KERNEL_OF(attention_sum, T), d_k, d_v, parts, c.splits,
+                                 size_k);
         },
         {{o.at(), size_q * sizeof(T)}, {d_q.at(), size_q * sizeof(T)}, {d_k.at(), size_k * sizeof(T)}, {d_v.at(), size_k * sizeof(T)}});
     const Gradients r = reference(c, q, k, v, d_o);

@@ -38,13 +38,13 @@ template <typename T> static void maps() {
             Buffer<T> y(n, shift);
             const dim3 grid = {blocks(n, 2048)};
             for (int f = 0; f < 8; f++) {
-                emulator::launch(grid, 256, 0, [&] { activation_fwd<T>(y, x, n, f, shift == 0); });
+                emulator::launch(grid, 256, 0, KERNEL_OF(activation_fwd, T), y, x, n, f, shift == 0);
                 close("activation fwd " + std::to_string(f) + name, y, tabulate<T>(n, [&](size_t i) { return value64(f, x[i]); }));
-                emulator::launch(grid, 256, 0, [&] { activation_bwd<T>(y, d, x, n, f, shift == 0); });
+                emulator::launch(grid, 256, 0, KERNEL_OF(activation_bwd, T), y, d, x, n, f, shift == 0);
                 close("activation bwd " + std::to_string(f) + name, y,
                       tabulate<T>(n, [&](size_t i) { return d[i] * slope64(f, x[i]); }));
             }
-            emulator::launch(grid, 256, 0, [&] { add<T>(y, x, d, n, shift == 0); });
+            emulator::launch(grid, 256, 0, KERNEL_OF(add, T), y, x, d, n, shift == 0);
             close("add" + name, y, tabulate<T>(n, [&](size_t i) { return x[i] + d[i]; }));
         }
     for (double bad : {0.0, (double)INFINITY, -(double)INFINITY, (double)NAN})
@@ -52,7 +52,7 @@ template <typename T> static void maps() {
             auto x = normal<T>(2000);
             if (bad != 0) x.set(place, bad);
             double slot = 7;
-            emulator::launch({2}, 256, 0, [&] { not_finite<T>(&slot, x, 2000); });
+            emulator::launch({2}, 256, 0, KERNEL_OF(not_finite, T), &slot, x, 2000);
             report(bad != 0 ? std::isnan(slot) : slot == 7, std::string("finite ") + type_name<T>(), slot, bad);
         }
     // large arguments stay finite
@@ -60,8 +60,8 @@ template <typename T> static void maps() {
         Buffer<T> x(4), one(4), y(4), d(4);
         const double large[] = {-200, -90, 90, 200};
         for (int i = 0; i < 4; i++) x.set(i, large[i]), one.set(i, 1);
-        emulator::launch({1}, 256, 0, [&] { activation_fwd<T>(y, x, 4, f, 1); });
-        emulator::launch({1}, 256, 0, [&] { activation_bwd<T>(d, one, x, 4, f, 1); });
+        emulator::launch({1}, 256, 0, KERNEL_OF(activation_fwd, T), y, x, 4, f, 1);
+        emulator::launch({1}, 256, 0, KERNEL_OF(activation_bwd, T), d, one, x, 4, f, 1);
         for (int i = 0; i < 4; i++) report(std::isfinite(y[i]) && std::isfinite(d[i]), "large arguments", x[i], f);
     }
 }
@@ -73,17 +73,17 @@ template <int VEC, typename T> static void rows_of(size_t rows, size_t width) {
     {
         auto x = normal<T>(n), s = normal<T>(width);
         Buffer<T> y(n);
-        emulator::launch(grid, 256, 0, [&] { add_channels<VEC, T>(y, x, s, rows, width); });
+        emulator::launch(grid, 256, 0, KERNEL_OF(add_channels, T), y, x, s, rows, width, VEC == LANE);
         close("add_channels" + name, y, tabulate<T>(n, [&](size_t i) { return x[i] + s[i % width]; }));
     }
     {
         auto x = normal<T>(2 * n), d = normal<T>(n);
         Buffer<T> y(n), dx(2 * n);
-        emulator::launch(grid, 256, 0, [&] { geglu_fwd<VEC, T>(y, x, rows, width); });
+        emulator::launch(grid, 256, 0, KERNEL_OF(geglu_fwd, T), y, x, rows, width, VEC == LANE);
         auto u = [&](size_t i) { return x[i / width * 2 * width + i % width]; };
         auto v = [&](size_t i) { return x[i / width * 2 * width + width + i % width]; };
         close("geglu fwd" + name, y, tabulate<T>(n, [&](size_t i) { return u(i) * value64(GELU, v(i)); }));
-        emulator::launch(grid, 256, 0, [&] { geglu_bwd<VEC, T>(dx, d, x, rows, width); });
+        emulator::launch(grid, 256, 0, KERNEL_OF(geglu_bwd, T), dx, d, x, rows, width, VEC == LANE);
         close("geglu bwd" + name, dx, tabulate<T>(2 * n, [&](size_t at) {
                   const size_t row = at / (2 * width), col = at % (2 * width), i = row * width + col % width;
                   return col < width ? d[i] * value64(GELU, v(i)) : d[i] * u(i) * slope64(GELU, v(i));
@@ -94,12 +94,12 @@ template <int VEC, typename T> static void rows_of(size_t rows, size_t width) {
         const size_t all = rows * (width + right);
         Buffer<T> y(all), a2(n), b2(b.size);
         const dim3 grid = {blocks(all, 256 * VEC)};
-        emulator::launch(grid, 256, 0, [&] { concat_fwd<VEC, T>(y, a, b, rows, width, right); });
+        emulator::launch(grid, 256, 0, KERNEL_OF(concat_fwd, T), y, a, b, rows, width, right, VEC == LANE);
         close("concat fwd" + name, y, tabulate<T>(all, [&](size_t i) {
                   const size_t row = i / (width + right), col = i % (width + right);
                   return col < width ? a[row * width + col] : b[row * right + col - width];
               }), 1e-12);
-        emulator::launch(grid, 256, 0, [&] { concat_bwd<VEC, T>(a2, b2, y, rows, width, right); });
+        emulator::launch(grid, 256, 0, KERNEL_OF(concat_bwd, T), a2, b2, y, rows, width, right, VEC == LANE);
         close("concat bwd" + name, a2, a.numbers(), 1e-12);
         close("concat bwd" + name, b2, b.numbers(), 1e-12);
     }
@@ -117,8 +117,9 @@ template <int VEC, typename T> static void upsample(size_t h, size_t w, size_t h
         y_ref[i] = x[source];
         dx_ref[source] += d[i];
     }
-    emulator::launch({blocks(out, 256 * VEC)}, 256, 0, [&] { upsample_fwd<VEC, T>(y, x, batch, h, w, height, width, channels); });
-    emulator::launch({blocks(in, 256 * VEC)}, 256, 0, [&] { upsample_bwd<VEC, T>(dx, d, batch, h, w, height, width, channels); });
+    const bool vector = VEC == LANE;
+    emulator::launch({blocks(out, 256 * VEC)}, 256, 0, KERNEL_OF(upsample_fwd, T), y, x, batch, h, w, height, width, channels, vector);
+    emulator::launch({blocks(in, 256 * VEC)}, 256, 0, KERNEL_OF(upsample_bwd, T), dx, d, batch, h, w, height, width, channels, vector);
     close("upsample fwd" + name, y, y_ref, 1e-12);
     close("upsample bwd" + name, dx, dx_ref);
 }

@@ -66,11 +66,11 @@ template <typename T> static void jpeg(size_t batch, size_t h, size_t w) {
     in_any_order(
         name,
         [&] {
-            emulator::launch({(unsigned)all, images}, 64, 0, [&] { jpeg_coefficients<T>(u.data(), pixels, &j, h, w); });
-            emulator::launch({3, images}, 256, 0, [&] { jpeg_bytes(parts.data(), u.data(), &j, all, h, w); });
-            emulator::launch({images}, 64, 0, [&] { jpeg_total<T>(sizes, parts.data(), &j, 3); });
-            emulator::launch({(unsigned)all, images}, 64, 0, [&] { jpeg_slopes<T>(d.data(), u.data(), cotangent, &j, h, w); });
-            emulator::launch({blocks(batch * h * w, 256)}, 256, 0, [&] { jpeg_gather<T>(gradient, d.data(), &j, batch, h, w); });
+            emulator::launch({(unsigned)all, images}, 64, 0, KERNEL_OF(jpeg_coefficients, T), u.data(), pixels, &j, h, w);
+            emulator::launch({3, images}, 256, 0, KERNEL_OF(jpeg_bytes, T), parts.data(), u.data(), &j, all, h, w);
+            emulator::launch({images}, 64, 0, KERNEL_OF(jpeg_total, T), sizes, parts.data(), &j, 3);
+            emulator::launch({(unsigned)all, images}, 64, 0, KERNEL_OF(jpeg_slopes, T), d.data(), u.data(), cotangent, &j, h, w);
+            emulator::launch({blocks(batch * h * w, 256)}, 256, 0, KERNEL_OF(jpeg_gather, T), gradient, d.data(), &j, batch, h, w);
         },
         {{sizes.at(), batch * sizeof(T)}, {gradient.at(), size * sizeof(T)}});
     std::vector<double> sizes_ref(batch), gradient_ref(size);

@@ -20,25 +20,14 @@ static void lora(size_t rows, size_t in, size_t width, size_t rank, bool tall, s
     in_any_order(
         name,
         [&] {
-            emulator::launch({blocks(rows, per_block)}, 256, tile + shared, [&] {
-                if (tall) {
-                    lora_fwd<4, T>(out, y, x, a, b, rows, in, width, rank, scale, vector);
-                } else {
-                    lora_fwd<1, T>(out, y, x, a, b, rows, in, width, rank, scale, vector);
-                }
-            });
-            emulator::launch({blocks(rows, per_block)}, 256, tile + 2 * shared, [&] {
-                if (tall) {
-                    lora_bwd<4, T>(d_x, low, d_low, d_y, x, a, b, rows, in, width, rank, scale, vector);
-                } else {
-                    lora_bwd<1, T>(d_x, low, d_low, d_y, x, a, b, rows, in, width, rank, scale, vector);
-                }
-            });
-            emulator::launch({blocks(in, 256) + blocks(width, 256), blocks(rank, 8), (unsigned)shares}, 256, 0, [&] {
-                lora_factors<T>(parts, x, d_y, low, d_low, rows, in, width, rank, share, vector);
-            });
-            emulator::launch({blocks(rank * (in + width), 256)}, 256, 0,
-                             [&] { lora_sum(d_a, d_b, parts, in, width, rank, shares, scale); });
+            emulator::launch({blocks(rows, per_block)}, 256, tile + shared, KERNEL_OF(lora_fwd, T), out, y, x, a, b, rows, in, width,
+                             rank, scale, tall, vector);
+            emulator::launch({blocks(rows, per_block)}, 256, tile + 2 * shared, KERNEL_OF(lora_bwd, T), d_x, low, d_low, d_y, x, a,
+                             b, rows, in, width, rank, scale, tall, vector);
+            emulator::launch({blocks(in, 256) + blocks(width, 256), blocks(rank, 8), (unsigned)shares}, 256, 0,
+                             KERNEL_OF(lora_factors, T), parts, x, d_y, low, d_low, rows, in, width, rank, share, vector);
+            emulator::launch({blocks(rank * (in + width), 256)}, 256, 0, KERNEL_NAMED(lora_sum_f32), d_a, d_b, parts, in, width,
+                             rank, shares, scale);
         },
         {{out.at(), out.size * sizeof(T)}, {d_x.at(), d_x.size * sizeof(T)}, {d_a.at(), d_a.size * 4}, {d_b.at(), d_b.size * 4}});
 

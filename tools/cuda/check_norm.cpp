@@ -58,29 +58,18 @@ template <typename T> static void group_norm(const Norm& n, bool silu, double me
     Buffer<float> partial(2 * n.batch * n.groups * chunks), d_partial(partial.size);
     const dim3 grid = {(unsigned)chunks, blocks(n.groups, tile), (unsigned)n.batch};
     const float eps = 1e-5f;
-#define SHAPE (i64) n.pixels, (i64)n.channels, (i64)per_group, (i64)tile, (i64)chunk, (i64)vector
-#define RUN(NAME)                                                                                                     \
-    in_any_order(                                                                                                     \
-        name,                                                                                                         \
-        [&] {                                                                                                         \
-            emulator::launch(grid, threads, shared, [&] { group_norm_sums_##NAME(partial, x, SHAPE); });              \
-            emulator::launch(grid, threads, shared,                                                                   \
-                             [&] { group_norm_apply_##NAME(y, x, w, b, partial, eps, silu, SHAPE); });                \
-            emulator::launch(grid, threads, shared, [&] {                                                             \
-                group_norm_bwd_sums_##NAME(d_partial, dy, x, w, b, partial, eps, silu, SHAPE);                        \
-            });                                                                                                       \
-            emulator::launch(grid, threads, shared, [&] {                                                             \
-                group_norm_bwd_apply_##NAME(dx, dy, x, w, b, partial, d_partial, eps, silu, SHAPE);                   \
-            });                                                                                                       \
-        },                                                                                                            \
+#define SHAPE n.pixels, n.channels, per_group, tile, chunk, vector
+    in_any_order(
+        name,
+        [&] {
+            emulator::launch(grid, threads, shared, KERNEL_OF(group_norm_sums, T), partial, x, SHAPE);
+            emulator::launch(grid, threads, shared, KERNEL_OF(group_norm_apply, T), y, x, w, b, partial, eps, silu, SHAPE);
+            emulator::launch(grid, threads, shared, KERNEL_OF(group_norm_bwd_sums, T), d_partial, dy, x, w, b, partial, eps, silu,
+                             SHAPE);
+            emulator::launch(grid, threads, shared, KERNEL_OF(group_norm_bwd_apply, T), dx, dy, x, w, b, partial, d_partial, eps,
+                             silu, SHAPE);
+        },
         {{y.at(), size * sizeof(T)}, {dx.at(), size * sizeof(T)}});
-    if constexpr (sizeof(T) == 4) {
-        RUN(f32)
-    } else if constexpr (std::is_same<T, bf16>::value) {
-        RUN(bf16)
-    } else {
-        RUN(f16)
-    }
     std::vector<double> y_ref, dx_ref;
     reference(n, x, dy, w, b, eps, silu, y_ref, dx_ref);
     // 1000 carries 24 bits: 3e-5 of the unit variance is lost where the mean is rounded to f32
@@ -103,20 +92,8 @@ template <typename T> static void layer_norm(size_t rows, size_t channels, size_
     in_any_order(
         name,
         [&] {
-            emulator::launch(grid, 256, 0, [&] {
-                if (vector) {
-                    layer_norm_fwd<LANE, T>(y, x, w, b, rows, channels, eps);
-                } else {
-                    layer_norm_fwd<1, T>(y, x, w, b, rows, channels, eps);
-                }
-            });
-            emulator::launch(grid, 256, 0, [&] {
-                if (vector) {
-                    layer_norm_bwd<LANE, T>(dx, dy, x, w, rows, channels, eps);
-                } else {
-                    layer_norm_bwd<1, T>(dx, dy, x, w, rows, channels, eps);
-                }
-            });
+            emulator::launch(grid, 256, 0, KERNEL_OF(layer_norm_fwd, T), y, x, w, b, rows, channels, eps, vector);
+            emulator::launch(grid, 256, 0, KERNEL_OF(layer_norm_bwd, T), dx, dy, x, w, rows, channels, eps, vector);
         },
         outputs);
     // a layer norm is a group norm of one group over "images" of one pixel

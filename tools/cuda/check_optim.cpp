@@ -22,8 +22,8 @@ int main() {
     const dim3 grid = {blocks(longest, 1024), (unsigned)sizes.size()};
     Buffer<float> p2(total), m2(total), v2(total), sum(total), scaled(total);
     const float decay = 0.99f, b1 = 0.9f, b2 = 0.999f, r1 = 0.1f, r2 = 0.001f, step = 0.01f, root = 0.5f, eps = 1e-8f;
-    emulator::launch(grid, 256, 0, [&] { adamw_f32(p2, m2, v2, table.data(), decay, b1, b2, r1, r2, step, root, eps); });
-    emulator::launch(grid, 256, 0, [&] { weighted_sum_f32(sum, table.data(), 0.75f, 0.25f); });
+    emulator::launch(grid, 256, 0, KERNEL_NAMED(adamw_f32), p2, m2, v2, table.data(), decay, b1, b2, r1, r2, step, root, eps);
+    emulator::launch(grid, 256, 0, KERNEL_NAMED(weighted_sum_f32), sum, table.data(), 0.75f, 0.25f);
     std::vector<double> p_ref, m_ref, v_ref, sum_ref, scaled_ref;
     double squares = 0;
     for (size_t t = 0; t < sizes.size(); t++)
@@ -45,31 +45,31 @@ int main() {
     in_any_order(
         "global norm",
         [&] {
-            emulator::launch(grid, 256, 0, [&] { square_sums_f32(parts.data(), table.data()); });
-            emulator::launch({1}, 256, 0, [&] { norm_f32(&norm, parts.data(), parts.size()); });
+            emulator::launch(grid, 256, 0, KERNEL_NAMED(square_sums_f32), parts.data(), table.data());
+            emulator::launch({1}, 256, 0, KERNEL_NAMED(norm_f32), &norm, parts.data(), parts.size());
         },
         {{&norm, 8}});
     report(std::fabs(norm / std::sqrt(squares) - 1) < 1e-12, "global norm", norm, std::sqrt(squares));
     Buffer<float> clipped(total);
     for (double part : {0.25, 1.5, (double)INFINITY}) {  // of the norm: the first one clips
         const float max_norm = part * norm;
-        emulator::launch(grid, 256, 0, [&] { clip_f32(clipped, table.data(), &norm, max_norm); });
+        emulator::launch(grid, 256, 0, KERNEL_NAMED(clip_f32), clipped, table.data(), &norm, max_norm);
         std::vector<double> clipped_ref;
         for (size_t t = 0; t < sizes.size(); t++)
             for (size_t i = 0; i < sizes[t]; i++) clipped_ref.push_back(std::min(part, 1.0) * p[t][i]);
         close("clip to " + std::to_string(part), clipped, clipped_ref);
     }
     p[4].set(5000, INFINITY);
-    emulator::launch(grid, 256, 0, [&] { square_sums_f32(parts.data(), table.data()); });
-    emulator::launch({1}, 256, 0, [&] { norm_f32(&norm, parts.data(), parts.size()); });
+    emulator::launch(grid, 256, 0, KERNEL_NAMED(square_sums_f32), parts.data(), table.data());
+    emulator::launch({1}, 256, 0, KERNEL_NAMED(norm_f32), &norm, parts.data(), parts.size());
     report(!std::isfinite(norm), "the norm of an infinity", norm, 0);
     p[4].set(5000, 1);
     norm = NAN;
-    emulator::launch(grid, 256, 0, [&] { clip_f32(clipped, table.data(), &norm, 1.0f); });
+    emulator::launch(grid, 256, 0, KERNEL_NAMED(clip_f32), clipped, table.data(), &norm, 1.0f);
     report(clipped[1] == p[1][0], "a norm that is none clips nothing", clipped[1], p[1][0]);
 
     for (size_t t = 0; t < sizes.size(); t++) table[6 * t + 3] = 0;
-    emulator::launch(grid, 256, 0, [&] { weighted_sum_f32(scaled, table.data(), 0.5f, NAN); });
+    emulator::launch(grid, 256, 0, KERNEL_NAMED(weighted_sum_f32), scaled, table.data(), 0.5f, NAN);
     scaled_ref.clear();
     for (size_t t = 0; t < sizes.size(); t++)
         for (size_t i = 0; i < sizes[t]; i++) scaled_ref.push_back(0.5 * p[t][i]);

@@ -11,8 +11,8 @@ template <typename T> static void softmax(size_t rows, size_t m, size_t first, b
     in_any_order(
         name,
         [&] {
-            emulator::launch({(unsigned)rows}, 256, 0, [&] { softmax_fwd<T>(p, s, m, first, causal); });
-            emulator::launch({(unsigned)rows}, 256, 0, [&] { softmax_bwd<T>(p2, d_s, s, d_p, m, first, causal); });
+            emulator::launch({(unsigned)rows}, 256, 0, KERNEL_OF(softmax_fwd, T), p, s, m, first, causal);
+            emulator::launch({(unsigned)rows}, 256, 0, KERNEL_OF(softmax_bwd, T), p2, d_s, s, d_p, m, first, causal);
         },
         {{p.at(), p.size * sizeof(T)}, {d_s.at(), d_s.size * sizeof(T)}});
     std::vector<double> p_ref(rows * m), d_ref(rows * m);

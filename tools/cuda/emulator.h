@@ -5,8 +5,12 @@
 // on a GPU. Threads run in three orders: the first warp as far ahead of the others as barriers let it, the last one, and
 // all side by side in random order; asynchronous copies arrive at once in the first order and when they are waited for in
 // the others. Where a barrier or a wait is missing, the three give different numbers. Dynamic shared memory starts as NaN.
+//
+// Where STANDIN_KERNELS names a libkernels.so (tools/cuda/standin), launches go to its kernels instead, which come from the
+// compiler's PTX: the same checks hold the compiled code.
 #pragma once
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -18,6 +22,8 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #define __global__
@@ -186,12 +192,53 @@ inline void run_block(unsigned threads) {
     }
 }
 
+// A kernel by its name and its source.
+template <typename... P> struct Kernel {
+    const char* name;
+    void (*source)(P...);
+};
+template <typename... P> Kernel<P...> kernel(const char* name, void (*source)(P...)) { return {name, source}; }
+template <typename T, typename F, typename B, typename H> auto by_type(F f32_kernel, B bf16_kernel, H f16_kernel) {
+    if constexpr (std::is_same<T, float>::value) {
+        return f32_kernel;
+    } else if constexpr (std::is_same<T, bf16>::value) {
+        return bf16_kernel;
+    } else {
+        return f16_kernel;
+    }
+}
+#define KERNEL_NAMED(NAME) emulator::kernel(#NAME, NAME)
+#define KERNEL_OF(NAME, T) \
+    emulator::by_type<T>(KERNEL_NAMED(NAME##_f32), KERNEL_NAMED(NAME##_bf16), KERNEL_NAMED(NAME##_f16))
+
+// A launch of the kernel in the library of STANDIN_KERNELS; false where there is none.
+inline bool launch_compiled(const char* name, void* const* parameters, dim3 grid, unsigned threads, size_t shared) {
+    static const char* path = getenv("STANDIN_KERNELS");
+    if (!path) return false;
+    static void* library = dlopen(path, RTLD_NOW);
+    if (!library) fail(dlerror());
+    static const auto find = (const void* (*)(const char*))dlsym(library, "kernel_find");
+    static const auto run = (const char* (*)(const void*, void* const*, const unsigned*, const unsigned*, unsigned))dlsym(
+        library, "kernel_run");
+    static const auto set_order = (void (*)(int))dlsym(library, "kernel_order");
+    const void* found = find(name);
+    if (!found) fail((std::string("no kernel ") + name + " in " + path).c_str());
+    set_order(order);
+    const unsigned blocks[3] = {grid.x, grid.y, grid.z}, block[3] = {threads, 1, 1};
+    if (const char* error = run(found, parameters, blocks, block, (unsigned)shared)) fail(error);
+    return true;
+}
+
 // <<<grid, threads, shared>>>
-template <typename F> void launch(dim3 grid, unsigned threads, size_t shared, F kernel) {
+template <typename... P, typename... A> void launch(dim3 grid, unsigned threads, size_t shared, Kernel<P...> kernel, A&&... arguments) {
     if (threads > 1024 || shared > (99 << 10) || grid.y > 65535 || grid.z > 65535) fail("such a launch is not possible");
+    std::tuple<P...> parameters(static_cast<P>(arguments)...);
+    void* addresses[sizeof...(P)];
+    std::apply([&](auto&... parameter) { size_t i = 0; ((addresses[i++] = (void*)&parameter), ...); }, parameters);
+    if (launch_compiled(kernel.name, addresses, grid, threads, shared)) return;
     grid_dim = grid;
     block_dim = {threads, 1, 1};
-    body = kernel;
+    body = [&] { std::apply(kernel.source, parameters); };
     shared_size = shared;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)

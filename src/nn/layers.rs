@@ -6,6 +6,7 @@ use super::{LoraValues, Value};
 use crate::ops;
 use crate::ops::activation::{Activation, activation_bwd, activation_fwd};
 use crate::ops::attention::{Heads, attention_bwd_kept, attention_fwd_kept};
+use crate::ops::linear::{Adapter, adapted_fwd};
 
 /// A frozen linear layer; a 1x1 convolution is one too, channels-last.
 #[derive(Clone, Debug)]
@@ -23,9 +24,25 @@ impl Linear {
     }
     /// x (..., in) -> (..., out).
     pub fn forward(&self, x: &Value) -> Result<Value> {
-        let y = ops::linear::linear_fwd(x.tensor(), &self.weight, self.bias.as_ref())?;
+        Ok(self.record(x, None, self.adapted(x, None, None)?))
+    }
+    /// residual + the result of [`Self::forward`]; residual (..., out).
+    pub fn forward_onto(&self, x: &Value, residual: &Value) -> Result<Value> {
+        Ok(self.record(x, Some(residual), self.adapted(x, None, Some(residual))?))
+    }
+    /// The result with an adapter and onto a residual, not recorded.
+    pub(super) fn adapted(&self, x: &Value, adapter: Option<Adapter>, residual: Option<&Value>) -> Result<Tensor> {
+        adapted_fwd(x.tensor(), &self.weight, self.bias.as_ref(), adapter, residual.map(Value::tensor))
+    }
+    /// Records the layer, without the adapter, with the result `y`.
+    pub(super) fn record(&self, x: &Value, residual: Option<&Value>, y: Tensor) -> Value {
         let weight = self.weight.clone();
-        Ok(Value::step([x], y, move |d| Ok([Some(ops::linear::linear_bwd(d, &weight)?)])))
+        match residual {
+            Some(residual) => Value::step([x, residual], y, move |d| {
+                Ok([Some(ops::linear::linear_bwd(d, &weight)?), Some(d.clone())])
+            }),
+            None => Value::step([x], y, move |d| Ok([Some(ops::linear::linear_bwd(d, &weight)?)])),
+        }
     }
     pub fn in_features(&self) -> usize {
         self.weight.in_features()
@@ -45,6 +62,15 @@ impl Conv2d {
         let y = ops::conv2d::conv2d_fwd(x.tensor(), &self.0)?;
         let kernel = self.0.clone();
         Ok(Value::step([x], y, move |d| Ok([Some(ops::conv2d::conv2d_bwd(d, &kernel, height, width)?)])))
+    }
+    /// residual + the result of [`Self::forward`]; residual (B, H', W', out).
+    pub fn forward_onto(&self, x: &Value, residual: &Value) -> Result<Value> {
+        let (_, height, width, _) = x.tensor().dims4()?;
+        let y = ops::conv2d::conv2d_onto_fwd(x.tensor(), &self.0, residual.tensor())?;
+        let kernel = self.0.clone();
+        Ok(Value::step([x, residual], y, move |d| {
+            Ok([Some(ops::conv2d::conv2d_bwd(d, &kernel, height, width)?), Some(d.clone())])
+        }))
     }
 }
 
@@ -141,11 +167,17 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// x (B, N, C) attends to `keys` and `values` (B, M, C).
-    pub fn forward(&self, x: &Value, (keys, values): &(Value, Value), lora: &LoraValues) -> Result<Value> {
+    /// residual (B, N, C) plus what x (B, N, C) finds where it attends to `keys` and `values` (B, M, C).
+    pub fn forward_onto(
+        &self,
+        x: &Value,
+        (keys, values): &(Value, Value),
+        residual: &Value,
+        lora: &LoraValues,
+    ) -> Result<Value> {
         let queries = self.project("to_q", &self.to_q, x, lora)?;
         let attended = dot_product_attention(&queries, keys, values, self.heads)?;
-        self.project("to_out.0", &self.to_out, &attended, lora)
+        lora.forward(&format!("{}.to_out.0", self.module), &self.to_out, &attended, Some(residual))
     }
 
     /// What is attended to, (B, M, C), of x itself or of a context (B, M, C').
@@ -154,7 +186,7 @@ impl Attention {
     }
 
     fn project(&self, name: &str, layer: &Linear, x: &Value, lora: &LoraValues) -> Result<Value> {
-        lora.apply(&format!("{}.{name}", self.module), x, layer.forward(x)?)
+        lora.forward(&format!("{}.{name}", self.module), layer, x, None)
     }
 }
 
@@ -169,10 +201,11 @@ pub struct FeedForward {
 }
 
 impl FeedForward {
-    pub fn forward(&self, x: &Value, lora: &LoraValues) -> Result<Value> {
-        let projected = lora.apply(&format!("{}.net.0.proj", self.module), x, self.proj.forward(x)?)?;
+    /// residual + the block's result; both (B, N, C), as x is.
+    pub fn forward_onto(&self, x: &Value, residual: &Value, lora: &LoraValues) -> Result<Value> {
+        let projected = lora.forward(&format!("{}.net.0.proj", self.module), &self.proj, x, None)?;
         let hidden = geglu(&projected)?;
-        lora.apply(&format!("{}.net.2", self.module), &hidden, self.out.forward(&hidden)?)
+        lora.forward(&format!("{}.net.2", self.module), &self.out, &hidden, Some(residual))
     }
 }
 

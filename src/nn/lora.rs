@@ -3,9 +3,9 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::{Gradients, Tape, Value};
+use super::{Gradients, Linear, Tape, Value};
 use crate::lora::Adapters;
-use crate::ops::linear::{lora_bwd, lora_fwd};
+use crate::ops::linear::{Adapter, lora_bwd};
 use crate::optim::add_all;
 
 /// The factors of all adapters as values, in the order of [`Adapters::factors`].
@@ -28,12 +28,23 @@ impl<'a> LoraValues<'a> {
         Self { adapters, leaves }
     }
 
-    /// Adds the adapter of `module`, if there is one, to that layer's output: y + scale (x Aᵀ) Bᵀ.
-    pub fn apply(&self, module: &str, x: &Value, y: Value) -> candle_core::Result<Value> {
-        let Some(index) = self.adapters.position(module) else { return Ok(y) };
+    /// The layer with the adapter of `module`, if there is one, onto a residual, if there is one:
+    /// residual + x Wᵀ + b + scale (x Aᵀ) Bᵀ.
+    pub fn forward(
+        &self,
+        module: &str,
+        layer: &Linear,
+        x: &Value,
+        residual: Option<&Value>,
+    ) -> candle_core::Result<Value> {
+        let Some(index) = self.adapters.position(module) else {
+            return residual.map_or_else(|| layer.forward(x), |residual| layer.forward_onto(x, residual));
+        };
         let factor = &self.adapters.factors()[index];
         let scale = factor.scale();
-        let output = lora_fwd(x.tensor(), &factor.a, &factor.b, scale, y.tensor())?;
+        let output = layer.adapted(x, Some(Adapter { a: &factor.a, b: &factor.b, scale }), residual)?;
+        // the layer first, whose part of the result nobody asks for by itself
+        let y = layer.record(x, residual, output.clone());
         let (a, b) = match self.leaves.get(index) {
             Some((a, b)) => (a.clone(), b.clone()),
             None => (Value::constant(&factor.a), Value::constant(&factor.b)),

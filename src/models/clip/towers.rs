@@ -75,9 +75,9 @@ impl Transformer {
     /// A layer behind its first norm, for the rows of `hidden`: `queries` are those rows normed, `keys` all rows normed.
     fn rest(&self, layer: &Layer, hidden: &Value, queries: &Value, keys: &Value) -> Result<Value> {
         let (q, k, v) = (layer.q.forward(queries)?, layer.k.forward(keys)?, layer.v.forward(keys)?);
-        let hidden = layer.out.forward(&dot_product_attention(&q, &k, &v, self.heads)?)?.add(hidden)?;
+        let hidden = layer.out.forward_onto(&dot_product_attention(&q, &k, &v, self.heads)?, hidden)?;
         let normed = layer.norm2.forward(&hidden)?;
-        Ok(layer.fc2.forward(&activation(&layer.fc1.forward(&normed)?, self.act)?)?.add(&hidden)?)
+        Ok(layer.fc2.forward_onto(&activation(&layer.fc1.forward(&normed)?, self.act)?, &hidden)?)
     }
 }
 

@@ -118,10 +118,10 @@ impl Resnet {
             let shift = proj.forward(&Value::constant(time))?.into_tensor().flatten_all()?;
             hidden = hidden.add_channels(&shift)?;
         }
-        let hidden = self.conv2.forward(&self.norm2.forward(&hidden)?)?;
+        let hidden = self.norm2.forward(&hidden)?;
         Ok(match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)?.add(&hidden)?,
-            None => x.add(&hidden)?,
+            Some(shortcut) => self.conv2.forward_onto(&hidden, &shortcut.forward(x)?)?,
+            None => self.conv2.forward_onto(&hidden, x)?,
         })
     }
 }
@@ -227,18 +227,19 @@ impl Transformer {
     fn forward(&self, x: &Value, text: &Text, lora: &LoraValues) -> Result<Value> {
         let (b, h, w, c) = x.tensor().dims4()?;
         let tokens = self.norm.forward(x)?.reshape((b, h * w, c))?;
-        let mut hidden = lora.apply(&format!("{}.proj_in", self.module), &tokens, self.proj_in.forward(&tokens)?)?;
+        let mut hidden = lora.forward(&format!("{}.proj_in", self.module), &self.proj_in, &tokens, None)?;
         for TransformerBlock { norm1, attn1, norm2, attn2, norm3, ff } in &self.blocks {
             let normed = norm1.forward(&hidden)?;
-            hidden = attn1.forward(&normed, &attn1.keys_and_values(&normed, lora)?, lora)?.add(&hidden)?;
+            hidden = attn1.forward_onto(&normed, &attn1.keys_and_values(&normed, lora)?, &hidden, lora)?;
             let keys_and_values = match text.projected.get(&attn2.module) {
                 Some((k, v)) => (Value::constant(k), Value::constant(v)),
                 None => attn2.keys_and_values(&Value::constant(&text.context), lora)?,
             };
-            hidden = attn2.forward(&norm2.forward(&hidden)?, &keys_and_values, lora)?.add(&hidden)?;
-            hidden = ff.forward(&norm3.forward(&hidden)?, lora)?.add(&hidden)?;
+            hidden = attn2.forward_onto(&norm2.forward(&hidden)?, &keys_and_values, &hidden, lora)?;
+            hidden = ff.forward_onto(&norm3.forward(&hidden)?, &hidden, lora)?;
         }
-        let hidden = lora.apply(&format!("{}.proj_out", self.module), &hidden, self.proj_out.forward(&hidden)?)?;
-        Ok(hidden.reshape((b, h, w, c))?.add(x)?)
+        let residual = x.reshape((b, h * w, c))?;
+        let module = format!("{}.proj_out", self.module);
+        Ok(lora.forward(&module, &self.proj_out, &hidden, Some(&residual))?.reshape((b, h, w, c))?)
     }
 }

@@ -133,7 +133,7 @@ impl MidAttention {
         let tokens = self.norm.forward(x)?.reshape((b, h * w, c))?;
         let (q, k, v) = (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
         let attended = dot_product_attention(&q, &k, &v, Heads { count: 1, causal: false })?;
-        Ok(self.to_out.forward(&attended)?.reshape((b, h, w, c))?.add(x)?)
+        Ok(self.to_out.forward_onto(&attended, &x.reshape((b, h * w, c))?)?.reshape((b, h, w, c))?)
     }
 }
 

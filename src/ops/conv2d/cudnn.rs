@@ -16,7 +16,7 @@ use super::Kernel;
 use crate::ops::cuda::{device, pointer, unset};
 use crate::ops::device::cuda::{Libraries, allow_tf32};
 use crate::ops::gemm;
-use crate::ops::sum::add_channels;
+use crate::ops::sum::{add, add_channels};
 
 /// Bytes that an algorithm may take beside its operands.
 const MOST_WORKSPACE: usize = 256 << 20;
@@ -65,13 +65,16 @@ thread_local! {
     static PLANS: RefCell<HashMap<Shape, Rc<Plan>>> = RefCell::default();
 }
 
-/// x (B, H, W, in), weight (out, kh, kw, in) -> (B, H', W', out).
-pub(super) fn conv2d_fwd(x: &Tensor, kernel: &Kernel, weight: &Tensor) -> Result<Tensor> {
+/// x (B, H, W, in), weight (out, kh, kw, in), residual (B, H', W', out) -> (B, H', W', out).
+pub(super) fn conv2d_fwd(x: &Tensor, kernel: &Kernel, weight: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
     let (batch, height, width, inputs) = x.dims4()?;
     let (kh, kw) = kernel.sides;
     let (out_h, out_w) = (kernel.out_side(height, kh)?, kernel.out_side(width, kw)?);
     let shape = shape(x, kernel, weight, batch, (height, width, inputs), (out_h, out_w, kernel.outputs), false)?;
     let y = unset(x, (batch, out_h, out_w, kernel.outputs), x.dtype())?;
+    if let Some(residual) = residual.filter(|r| r.dims() != y.dims() || r.dtype() != y.dtype()) {
+        bail!("conv2d: a residual {:?} of {:?} for a result {:?}", residual.dims(), residual.dtype(), y.dims());
+    }
     let libraries = Libraries::of(device(x)?)?;
     let plan = plan(libraries, shape)?;
     let Algorithm::Forward(algorithm) = plan.algorithm else { bail!("conv2d: a plan of the other direction") };
@@ -81,8 +84,9 @@ pub(super) fn conv2d_fwd(x: &Tensor, kernel: &Kernel, weight: &Tensor) -> Result
     let (one, zero) = (std::ptr::from_ref(&one).cast(), std::ptr::from_ref(&zero).cast());
     gemm::count_flops(2 * (batch * out_h * out_w * kernel.outputs * kh * kw * inputs) as u64);
     if let Some(bias) = kernel.bias.as_ref().filter(|_| plan.adds_bias.get()) {
-        // SAFETY: the descriptions are those of these contiguous tensors on this device; `y` stands for the summand z,
-        // whose factor is zero.
+        // without a residual `y` stands for the summand z, whose factor is zero
+        let (z_at, factor) = residual.map_or(Ok((y_at, zero)), |residual| Ok::<_, Error>((pointer(residual)?, one)))?;
+        // SAFETY: the descriptions are those of these contiguous tensors on this device.
         let added = unsafe {
             result::convolution_bias_activation_forward(
                 libraries.cudnn,
@@ -95,9 +99,9 @@ pub(super) fn conv2d_fwd(x: &Tensor, kernel: &Kernel, weight: &Tensor) -> Result
                 algorithm,
                 workspace as *mut _,
                 plan.workspace,
-                zero,
+                factor,
                 plan.output,
-                y_at as *const _,
+                z_at as *const _,
                 plan.bias,
                 pointer(bias)? as *const _,
                 plan.identity,
@@ -129,8 +133,12 @@ pub(super) fn conv2d_fwd(x: &Tensor, kernel: &Kernel, weight: &Tensor) -> Result
         )
     }
     .map_err(Error::wrap)?;
-    match &kernel.bias {
-        Some(bias) => add_channels(&y, bias),
+    let y = match &kernel.bias {
+        Some(bias) => add_channels(&y, bias)?,
+        None => y,
+    };
+    match residual {
+        Some(residual) => add(&y, residual),
         None => Ok(y),
     }
 }

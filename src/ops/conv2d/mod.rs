@@ -21,6 +21,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 
 use super::frozen::Frozen;
+use super::sum::add;
 use super::{per_dtype, widened};
 use cpu::{conv2d_bwd as conv2d_bwd_cpu, conv2d_fwd as conv2d_fwd_cpu};
 #[cfg(target_arch = "x86_64")]
@@ -122,9 +123,18 @@ pub fn conv2d_fwd(x: &Tensor, kernel: &Kernel) -> Result<Tensor> {
     }
     #[cfg(feature = "cuda")]
     if let Weight::Device(weight) = &kernel.weight {
-        return cudnn::conv2d_fwd(x, kernel, weight);
+        return cudnn::conv2d_fwd(x, kernel, weight, None);
     }
     per_dtype!(x, conv2d_fwd_cpu(x, kernel))
+}
+
+/// [`conv2d_fwd`] plus a residual (B, H', W', out), from which the convolution starts on a GPU.
+pub fn conv2d_onto_fwd(x: &Tensor, kernel: &Kernel, residual: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Weight::Device(weight) = &kernel.weight {
+        return cudnn::conv2d_fwd(x, kernel, weight, Some(residual));
+    }
+    add(&conv2d_fwd(x, kernel)?, residual)
 }
 
 /// The gradient of the input, which had `height` x `width` pixels: cotangent (B, H', W', out) -> (B, H, W, in).

@@ -51,36 +51,52 @@ thread_local! {
 }
 
 /// x (..., in), weight (out, in), bias (out) -> (..., out).
-pub(super) fn linear_fwd(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    product(x, weight, bias, false)
+pub(super) fn linear_fwd(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    product(x, weight, bias, residual, false)
 }
 
 /// cotangent (..., out) -> (..., in).
 pub(super) fn linear_bwd(cotangent: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    product(cotangent, weight, None, true)
+    product(cotangent, weight, None, None, true)
 }
 
-fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, backward: bool) -> Result<Tensor> {
+fn product(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    backward: bool,
+) -> Result<Tensor> {
     let (rows, _) = rows_of(x)?;
     let (outputs, inputs) = weight.dims2()?;
     let mut dims = x.dims().to_vec();
     if let Some(last) = dims.last_mut() {
         *last = if backward { inputs } else { outputs };
     }
-    for (name, tensor) in [("weight", Some(weight)), ("bias", bias)] {
+    if let Some(residual) = residual.filter(|residual| residual.dims() != dims) {
+        bail!("linear: a residual of shape {:?} for a result of shape {dims:?}", residual.dims());
+    }
+    for (name, tensor) in [("weight", Some(weight)), ("bias", bias), ("residual", residual)] {
         if let Some(tensor) = tensor.filter(|tensor| tensor.dtype() != x.dtype()) {
             bail!("linear: {:?} activations with a {name} of {:?}", x.dtype(), tensor.dtype());
         }
     }
     let y = unset(x, dims, x.dtype())?;
     if rows == 0 || inputs == 0 || outputs == 0 {
-        return y.zeros_like();
+        return residual.map_or_else(|| y.zeros_like(), |residual| Ok(residual.clone()));
     }
     let device = device(x)?;
     let libraries = Libraries::of(device)?;
     let (x_at, w_at, y_at) = (pointer(x)?, pointer(weight)?, pointer(&y)?);
     let b_at = bias.map(pointer).transpose()?;
-    let addresses = x_at | w_at | y_at | b_at.unwrap_or(0);
+    // the summand; without one its factor is zero, and it is not read
+    let c_at = residual.map_or(Ok(y_at), pointer)?;
+    let addresses = x_at | w_at | y_at | c_at | b_at.unwrap_or(0);
     let shape = Shape {
         device: device.cuda_stream().context().ordinal(),
         dtype: x.dtype(),
@@ -102,7 +118,7 @@ fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, backward: bool) -
         Ok(plan)
     })?;
     let (workspace, bytes) = libraries.workspace(WORKSPACE)?;
-    let (alpha, beta) = (1f32, 0f32);
+    let (alpha, beta) = (1f32, if residual.is_some() { 1f32 } else { 0f32 });
     // SAFETY: the layouts are those of these contiguous tensors on this device, which live until the product is on the
     // stream; alpha and beta are read by the host before the call returns.
     unsafe {
@@ -118,7 +134,7 @@ fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, backward: bool) -
             plan.weight,
             x_at as *const _,
             plan.input,
-            y_at as *const _,
+            c_at as *const _,
             plan.output,
             y_at as *mut _,
             plan.output,

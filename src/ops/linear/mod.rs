@@ -22,6 +22,7 @@ mod tiled;
 use candle_core::{Result, Tensor, bail};
 
 use super::frozen::Frozen;
+use super::sum::add;
 use super::{per_dtype, widened};
 
 /// A frozen weight (out, in), stored for products in both directions.
@@ -74,9 +75,41 @@ pub fn linear_fwd(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<
     }
     #[cfg(feature = "cuda")]
     if let Store::Device(weight) = &weight.store {
-        return cublaslt::linear_fwd(x, weight, bias);
+        return cublaslt::linear_fwd(x, weight, bias, None);
     }
     per_dtype!(x, linear_fwd_cpu(x, weight, bias))
+}
+
+/// What an adapter is to its layer: A (rank, in), B (out, rank), both f32.
+#[derive(Clone, Copy)]
+pub struct Adapter<'a> {
+    pub a: &'a Tensor,
+    pub b: &'a Tensor,
+    pub scale: f64,
+}
+
+/// `residual + x Wᵀ + b + scale (x Aᵀ) Bᵀ`; the residual (..., out) and the adapter may be absent. On a GPU the product
+/// starts from the residual, which is then not read and written once more.
+pub fn adapted_fwd(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    adapter: Option<Adapter>,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let adapt = |y: Tensor| match adapter {
+        Some(Adapter { a, b, scale }) => lora_fwd(x, a, b, scale, &y),
+        None => Ok(y),
+    };
+    #[cfg(feature = "cuda")]
+    if let (Store::Device(weight), Some(_)) = (&weight.store, residual) {
+        return adapt(cublaslt::linear_fwd(x, weight, bias, residual)?);
+    }
+    let y = adapt(linear_fwd(x, weight, bias)?)?;
+    match residual {
+        Some(residual) => add(&y, residual),
+        None => Ok(y),
+    }
 }
 
 /// The gradient of the input: cotangent (..., out) -> (..., in).

@@ -415,6 +415,10 @@ pub struct BenchArgs {
     #[arg(long)]
     pub allow_tf32: bool,
 
+    /// Launch the denoising steps without gradient as one CUDA graph each
+    #[arg(long)]
+    pub cuda_graphs: bool,
+
     /// Measured steps, of which the median is taken; one more comes before them
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = at_least_one)]
     pub reps: usize,

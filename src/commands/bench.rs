@@ -74,7 +74,7 @@ struct Phases {
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let compute = &Compute::open(&args.device, args.precision, args.allow_tf32)?;
+    let compute = &Compute::open(&args.device, args.precision, args.allow_tf32)?.with_graphs(args.cuda_graphs);
     let matmul_gflops = peak_gflops(compute)?;
     let meter = Meter::of(compute);
     let mut work = Work::load(args, compute)?;

@@ -44,7 +44,7 @@ fn open_device(config: &mut Config, device: Option<&str>, precision: Option<Prec
     if let Some(device) = device {
         device.clone_into(&mut run.device);
     }
-    let compute = Compute::open(&run.device, precision.or(run.precision), run.allow_tf32)?;
+    let compute = Compute::open(&run.device, precision.or(run.precision), run.allow_tf32)?.with_graphs(run.cuda_graphs);
     run.precision = Some(compute.precision());
     Ok(compute)
 }

@@ -559,6 +559,9 @@ table! {
         precision: Option<Precision> = None,
         /// Whether products of f32 may round their inputs to TF32 (10 bits of mantissa) on a GPU.
         allow_tf32: bool = false,
+        /// Whether the denoising steps without gradient are one CUDA graph, recorded once a chain and launched for each step,
+        /// instead of some 700 launches each. The numbers are the same.
+        cuda_graphs: bool = false,
         /// Optimizer steps between checkpoints; 0: only at the end.
         save_every: usize = 25,
         /// Optimizer steps between sample grids; 0: never.

@@ -22,6 +22,7 @@ mod host;
 pub mod jpeg_size;
 pub mod layer_norm;
 pub mod linear;
+pub mod replay;
 pub mod sum;
 #[cfg(target_arch = "x86_64")]
 mod tasks;

@@ -196,6 +196,18 @@ enum Branches {
 }
 
 impl Projected {
+    /// Records the evaluation of latents like x_t, which must have run before, as one launch of a GPU.
+    fn capture(&mut self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<()> {
+        match &mut self.branches {
+            Branches::One(text) => *text = unet.capture(x_t, timestep, text, adapters)?,
+            Branches::Together(text) => {
+                *text = unet.capture(&Tensor::cat(&[x_t, x_t], 0)?, timestep, text, adapters)?;
+            }
+            Branches::Apart { .. } => {} // a CPU's
+        }
+        Ok(())
+    }
+
     /// The guided prediction at x_t, (B, C, h, w). Both branches run side by side; on a GPU as one batch.
     pub fn predict(&self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<Tensor> {
         let branch = |text: &Text| unet.forward_with(x_t, timestep, text, adapters);
@@ -214,6 +226,9 @@ impl Projected {
         Ok(guide(&uncond, &cond, self.guidance_scale)?)
     }
 }
+
+/// Steps that must be evaluated for a graph to be recorded: recording launches everything once more.
+const GRAPH_PAYS: usize = 2;
 
 /// The latents of a chain: what each step started from, and what the last one gave.
 pub struct Trajectory<'a> {
@@ -259,8 +274,15 @@ pub fn recorded_rollout<'a>(
     let mut predictions = Vec::with_capacity(steps.len());
     let mut recordings = Vec::with_capacity(steps.len());
     let mut x = x_t;
-    let projected = prompting.project(unet, adapters)?;
+    let mut projected = prompting.project(unet, adapters)?;
+    // the first step as it is, which makes all that recording may not make
+    let evaluated = (0..steps.len()).filter(|i| !record(*i)).count();
+    let mut recording_pays = unet.compute().graphs() && evaluated > GRAPH_PAYS;
     for (i, step) in steps.iter().enumerate() {
+        if i > 0 && recording_pays && !record(i - 1) {
+            projected.capture(unet, &x, step.timestep, adapters)?;
+            recording_pays = false;
+        }
         let recording = if record(i) { Some(prompting.record(unet, &x, step.timestep, adapters)?) } else { None };
         let prediction = match &recording {
             Some(recording) => recording.prediction.clone(),

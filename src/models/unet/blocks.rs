@@ -12,6 +12,7 @@ use crate::models::staged::Stage;
 use crate::nn::layers::upsample_nearest;
 use crate::nn::{Attention, Conv2d, FeedForward, GroupNorm, LayerNorm, Linear, LoraValues, Value};
 use crate::ops::attention::Heads;
+use crate::ops::replay::Replay;
 
 /// What one evaluation's stages share.
 #[derive(Clone)]
@@ -29,6 +30,8 @@ pub struct Text {
     /// The keys and values that each attention, by its module, makes of them under some adapters; empty where a gradient
     /// is to reach those adapters.
     pub(super) projected: Arc<HashMap<String, (Tensor, Tensor)>>,
+    /// The evaluation with this text under those adapters as a GPU's graph, once it was recorded.
+    pub(super) replay: Option<Arc<Replay>>,
 }
 
 pub(super) enum UnetStage {
@@ -43,7 +46,7 @@ pub(super) enum UnetStage {
 impl Text {
     /// Prompt embeddings (B, tokens, D), which every attention projects when it is evaluated.
     pub(super) fn of(context: &Tensor) -> Self {
-        Self { context: context.clone(), projected: Arc::default() }
+        Self { context: context.clone(), projected: Arc::default(), replay: None }
     }
 }
 

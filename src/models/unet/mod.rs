@@ -25,6 +25,7 @@ use crate::nn::{Linear, LoraValues, Value};
 use crate::ops::activation::{Activation, activation_fwd};
 use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
+use crate::ops::replay::Replay;
 pub use blocks::Text;
 use blocks::{Evaluation, Transformer, UnetStage};
 
@@ -112,7 +113,29 @@ impl Unet {
     pub fn forward_with(&self, x: &Tensor, timestep: usize, text: &Text, adapters: &Adapters) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, text)?;
         let x = to_inside(x, &self.compute)?;
-        Ok(from_inside(&self.stages.forward(x, &evaluation, adapters).context("in the UNet")?)?)
+        let y = match &text.replay {
+            Some(replay) => replay.run(&[&x, &evaluation.time]),
+            None => self.stages.forward(x, &evaluation, adapters),
+        };
+        Ok(from_inside(&y.context("in the UNet")?)?)
+    }
+
+    /// Records the evaluation of latents like x (B, C, h, w) on a GPU, so that [`Self::forward_with`] launches it as one
+    /// with the text that is returned. The same evaluation must have run before.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn capture(&self, x: &Tensor, timestep: usize, text: &Text, adapters: &Adapters) -> Result<Text> {
+        let evaluation = self.evaluation(x, timestep, text)?;
+        let x = to_inside(x, &self.compute)?;
+        let (b, h, w, _) = x.dims4()?;
+        let projected = text.projected.values().flat_map(|(k, v)| [k.clone(), v.clone()]);
+        let keep = projected.chain(adapters.tensors()).chain([text.context.clone()]).collect();
+        let replay = Replay::capture(&[&x, &evaluation.time], (b, h, w, self.config.out_channels), keep, |inputs| {
+            let evaluation = Evaluation { time: inputs[1].clone(), text: text.clone() };
+            self.stages.forward(inputs[0].clone(), &evaluation, adapters)
+        })?;
+        Ok(Text { replay: Some(Arc::new(replay)), ..text.clone() })
     }
 
     /// Pulls the cotangent of [`Self::forward`]'s result back: returns the gradient with respect to x and adds those of

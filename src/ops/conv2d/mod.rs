@@ -240,8 +240,10 @@ mod tests {
                 let here = Kernel::new(&weight, Some(bias.clone()), s, p).unwrap();
                 let gpu = Kernel::new(&there(&weight), Some(there(&bias)), s, p).unwrap();
                 let y = conv2d_fwd(&x, &here).unwrap();
-                let dy = case(y.dims(), 4);
+                let (dy, residual) = (case(y.dims(), 4), case(y.dims(), 5));
+                let sum = conv2d_onto_fwd(&x, &here, &residual).unwrap();
                 let pairs = [
+                    (conv2d_onto_fwd(&there(&x), &gpu, &there(&residual)), sum),
                     (conv2d_fwd(&there(&x), &gpu), y),
                     (conv2d_bwd(&there(&dy), &gpu, h, w), conv2d_bwd(&dy, &here, h, w).unwrap()),
                 ];

@@ -21,12 +21,14 @@ pub struct Compute {
     dtype: DType,
     /// What weights are rounded to before they are stored in `dtype`.
     weights: DType,
+    /// Whether repeated evaluations are launched as CUDA graphs.
+    graphs: bool,
 }
 
 impl Compute {
     /// f32 on the CPU.
     pub fn cpu() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, weights: DType::F32 }
+        Self { device: Device::Cpu, dtype: DType::F32, weights: DType::F32, graphs: false }
     }
 
     /// `device` is `cpu`, `cuda` or `cuda:N`; without a `precision` the device's own is taken (f32 on the CPU, bf16 on a
@@ -64,7 +66,17 @@ impl Compute {
             Precision::Bf16 => DType::BF16,
             Precision::F16 => DType::F16,
         };
-        Ok(Self { device, dtype, weights: dtype })
+        Ok(Self { device, dtype, weights: dtype, graphs: false })
+    }
+
+    /// With repeated evaluations as CUDA graphs, on a GPU.
+    pub fn with_graphs(self, graphs: bool) -> Self {
+        Self { graphs: graphs && self.device.is_cuda(), ..self }
+    }
+
+    /// Whether repeated evaluations are to be launched as CUDA graphs.
+    pub fn graphs(&self) -> bool {
+        self.graphs
     }
 
     pub fn device(&self) -> &Device {
@@ -78,7 +90,7 @@ impl Compute {
 
     /// The same device in f32: what the rewards compute in.
     pub fn in_f32(&self) -> Self {
-        Self { device: self.device.clone(), dtype: DType::F32, weights: DType::F32 }
+        Self { device: self.device.clone(), dtype: DType::F32, weights: DType::F32, graphs: self.graphs }
     }
 
     /// The same device in f32, with weights that are rounded as they are here: shows what rounding the weights alone does.

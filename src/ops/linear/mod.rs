@@ -206,10 +206,19 @@ mod tests {
                 let case = |dims: &[usize], seed| Case::normal(dims, seed).to_dtype(compute.dtype()).unwrap();
                 let (weight, bias) = (case(&[outputs, inputs], 1), case(&[outputs], 2));
                 let x = case(&[3, rows, inputs], 3).narrow(0, 1, 2).unwrap();
-                let dy = case(&[2, rows, outputs], 4);
+                let (dy, residual) = (case(&[2, rows, outputs], 4), case(&[2, rows, outputs], 5));
                 let there = |t: &Tensor| t.to_device(compute.device()).unwrap();
                 let (here, gpu) = (Weight::new(&weight).unwrap(), Weight::new(&there(&weight)).unwrap());
+                let factor = |dims: &[usize], seed| Case::normal(dims, seed).to_dtype(candle_core::DType::F32).unwrap();
+                let (a, b) = (factor(&[4, inputs], 6), factor(&[outputs, 4], 7));
+                let onto = |there: &dyn Fn(&Tensor) -> Tensor, weight, bias: Option<&Tensor>| {
+                    let (a, b, bias) = (&there(&a), &there(&b), bias.map(there));
+                    let adapter = Adapter { a, b, scale: 0.5 };
+                    adapted_fwd(&there(&x), weight, bias.as_ref(), Some(adapter), Some(&there(&residual)))
+                };
                 let pairs = [
+                    (onto(&there, &gpu, Some(&bias)), onto(&Tensor::clone, &here, Some(&bias))),
+                    (onto(&there, &gpu, None), onto(&Tensor::clone, &here, None)),
                     (linear_fwd(&there(&x), &gpu, Some(&there(&bias))), linear_fwd(&x, &here, Some(&bias))),
                     (linear_fwd(&there(&x), &gpu, None), linear_fwd(&x, &here, None)),
                     (linear_bwd(&there(&dy), &gpu), linear_bwd(&dy, &here)),
@@ -220,6 +229,31 @@ mod tests {
                     assert!(error < gpu_tolerance(&compute), "{rows}x{inputs}x{outputs}, {compute:?}: {error}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn an_adapted_layer_onto_a_residual_is_the_sum_of_its_parts() {
+        let [weight, bias, x, a, b, residual] =
+            [(&[7, 5][..], 1), (&[7], 2), (&[3, 5], 3), (&[2, 5], 4), (&[7, 2], 5), (&[3, 7], 6)]
+                .map(|(dims, seed)| Case::normal(dims, seed));
+        let held = Weight::new(&weight).unwrap();
+        let run = |adapted: bool, onto: bool| {
+            let adapter = adapted.then_some(Adapter { a: &a, b: &b, scale: 0.7 });
+            adapted_fwd(&x, &held, Some(&bias), adapter, onto.then_some(&residual)).unwrap()
+        };
+        let plain = x.matmul(&weight.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
+        let low = x.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
+        for (adapted, onto) in [(false, false), (false, true), (true, false), (true, true)] {
+            let mut expected = plain.clone();
+            if adapted {
+                expected = (expected + (&low * 0.7).unwrap()).unwrap();
+            }
+            if onto {
+                expected = (expected + &residual).unwrap();
+            }
+            let error = crate::ops::testing::relative_error(&run(adapted, onto), &expected);
+            assert!(error < 1e-12, "{adapted} {onto} {error}");
         }
     }
 

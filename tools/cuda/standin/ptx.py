@@ -221,8 +221,9 @@ class Translation:
         for self.line, kind, text in statements(function.body, function.line):
             try:
                 self.statement(kind, text)
-            except Unknown as unknown:
-                sys.exit(f"{module.path}:{self.line}: not translated: {unknown} in `{text}`")
+            except (Unknown, ValueError, LookupError, TypeError, AttributeError) as error:
+                what = error if isinstance(error, Unknown) else f"its form ({error})"
+                sys.exit(f"{module.path}:{self.line}: not translated: {what} in `{text}`")
 
     # --- names and operands
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """candle's kernels in a libkernels.so against Python: what a tensor is made, moved, converted, mapped and summed with.
 
-    check_candle.py LIBKERNELS.SO
+check_candle.py LIBKERNELS.SO
 """
 
 import math
@@ -92,7 +92,10 @@ def unary():
                 to = result(kind, layout.size)
                 run(f"u{name}_{kind}", [("u64", layout.size), ("u64", 3), shape, source, to], layout.size)
                 check(of(to, kind), [function(x[i]) for i in layout.places()], bound, f"u{name}_{kind} {layout.strides}")
-            for name, parameter, function in (("elu", 0.5, lambda x: x if x > 0 else 0.5 * math.expm1(x)), ("powf", 3.0, lambda x: x**3)):
+            for name, parameter, function in (
+                ("elu", 0.5, lambda x: x if x > 0 else 0.5 * math.expm1(x)),
+                ("powf", 3.0, lambda x: x**3),
+            ):
                 to = result(kind, layout.size)
                 value = ("u16", to_bf16(parameter)) if kind == "bf16" else (kind, parameter)
                 run(f"u{name}_{kind}", [("u64", layout.size), ("u64", 3), shape, value, source, to], layout.size)
@@ -115,7 +118,11 @@ def binary():
         width = 8 * {"u8": 1, "u32": 4, "i64": 8}.get(kind, 0)
         for a_layout in LAYOUTS:
             for b_layout in LAYOUTS:
-                draw = (lambda: random.choice([-1, 1]) * random.randint(1, 24) / 8) if not width else (lambda: random.randint(1, 12))
+                draw = (
+                    (lambda: random.choice([-1, 1]) * random.randint(1, 24) / 8)
+                    if not width
+                    else (lambda: random.randint(1, 12))
+                )
                 x, y = ([draw() for _ in range(a_layout.size)] for _ in "xy")
                 operands = [Memory(pack(kind, x)), Memory(pack(kind, y))]
                 pairs = [(x[i], y[j]) for i, j in zip(a_layout.places(), b_layout.places())]
@@ -128,7 +135,9 @@ def binary():
                     if width and out == kind:
                         wrap = 0 if kind == "i64" else (1 << width) - 1
                         expected = [e & wrap if wrap else e for e in expected]
-                    check(of(to, out), expected, ROUNDING.get(out, 0), f"{name}_{kind} {a_layout.strides} {b_layout.strides}")
+                    check(
+                        of(to, out), expected, ROUNDING.get(out, 0), f"{name}_{kind} {a_layout.strides} {b_layout.strides}"
+                    )
                 to = result(kind, a_layout.size)
                 run(f"bdiv_{kind}", head + operands + [to], a_layout.size)
                 expected = [a // b if width else a / b for a, b in pairs]
@@ -144,9 +153,19 @@ def casts():
                 continue
             done += 1
             for layout in LAYOUTS:
-                x = rounded(source, [random.randint(0, 200) + (random.choice([0, 0.25, 0.5]) if source in ROUNDING else 0) for _ in range(layout.size)])
+                x = rounded(
+                    source,
+                    [
+                        random.randint(0, 200) + (random.choice([0, 0.25, 0.5]) if source in ROUNDING else 0)
+                        for _ in range(layout.size)
+                    ],
+                )
                 to = result(target, layout.size)
-                run(f"cast_{source}_{target}", [("u64", layout.size), ("u64", 3), info(layout), Memory(pack(source, x)), to], layout.size)
+                run(
+                    f"cast_{source}_{target}",
+                    [("u64", layout.size), ("u64", 3), info(layout), Memory(pack(source, x)), to],
+                    layout.size,
+                )
                 picked = [x[i] for i in layout.places()]
                 expected = rounded(target, picked) if target in ROUNDING else [int(v) for v in picked]
                 check(of(to, target), expected, 0, f"cast_{source}_{target} {layout.strides}")
@@ -174,7 +193,12 @@ def making():
             x = rounded(kind, [random.randint(0, 60) for _ in range(n)])
             to = result(kind, n)
             run(f"affine_{kind}", [("u64", n), ("u64", 3), info(layout), Memory(pack(kind, x)), to, number(3), number(2)], n)
-            check(of(to, kind), [3 * x[i] + 2 for i in layout.places()], ROUNDING.get(kind, 0), f"affine_{kind} {layout.strides}")
+            check(
+                of(to, kind),
+                [3 * x[i] + 2 for i in layout.places()],
+                ROUNDING.get(kind, 0),
+                f"affine_{kind} {layout.strides}",
+            )
             y, ids = rounded(kind, [random.randint(0, 60) for _ in range(n)]), [random.randint(0, 1) for _ in range(n)]
             for index in ("u8", "u32", "i64"):
                 to = result(kind, n)
@@ -213,22 +237,51 @@ def indexing():
             ids = [random.randrange(dim) for _ in range(n)]
             to = result(kind, n)
             run(f"gather_{index}_{kind}", [("u64", n), Memory(pack(index, ids)), Memory(pack(kind, x)), to] + sizes, n)
-            expected = [x[(a * dim + ids[(a * picks + j) * right + c]) * right + c] for a in range(left) for j in range(picks) for c in range(right)]
+            expected = [
+                x[(a * dim + ids[(a * picks + j) * right + c]) * right + c]
+                for a in range(left)
+                for j in range(picks)
+                for c in range(right)
+            ]
             check(of(to, kind), expected, 0, f"gather_{index}_{kind}")
     try:
-        run("is_u32_f32", [("u64", 1), ("u64", 1), Memory(pack("u64", [4, 1])), Memory(pack("u32", [4])), Memory(bytes(16)), Memory(bytes(4))]
-            + [("u64", 1), ("u64", 4), ("u64", 1), ("u64", 1)], 1)
+        run(
+            "is_u32_f32",
+            [
+                ("u64", 1),
+                ("u64", 1),
+                Memory(pack("u64", [4, 1])),
+                Memory(pack("u32", [4])),
+                Memory(bytes(16)),
+                Memory(bytes(4)),
+            ]
+            + [("u64", 1), ("u64", 4), ("u64", 1), ("u64", 1)],
+            1,
+        )
         check([0], [1], 0, "an index that is too large is an error")
     except Failed as failed:
         check([int("ids[id_i] < src_dim_size" in str(failed))], [1], 0, str(failed))
 
 
 def sums():
-    functions = {"sum": sum, "min": min, "max": max, "argmin": lambda x: x.index(min(x)), "argmax": lambda x: x.index(max(x))}
+    functions = {
+        "sum": sum,
+        "min": min,
+        "max": max,
+        "argmin": lambda x: x.index(min(x)),
+        "argmax": lambda x: x.index(max(x)),
+    }
     for kind in [*ROUNDING, "u8", "u32", "i64"]:
         for layout in (Layout([6, 5, 8]), Layout([6, 5, 8], True), Layout([2, 5, 40])):
             rows, count = layout.shape[0], layout.shape[1] * layout.shape[2]
-            x = rounded(kind, random.sample(range(0, 256), layout.size) if layout.size <= 256 else [random.randint(0, 8) for _ in range(layout.size)])
+            x = rounded(
+                kind,
+                (
+                    random.sample(range(0, 256), layout.size)
+                    if layout.size <= 256
+                    else [random.randint(0, 8) for _ in range(layout.size)]
+                ),
+            )
             if kind == "u8":
                 x = [v % 6 for v in x]
             ordered = [x[i] for i in layout.places()]
@@ -245,7 +298,12 @@ def sums():
                     bound = 0 if out == "u32" else ROUNDING.get(kind, 0) * (1 if kind != "f16" else 8)
                     if name.startswith("arg"):
                         expected = [e % layout.shape[2] for e in expected]
-                    check(of(to, out), [e % 256 if kind == "u8" else e for e in expected], bound, f"fast_{name}_{kind} {layout.shape} {layout.strides}")
+                    check(
+                        of(to, out),
+                        [e % 256 if kind == "u8" else e for e in expected],
+                        bound,
+                        f"fast_{name}_{kind} {layout.shape} {layout.strides}",
+                    )
 
 
 def main():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Instruction by instruction: PTX written here, translated, run, and compared with exact arithmetic in Python.
 
-    check_instructions.py FOLDER        a folder for what is made; needs g++
+check_instructions.py FOLDER        a folder for what is made; needs g++
 """
 
 import math
@@ -122,7 +122,11 @@ def samples(kind, n):
         return out
     special = [0, 1, 2, (1 << width) - 1, 1 << (width - 1), (1 << (width - 1)) - 1, 31, 32, 33, 63, 64]
     for _ in range(n):
-        out.append(random.choice(special) & ((1 << width) - 1) if random.random() < 0.3 else random.getrandbits(width) >> random.choice([0, 0, width // 2]))
+        out.append(
+            random.choice(special) & ((1 << width) - 1)
+            if random.random() < 0.3
+            else random.getrandbits(width) >> random.choice([0, 0, width // 2])
+        )
     return out
 
 
@@ -140,7 +144,10 @@ def exact(kind, function, mode="rn", zero=lambda *bits: False, ftz=False, sat=Fa
 
     def compute(*bits):
         if ftz:
-            bits = [b if abs(value(kind, b)) >= Fraction(2) ** -126 or value(kind, b) != value(kind, b) else b & 1 << 31 for b in bits]
+            bits = [
+                b if abs(value(kind, b)) >= Fraction(2) ** -126 or value(kind, b) != value(kind, b) else b & 1 << 31
+                for b in bits
+            ]
         values = [value(kind, b) for b in bits]
         if any(isinstance(v, float) for v in values):
             return None
@@ -148,7 +155,12 @@ def exact(kind, function, mode="rn", zero=lambda *bits: False, ftz=False, sat=Fa
         if x is None:
             return None
         result = encode(kind, x, mode, zero(*bits))
-        if ftz and value(kind, result) != 0 and not isinstance(value(kind, result), float) and abs(value(kind, result)) < Fraction(2) ** -126:
+        if (
+            ftz
+            and value(kind, result) != 0
+            and not isinstance(value(kind, result), float)
+            and abs(value(kind, result)) < Fraction(2) ** -126
+        ):
             result &= 1 << 31
         if sat:
             v = value(kind, result)
@@ -203,8 +215,17 @@ def add_float_cases():
     for kind in ("f32", "f64"):
         for mode in ("rn", "rz", "rm", "rp"):
             case(f"add.{mode}.{kind}", [kind] * 2, kind, exact(kind, lambda a, b: a + b, mode, zero_of_sum(kind, mode)))
-            case(f"sub.{mode}.{kind}", [kind] * 2, kind,
-                 exact(kind, lambda a, b: a - b, mode, lambda a, b, k=kind, m=mode: zero_of_sum(k, m)(a, b ^ 1 << (8 * SIZES[k] - 1))))
+            case(
+                f"sub.{mode}.{kind}",
+                [kind] * 2,
+                kind,
+                exact(
+                    kind,
+                    lambda a, b: a - b,
+                    mode,
+                    lambda a, b, k=kind, m=mode: zero_of_sum(k, m)(a, b ^ 1 << (8 * SIZES[k] - 1)),
+                ),
+            )
             case(f"mul.{mode}.{kind}", [kind] * 2, kind, exact(kind, lambda a, b: a * b, mode, zero_of_product(kind)))
 
             def fma_zero(a, b, c, k=kind, m=mode):
@@ -232,7 +253,12 @@ def add_float_cases():
         pair = lambda low, high: None if low is None or high is None else low | high << 16
         case(f"fma.rn.{kind}x2", [kind + "x2"] * 3, kind + "x2", halves(fma))
         case(f"add.{kind}", [kind] * 2, kind, exact(kind, lambda a, b: a + b, "rn", zero_of_sum(kind, "rn")))
-        case(f"sub.{kind}", [kind] * 2, kind, exact(kind, lambda a, b: a - b, "rn", lambda a, b, k=kind: zero_of_sum(k, "rn")(a, b ^ 0x8000)))
+        case(
+            f"sub.{kind}",
+            [kind] * 2,
+            kind,
+            exact(kind, lambda a, b: a - b, "rn", lambda a, b, k=kind: zero_of_sum(k, "rn")(a, b ^ 0x8000)),
+        )
         case(f"mul.{kind}", [kind] * 2, kind, exact(kind, lambda a, b: a * b, "rn", zero_of_product(kind)))
         case(f"neg.{kind}x2", [kind + "x2"], kind + "x2", lambda a: a ^ 0x80008000)
         case(f"abs.{kind}", [kind], kind, lambda a: a & 0x7FFF)
@@ -268,7 +294,12 @@ def add_comparison_cases():
     compare.update({"gt": lambda a, b: a > b, "ge": lambda a, b: a >= b})
     for kind in ("u16", "s16", "u32", "s32", "u64", "s64"):
         for how, function in compare.items():
-            case(f"setp.{how}.{kind}", [kind] * 2, "pred", lambda a, b, f=function, k=kind: int(f(integer(k, a), integer(k, b))))
+            case(
+                f"setp.{how}.{kind}",
+                [kind] * 2,
+                "pred",
+                lambda a, b, f=function, k=kind: int(f(integer(k, a), integer(k, b))),
+            )
     for how, like in {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.items():
         case(f"setp.{how}.u32", ["u32"] * 2, "pred", lambda a, b, f=compare[like]: int(f(a, b)))
     for kind in ("f16", "bf16", "f32", "f64"):
@@ -285,12 +316,42 @@ def add_comparison_cases():
         case(f"setp.num.{kind}", [kind] * 2, "pred", ordered(lambda a, b: True, False))
         case(f"setp.nan.{kind}", [kind] * 2, "pred", ordered(lambda a, b: False, True))
     nan = lambda a, b: is_nan("f32", a) or is_nan("f32", b)
-    case("set.gt.f32.f32", ["f32"] * 2, "f32", lambda a, b: 0x3F800000 if not nan(a, b) and value("f32", a) > value("f32", b) else 0)
-    case("set.eq.u32.f32", ["f32"] * 2, "u32", lambda a, b: 0xFFFFFFFF if not nan(a, b) and value("f32", a) == value("f32", b) else 0)
-    case("setp.lt.and.s32 $d, $0, $1, $2", ["s32", "s32", "pred"], "pred", lambda a, b, p: int(integer("s32", a) < integer("s32", b) and p))
-    case("setp.lt.or.s32 $d, $0, $1, !$2", ["s32", "s32", "pred"], "pred", lambda a, b, p: int(integer("s32", a) < integer("s32", b) or not p))
-    case("setp.lt.s32 $d|%p9, $0, $1; @%p9 xor.pred $d, $d, $d", ["s32", "s32"], "pred", lambda a, b: int(integer("s32", a) < integer("s32", b)))
-    case("setp.lt.xor.s32 %p9|$d, $0, $1, $2", ["s32", "s32", "pred"], "pred", lambda a, b, p: int(integer("s32", a) >= integer("s32", b)) ^ p)
+    case(
+        "set.gt.f32.f32",
+        ["f32"] * 2,
+        "f32",
+        lambda a, b: 0x3F800000 if not nan(a, b) and value("f32", a) > value("f32", b) else 0,
+    )
+    case(
+        "set.eq.u32.f32",
+        ["f32"] * 2,
+        "u32",
+        lambda a, b: 0xFFFFFFFF if not nan(a, b) and value("f32", a) == value("f32", b) else 0,
+    )
+    case(
+        "setp.lt.and.s32 $d, $0, $1, $2",
+        ["s32", "s32", "pred"],
+        "pred",
+        lambda a, b, p: int(integer("s32", a) < integer("s32", b) and p),
+    )
+    case(
+        "setp.lt.or.s32 $d, $0, $1, !$2",
+        ["s32", "s32", "pred"],
+        "pred",
+        lambda a, b, p: int(integer("s32", a) < integer("s32", b) or not p),
+    )
+    case(
+        "setp.lt.s32 $d|%p9, $0, $1; @%p9 xor.pred $d, $d, $d",
+        ["s32", "s32"],
+        "pred",
+        lambda a, b: int(integer("s32", a) < integer("s32", b)),
+    )
+    case(
+        "setp.lt.xor.s32 %p9|$d, $0, $1, $2",
+        ["s32", "s32", "pred"],
+        "pred",
+        lambda a, b, p: int(integer("s32", a) >= integer("s32", b)) ^ p,
+    )
     case("selp.b64 $d, $0, $1, $2", ["b64", "b64", "pred"], "b64", lambda a, b, p: a if p else b)
     case("selp.f32 $d, $0, $1, $2", ["f32", "f32", "pred"], "f32", lambda a, b, p: a if p else b)
 
@@ -311,11 +372,20 @@ def add_integer_cases():
                 case(f"{name}.{kind}", [kind] * 2, kind, lambda a, b, f=function, n=number, m=mask: f(n(a), n(b)) & m)
             case(f"mul.hi.{kind}", [kind] * 2, kind, lambda a, b, n=number, m=mask, w=width: n(a) * n(b) >> w & m)
             case(f"mad.lo.{kind}", [kind] * 3, kind, lambda a, b, c, m=mask: a * b + c & m)
-            case(f"mad.hi.{kind}", [kind] * 3, kind, lambda a, b, c, n=number, m=mask, w=width: (n(a) * n(b) >> w) + n(c) & m)
+            case(
+                f"mad.hi.{kind}", [kind] * 3, kind, lambda a, b, c, n=number, m=mask, w=width: (n(a) * n(b) >> w) + n(c) & m
+            )
             if width < 64:
                 wide = sign + str(2 * width)
-                case(f"mul.wide.{kind}", [kind] * 2, wide, lambda a, b, n=number, m=mask, w=width: n(a) * n(b) & (m << w | m))
-                case(f"mad.wide.{kind}", [kind, kind, wide], wide, lambda a, b, c, n=number, m=mask, w=width: n(a) * n(b) + c & (m << w | m))
+                case(
+                    f"mul.wide.{kind}", [kind] * 2, wide, lambda a, b, n=number, m=mask, w=width: n(a) * n(b) & (m << w | m)
+                )
+                case(
+                    f"mad.wide.{kind}",
+                    [kind, kind, wide],
+                    wide,
+                    lambda a, b, c, n=number, m=mask, w=width: n(a) * n(b) + c & (m << w | m),
+                )
 
             def quotient(a, b, n=number, m=mask):
                 x, y = n(a), n(b)
@@ -350,8 +420,14 @@ def add_integer_cases():
         case(f"popc.b{width}", [f"b{width}"], "u32", lambda a: bin(a).count("1"))
         case(f"brev.b{width}", [f"b{width}"], f"b{width}", lambda a, w=width: int(format(a, f"0{w}b")[::-1], 2))
         case(f"bfind.u{width}", [f"u{width}"], "u32", lambda a: (a.bit_length() - 1) & 0xFFFFFFFF)
-        case(f"bfind.shiftamt.s{width}", [f"s{width}"], "u32",
-             lambda a, w=width: ((lambda x: 0xFFFFFFFF if x == 0 else w - x.bit_length())(a if not a >> (w - 1) else ~a & ((1 << w) - 1))))
+        case(
+            f"bfind.shiftamt.s{width}",
+            [f"s{width}"],
+            "u32",
+            lambda a, w=width: (
+                (lambda x: 0xFFFFFFFF if x == 0 else w - x.bit_length())(a if not a >> (w - 1) else ~a & ((1 << w) - 1))
+            ),
+        )
 
         def insert(a, b, c, d, w=width):
             at, length = c & 0xFF, d & 0xFF
@@ -398,9 +474,17 @@ def add_integer_cases():
     halves = "{{ .reg .b32 l0,h0,l1,h1; mov.b64 {{l0,h0}}, $0; mov.b64 {{l1,h1}}, $1; {} mov.b64 $d, {{l0,h0}}; }}"
     case(halves.format("add.cc.u32 l0,l0,l1; addc.u32 h0,h0,h1;"), ["b64"] * 2, "b64", lambda a, b: a + b & (1 << 64) - 1)
     case(halves.format("sub.cc.u32 l0,l0,l1; subc.u32 h0,h0,h1;"), ["b64"] * 2, "b64", lambda a, b: a - b & (1 << 64) - 1)
-    case(halves.format("mad.lo.cc.u32 l0,l0,l1,h0; madc.hi.u32 h0,h0,l1,h1;"), ["b64"] * 2, "b64",
-         lambda a, b: (lambda l0, h0, l1, h1: (s := (l0 * l1 & 0xFFFFFFFF) + h0, s & 0xFFFFFFFF | ((h0 * l1 >> 32) + h1 + (s >> 32) & 0xFFFFFFFF) << 32)[1])(
-             a & 0xFFFFFFFF, a >> 32, b & 0xFFFFFFFF, b >> 32))
+    case(
+        halves.format("mad.lo.cc.u32 l0,l0,l1,h0; madc.hi.u32 h0,h0,l1,h1;"),
+        ["b64"] * 2,
+        "b64",
+        lambda a, b: (
+            lambda l0, h0, l1, h1: (
+                s := (l0 * l1 & 0xFFFFFFFF) + h0,
+                s & 0xFFFFFFFF | ((h0 * l1 >> 32) + h1 + (s >> 32) & 0xFFFFFFFF) << 32,
+            )[1]
+        )(a & 0xFFFFFFFF, a >> 32, b & 0xFFFFFFFF, b >> 32),
+    )
     case("mov.b64 $d, {$0, $1}", ["b32"] * 2, "b64", lambda a, b: b << 32 | a)
     case("mov.b32 $d, {$0, $1}", ["b16"] * 2, "b32", lambda a, b: b << 16 | a)
     case("mov.b32 $d, {0, $0}", ["b16"], "f32", lambda a: a << 16)
@@ -416,8 +500,12 @@ def add_conversion_cases():
             mask = (1 << 8 * SIZES[target]) - 1
             case(f"cvt.{target}.{source}", [source], target, lambda a, s=source, m=mask: integer(s, a) & m)
             low = -(1 << 8 * SIZES[target] - 1) if target[0] == "s" else 0
-            case(f"cvt.sat.{target}.{source}", [source], target,
-                 lambda a, s=source, m=mask, low=low: max(low, min(low + m, integer(s, a))) & m)
+            case(
+                f"cvt.sat.{target}.{source}",
+                [source],
+                target,
+                lambda a, s=source, m=mask, low=low: max(low, min(low + m, integer(s, a))) & m,
+            )
     rounding = {"rni": lambda x: round(x), "rzi": lambda x: int(x), "rmi": math.floor, "rpi": math.ceil}
     for source in ("f16", "f32", "f64"):
         for how, function in rounding.items():
@@ -437,14 +525,22 @@ def add_conversion_cases():
 
             def whole(bits, k=source, f=function):
                 x = value(k, bits)
-                return None if isinstance(x, float) else encode(k, Fraction(f(x)), "rn", negative(k, bits)) if f(x) == 0 else encode(k, Fraction(f(x)))
+                return (
+                    None
+                    if isinstance(x, float)
+                    else encode(k, Fraction(f(x)), "rn", negative(k, bits)) if f(x) == 0 else encode(k, Fraction(f(x)))
+                )
 
             case(f"cvt.{how}.{source}.{source}", [source], source, whole)
     for target in ("f32", "f64"):
         for source in kinds:
             for mode in ("rn", "rz", "rm", "rp"):
-                case(f"cvt.{mode}.{target}.{source}", [source], target,
-                     lambda a, s=source, t=target, m=mode: encode(t, Fraction(integer(s, a)), m))
+                case(
+                    f"cvt.{mode}.{target}.{source}",
+                    [source],
+                    target,
+                    lambda a, s=source, t=target, m=mode: encode(t, Fraction(integer(s, a)), m),
+                )
     for source in kinds:
         case(f"cvt.rn.f16.{source}", [source], "f16", lambda a, s=source: encode("f16", Fraction(integer(s, a))))
 
@@ -469,8 +565,7 @@ def add_conversion_cases():
         target, source = text.split(".")
         case(f"cvt.rn.{text}", [source], target, between(target, source))
     for kind in ("f16", "bf16"):
-        case(f"cvt.rn.{kind}x2.f32", ["f32"] * 2, kind + "x2",
-             lambda a, b, c=between(kind, "f32"): c(a) << 16 | c(b))
+        case(f"cvt.rn.{kind}x2.f32", ["f32"] * 2, kind + "x2", lambda a, b, c=between(kind, "f32"): c(a) << 16 | c(b))
 
     def saturated(bits):
         x = value("f32", bits)
@@ -482,7 +577,9 @@ def add_conversion_cases():
 def add_approximate_cases():
     # to a unit in the last place of f32 or so
     near = lambda function: lambda a: (function, a)
-    inputs = [struct.unpack("<I", struct.pack("<f", x))[0] for x in [-20.5, -3.25, -1.0, -0.3, 0.0, 0.1, 0.75, 1.0, 2.5, 9.0, 20.5]]
+    inputs = [
+        struct.unpack("<I", struct.pack("<f", x))[0] for x in [-20.5, -3.25, -1.0, -0.3, 0.0, 0.1, 0.75, 1.0, 2.5, 9.0, 20.5]
+    ]
     positive = [bits for bits in inputs if bits < 1 << 31 and bits]
     case("ex2.approx.ftz.f32", ["f32"], "f32", near(lambda x: 2.0**x), [[b] for b in inputs])
     case("ex2.approx.f32", ["f32"], "f32", near(lambda x: 2.0**x), [[b] for b in inputs])
@@ -493,8 +590,16 @@ def add_approximate_cases():
     case("cos.approx.f32", ["f32"], "f32", near(math.cos), [[b] for b in inputs])
     case("tanh.approx.f32", ["f32"], "f32", near(math.tanh), [[b] for b in inputs])
     case("div.approx.f32", ["f32"] * 2, "f32", exact("f32", lambda a, b: a / b if b else None, zero=zero_of_product("f32")))
-    case("rcp.approx.ftz.f64", ["f64"], "f64", lambda a: None if isinstance(value("f64", a), float) or abs(value("f64", a)) < 1 or abs(value("f64", a)) > 2**900
-         else encode("f64", 1 / value("f64", a & ~0xFFFFFFFF)) & ~0xFFFFFFFF)
+    case(
+        "rcp.approx.ftz.f64",
+        ["f64"],
+        "f64",
+        lambda a: (
+            None
+            if isinstance(value("f64", a), float) or abs(value("f64", a)) < 1 or abs(value("f64", a)) > 2**900
+            else encode("f64", 1 / value("f64", a & ~0xFFFFFFFF)) & ~0xFFFFFFFF
+        ),
+    )
 
 
 # --- PTX of a case
@@ -506,7 +611,10 @@ def register_type(kind):
 
 def case_ptx(index, text, kinds, result):
     """A kernel: thread i reads 8 bytes for each operand and writes 8 for the result."""
-    lines = [f".visible .entry case_{index}(.param .u64 case_{index}_in, .param .u64 case_{index}_out, .param .u32 case_{index}_n)", "{"]
+    lines = [
+        f".visible .entry case_{index}(.param .u64 case_{index}_in, .param .u64 case_{index}_out, .param .u32 case_{index}_n)",
+        "{",
+    ]
     lines.append(".reg .pred %p<10>; .reg .b32 %r<9>; .reg .b64 %rd<9>;")
     for k, kind in enumerate(kinds + [result]):
         lines.append(f".reg .{register_type(kind)} %x{k};")
@@ -520,7 +628,9 @@ def case_ptx(index, text, kinds, result):
         if kind == "pred":
             lines.append(f"ld.global.u32 %r6, [%rd4+{8 * k}]; setp.ne.s32 %x{k}, %r6, 0;")
         else:
-            lines.append(f"ld.global.{'b' + str(8 * SIZES[kind]) if kind not in ('f32', 'f64') else kind} %x{k}, [%rd4+{8 * k}];")
+            lines.append(
+                f"ld.global.{'b' + str(8 * SIZES[kind]) if kind not in ('f32', 'f64') else kind} %x{k}, [%rd4+{8 * k}];"
+            )
     operands = [f"%x{k}" for k in range(len(kinds))]
     target = f"%x{len(kinds)}"
     if "$" not in text:
@@ -532,7 +642,9 @@ def case_ptx(index, text, kinds, result):
     if result == "pred":
         lines.append(f"selp.u32 %r7, 1, 0, {target}; st.global.u32 [%rd6], %r7;")
     else:
-        lines.append(f"st.global.{'b' + str(8 * SIZES[result]) if result not in ('f32', 'f64') else result} [%rd6], {target};")
+        lines.append(
+            f"st.global.{'b' + str(8 * SIZES[result]) if result not in ('f32', 'f64') else result} [%rd6], {target};"
+        )
     return "\n".join(lines + ["END: ret;", "}"])
 
 
@@ -696,7 +808,14 @@ def check_cases(lib):
                 # zeros of both signs, 1, infinity, NaN
                 width, p = 8 * SIZES[kinds[0]], FLOATS[kinds[0]][0]
                 infinity = ((1 << (width - p)) - 1) << (p - 1)
-                edges = [0, 1 << (width - 1), encode(kinds[0], Fraction(1)), infinity, infinity | 1 << (width - 1), infinity + 1]
+                edges = [
+                    0,
+                    1 << (width - 1),
+                    encode(kinds[0], Fraction(1)),
+                    infinity,
+                    infinity | 1 << (width - 1),
+                    infinity + 1,
+                ]
                 inputs += [[a, b] for a in edges for b in edges]
         n = len(inputs)
         source = Memory(library.pack("u64", [bits for row in inputs for bits in row]))
@@ -715,7 +834,10 @@ def check_cases(lib):
                 good = found & ((1 << width) - 1) == expected
                 if result in FLOATS and is_nan(result, expected):
                     good = is_nan(result, found)
-            check(good, f"{text} of {[hex(b) for b in row]}: {found:#x}, not {expected if isinstance(expected, tuple) else hex(expected)}")
+            check(
+                good,
+                f"{text} of {[hex(b) for b in row]}: {found:#x}, not {expected if isinstance(expected, tuple) else hex(expected)}",
+            )
     return compared
 
 
@@ -736,7 +858,9 @@ def check_shuffles(lib):
             by = lanes[lane]
             at = {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": low | by & ~segment & 31}[how]
             inside = at >= last if how == "up" else at <= last
-            check(found[2 * lane : 2 * lane + 2] == [values[at if inside else lane], int(inside)], f"shfl {name}, lane {lane}")
+            check(
+                found[2 * lane : 2 * lane + 2] == [values[at if inside else lane], int(inside)], f"shfl {name}, lane {lane}"
+            )
 
 
 def check_matrices(lib):
@@ -756,7 +880,10 @@ def check_matrices(lib):
                 fc.append(float(c[row][column]))
                 expected.append(float(c[row][column] + sum(a[row][k] * b[k][column] for k in range(16))))
         target = Memory(bytes(512))
-        lib.run(f"matrix_{kind}", [Memory(library.pack("u32", fa)), Memory(library.pack("u32", fb)), Memory(library.pack("f32", fc)), target])
+        lib.run(
+            f"matrix_{kind}",
+            [Memory(library.pack("u32", fa)), Memory(library.pack("u32", fb)), Memory(library.pack("f32", fc)), target],
+        )
         check(words(target, "f32") == expected, f"mma {kind}")
     for trans in ("plain", "trans"):
         halves = [random.getrandbits(16) for _ in range(256)]
@@ -768,8 +895,14 @@ def check_matrices(lib):
                 for e in range(2):
                     i, j = (lane // 4, lane % 4 * 2 + e) if trans == "plain" else (lane % 4 * 2 + e, lane // 4)
                     # lane 8 m + i gives row i, and the kernel gives the rows in reverse
-                    check(found[8 * lane + 2 * m + e] == halves[8 * (31 - (8 * m + i)) + j], f"ldmatrix {trans}, lane {lane}, matrix {m}")
-    fails(lambda: lib.run("ldmatrix_plain", [Memory(bytes(512)), Memory(bytes(512))], block=(16, 1, 1), shared=512), "of the whole warp")
+                    check(
+                        found[8 * lane + 2 * m + e] == halves[8 * (31 - (8 * m + i)) + j],
+                        f"ldmatrix {trans}, lane {lane}, matrix {m}",
+                    )
+    fails(
+        lambda: lib.run("ldmatrix_plain", [Memory(bytes(512)), Memory(bytes(512))], block=(16, 1, 1), shared=512),
+        "of the whole warp",
+    )
 
 
 def check_kernels(lib):
@@ -784,7 +917,12 @@ def check_kernels(lib):
     inside = lambda address, size: source.address <= address and address + size <= source.address + source.size
     lib.memory(inside)
     lib.run("misaligned", [source, ("u32", 48)])
-    fails(lambda: lib.run("misaligned", [source, ("u32", 64)]), "memory that is not there", hex(source.address + 64), "16 bytes")
+    fails(
+        lambda: lib.run("misaligned", [source, ("u32", 64)]),
+        "memory that is not there",
+        hex(source.address + 64),
+        "16 bytes",
+    )
     lib.memory(None)
     lib.run("misaligned", [source, ("u32", 64)])
 
@@ -800,7 +938,12 @@ def check_kernels(lib):
         target = Memory(bytes(128))
         lib.run("shared_reverse", [target, ("u32", 0), ("u32", 0)], shared=128)
         check(words(target) == [101 * (31 - i) for i in range(32)], "shared memory")
-        fails(lambda: lib.run("shared_reverse", [target, ("u32", 4), ("u32", 0)], shared=128), "out of bounds", "4 bytes at 256 of 256", "thread 31 0 0")
+        fails(
+            lambda: lib.run("shared_reverse", [target, ("u32", 4), ("u32", 0)], shared=128),
+            "out of bounds",
+            "4 bytes at 256 of 256",
+            "thread 31 0 0",
+        )
         fails(lambda: lib.run("shared_reverse", [target, ("u32", 2), ("u32", 0)], shared=256), "misaligned", "shared")
         # with dynamic memory of its own behind, nothing is out of bounds
         fails(lambda: lib.run("shared_reverse", [target, ("u32", 0), ("u32", 5)], shared=128), "ended before a barrier")
@@ -809,7 +952,10 @@ def check_kernels(lib):
         lib.run("copies", [target, source, ("u32", 1)], shared=1024)
         found = words(target)
         check(found[:64] == list(range(64)), "cp.async")
-        check([found[4 * i : 4 * i + 4] for i in range(16, 32)] == [[4 * i, 0, 0, 0] for i in range(16, 32)], "cp.async with zeros")
+        check(
+            [found[4 * i : 4 * i + 4] for i in range(16, 32)] == [[4 * i, 0, 0, 0] for i in range(16, 32)],
+            "cp.async with zeros",
+        )
         late = [4 * i if order == 0 else 0xFFFFFFFF for i in range(32)]
         check([found[128 + 4 * i] for i in range(32)] == late, f"cp.async arrives late in order {order}")
         check([found[129 + 4 * i] for i in range(32)] == [4 * i + 1 for i in range(32)], "cp.async of 8 bytes")
@@ -836,6 +982,10 @@ def check_kernels(lib):
     target = Memory(bytes(16))
     lib.run("constants", [target], block=(4, 1, 1))
     check(words(target) == [7, 11, 13, 17], "constants")
+    lib.memory(lambda address, size: target.address <= address and address + size <= target.address + target.size)
+    lib.run("constants", [target], block=(4, 1, 1))  # a kernel's own variables are always there
+    fails(lambda: lib.run("constants", [target], block=(5, 1, 1)), "memory that is not there", "thread 4 0 0")
+    lib.memory(None)
 
 
 def run_with_struct(lib, name, info, target, which):
@@ -857,7 +1007,10 @@ def check_unknown(folder):
     with open(path, "w") as file:
         file.write(".visible .entry f(.param .u64 f_0)\n{\n.reg .b32 %r<3>;\ndp4a.u32.u32 %r1, %r2, %r2, %r2;\nret;\n}\n")
     done = subprocess.run([sys.executable, os.path.join(HERE, "ptx.py"), folder, path], capture_output=True, text=True)
-    check(done.returncode != 0 and "unknown.ptx:4:" in done.stderr and "dp4a.u32.u32 %r1" in done.stderr, "an unknown instruction")
+    check(
+        done.returncode != 0 and "unknown.ptx:4:" in done.stderr and "dp4a.u32.u32 %r1" in done.stderr,
+        "an unknown instruction",
+    )
 
 
 def main():
@@ -876,7 +1029,9 @@ def main():
     path = os.path.join(folder, "check.ptx")
     with open(path, "w") as file:
         file.write("\n".join(text) + "\n")
-    done = subprocess.run([sys.executable, os.path.join(HERE, "ptx.py"), folder, path], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, os.path.join(HERE, "ptx.py"), folder, path], stdout=subprocess.PIPE, text=True, check=True
+    )
     flags = "-std=c++17 -march=native -ffp-contract=off -fwrapv -fno-strict-aliasing -fPIC -U_FORTIFY_SOURCE -O1 -w -shared -pthread"
     so = os.path.join(folder, "libcheck.so")
     command = ["g++", *flags.split(), "-I", HERE, "-o", so, os.path.join(HERE, "kernels.cpp"), *done.stdout.split()]

@@ -14,7 +14,7 @@ if [ ${#names[@]} -eq 0 ]; then
 fi
 build_and_run() {
     g++ -std=c++17 -O2 -march=native -ffp-contract=off -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas -Wno-unused-function \
-        -I tools/cuda -I src/ops/cuda "tools/cuda/check_$1.cpp" -o "$out/check_$1"
+        -I tools/cuda -I src/ops/cuda "tools/cuda/check_$1.cpp" -o "$out/check_$1" -ldl
     "$out/check_$1"
 }
 export -f build_and_run

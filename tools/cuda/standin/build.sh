@@ -35,15 +35,19 @@ if [ -z "$candle" ]; then
     candle=$(ls -td "$target"/*/release/build/candle-kernels-*/out 2>/dev/null | head -n 1 || true)
     [ -n "$candle" ] || { echo "no candle-kernels-*/out in $target: run tools/cuda/build.sh, or set CANDLE_PTX" >&2; exit 1; }
 fi
-{
-    for name in "${sources[@]}"; do python3 $here/ptx.py "$out/cpp" "$out/ptx/$name.ptx"; done
-    if [ "$candle" != none ]; then
-        for name in affine binary cast conv fill indexing reduce sort ternary unary; do
-            # types that nothing here has
-            python3 $here/ptx.py "$out/cpp" "$candle/$name.ptx" --only '(?!.*_(f8|i16|i32)).*'
-        done
-    fi
-} >"$out/files"
+# file by file, to a list of the C++ files
+ptx_files=()
+for name in "${sources[@]}"; do ptx_files+=("$out/ptx/$name.ptx"); done
+if [ "$candle" != none ]; then
+    for name in affine binary cast conv fill indexing reduce sort ternary unary; do ptx_files+=("$candle/$name.ptx"); done
+fi
+for ptx in "${ptx_files[@]}"; do
+    list=$out/cpp/$(basename "$ptx" .ptx).list
+    if [ ! "$list" -nt "$ptx" ] || [ ! "$list" -nt $here/ptx.py ]; then echo "$ptx"; fi
+    # types that nothing here has are left out
+done | in_parallel 'list=$out/cpp/$(basename {} .ptx).list
+    python3 $here/ptx.py "$out/cpp" {} --only "(?!.*_(f8|i16|i32)).*" >"$list.new" && mv "$list.new" "$list"'
+for ptx in "${ptx_files[@]}"; do cat "$out/cpp/$(basename "$ptx" .ptx).list"; done >"$out/files"
 
 # what the code is compiled with counts as one of its inputs
 export flags="-std=c++17 -march=native -ffp-contract=off -fwrapv -fno-strict-aliasing -fPIC -U_FORTIFY_SOURCE -I $here"
@@ -58,11 +62,9 @@ fi
 objects=("$out/o/kernels.o")
 while read -r file; do objects+=("$out/o/$(basename "$file" .cpp).o"); done <"$out/files"
 newest=$(ls -t "${objects[@]}" | head -n 1)
-if [ ! "$out/libkernels.so" -nt "$newest" ] || [ ! "$out/libkernels.so" -nt "$out/linked" ] ||
-    [ "$(cat "$out/linked" 2>/dev/null)" != "${objects[*]}" ]; then
+if [ ! "$out/libkernels.so" -nt "$newest" ] || [ "$(cat "$out/linked" 2>/dev/null)" != "${objects[*]}" ]; then
     g++ -shared -pthread -Wl,--no-undefined -o "$out/libkernels.new" "${objects[@]}"
     echo "${objects[*]}" >"$out/linked"
     mv "$out/libkernels.new" "$out/libkernels.so"
-    touch "$out/libkernels.so"
 fi
 echo "built $out/libkernels.so"

@@ -2,7 +2,7 @@
 //
 // A register is a variable: .pred bool, .f32 float, .f64 double, all others unsigned integers of their width (f16 and bf16
 // are held as bits). Global, local and generic addresses are the host's; shared addresses are offsets into the block's
-// shared memory. Uncompressed rules of the PTX ISA stand at the functions; payloads of NaN are not modelled.
+// shared memory. Payloads of NaN are not modelled.
 #pragma once
 
 #include <cmath>

@@ -173,7 +173,8 @@ class Module:
 
     def function(self, head, body, line):
         found = re.match(
-            r"(?:\.(?:visible|extern|weak|noinline) )*\.(entry|func)\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*(?:\(([^)]*)\))?(.*)", head
+            r"(?:\.(?:visible|extern|weak|noinline) )*\.(entry|func)\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*(?:\(([^)]*)\))?(.*)",
+            head,
         )
         kind, results, name, parameters, rest = found.groups()
         read = lambda text: [Variable(re.sub(r"^\.param ", "", part)) for part in split(text or "")]
@@ -188,12 +189,25 @@ class Module:
 
 # --- translation of a function
 
-SPECIAL = {f"%{name}.{axis}": f"t.{name}[{k}]" for name in ("tid", "ntid", "ctaid", "nctaid") for k, axis in enumerate("xyz")}
+SPECIAL = {
+    f"%{name}.{axis}": f"t.{name}[{k}]" for name in ("tid", "ntid", "ctaid", "nctaid") for k, axis in enumerate("xyz")
+}
 SPECIAL.update({"%laneid": "t.lane", "%warpid": "(t.index / 32)", "%dynamic_smem_size": "t.dynamic_size", "WARP_SZ": "32u"})
 SPECIAL["%total_smem_size"] = "t.shared_size"
 
 SPACES = ("global", "shared", "local", "const", "param")
-COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+COMPARE = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
 # unordered forms: not the opposite
 OPPOSITE = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 EXCHANGES = ("bar", "barrier", "shfl", "vote", "mma", "ldmatrix", "cp")
@@ -221,8 +235,9 @@ class Translation:
         for self.line, kind, text in statements(function.body, function.line):
             try:
                 self.statement(kind, text)
-            except Unknown as unknown:
-                sys.exit(f"{module.path}:{self.line}: not translated: {unknown} in `{text}`")
+            except (Unknown, ValueError, LookupError, TypeError, AttributeError) as error:
+                what = error if isinstance(error, Unknown) else f"its form ({error})"
+                sys.exit(f"{module.path}:{self.line}: not translated: {what} in `{text}`")
 
     # --- names and operands
 
@@ -303,7 +318,7 @@ class Translation:
             if kind == "pred":
                 return "true" if value else "false"
             if ctype in ("float", "double"):
-                return self.convert(f"{value & (256 ** SIZES[kind] - 1):#x}ull"[: None], UNSIGNED[SIZES[kind]], ctype)
+                return self.convert(f"{value & (256 ** SIZES[kind] - 1):#x}ull"[:None], UNSIGNED[SIZES[kind]], ctype)
             return f"({ctype}){value & 0xffffffffffffffff:#x}"
         address = self.symbol(operand)
         if address:
@@ -556,7 +571,9 @@ class Translation:
             self.only(modifiers)
             return self.short("neg", kinds[0], operands)
         ctype = c_type(kinds[0])
-        self.unary(kinds, modifiers, operands, ["ftz"], lambda a: f"({ctype})-{a}" if kinds[0][0] == "f" else f"({ctype})(0 - {a})")
+        self.unary(
+            kinds, modifiers, operands, ["ftz"], lambda a: f"({ctype})-{a}" if kinds[0][0] == "f" else f"({ctype})(0 - {a})"
+        )
 
     def do_abs(self, kinds, modifiers, operands):
         kind = kinds[0]
@@ -606,7 +623,9 @@ class Translation:
 
     def do_rsqrt(self, kinds, modifiers, operands):
         # in f64, so that the f32 result has one rounding
-        self.unary(kinds, modifiers, operands, ["approx", "ftz"], lambda a: f"({c_type(kinds[0])})(1 / std::sqrt((double){a}))")
+        self.unary(
+            kinds, modifiers, operands, ["approx", "ftz"], lambda a: f"({c_type(kinds[0])})(1 / std::sqrt((double){a}))"
+        )
 
     def approximate(self, function):
         def do(kinds, modifiers, operands):
@@ -682,12 +701,16 @@ class Translation:
 
     def do_bfi(self, kinds, modifiers, operands):
         self.only(modifiers)
-        values = [self.read(operand, kinds[0]) for operand in operands[1:3]] + [self.read(operand, "u32") for operand in operands[3:]]
+        values = [self.read(operand, kinds[0]) for operand in operands[1:3]] + [
+            self.read(operand, "u32") for operand in operands[3:]
+        ]
         self.put(self.write(operands[0], kinds[0], f"insert<{c_type(kinds[0])}>({', '.join(values)})"))
 
     def do_prmt(self, kinds, modifiers, operands):
         self.only(modifiers)
-        self.put(self.write(operands[0], "b32", f"permute({', '.join(self.read(operand, 'b32') for operand in operands[1:])})"))
+        self.put(
+            self.write(operands[0], "b32", f"permute({', '.join(self.read(operand, 'b32') for operand in operands[1:])})")
+        )
 
     def do_lop3(self, kinds, modifiers, operands):
         self.only(modifiers)
@@ -756,7 +779,9 @@ class Translation:
         first, _, second = operands[0].partition("|")
         if not second:
             return self.put(self.write(first, "pred", value))
-        self.put(f"{{ const bool yes = {value}, no = {opposite}; {self.write(first, 'pred', 'yes')} {self.write(second, 'pred', 'no')} }}")
+        self.put(
+            f"{{ const bool yes = {value}, no = {opposite}; {self.write(first, 'pred', 'yes')} {self.write(second, 'pred', 'no')} }}"
+        )
 
     def do_set(self, kinds, modifiers, operands):
         how, rest = modifiers[0], modifiers[1:]
@@ -779,7 +804,12 @@ class Translation:
         self.put(self.write(operands[0], kind, f"{self.read(operands[3], 'pred')} ? {a} : {b}"))
 
     def do_testp(self, kinds, modifiers, operands):
-        function = {"finite": "std::isfinite", "infinite": "std::isinf", "notanumber": "std::isnan", "normal": "std::isnormal"}
+        function = {
+            "finite": "std::isfinite",
+            "infinite": "std::isinf",
+            "notanumber": "std::isnan",
+            "normal": "std::isnormal",
+        }
         (how,) = modifiers
         if how == "number":
             function["number"] = "!std::isnan"
@@ -873,7 +903,24 @@ class Translation:
 
     # --- memory
 
-    HINTS = ("nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "weak", "relaxed", "acquire", "release", "acq_rel", "cta", "gpu", "sys")
+    HINTS = (
+        "nc",
+        "ca",
+        "cg",
+        "cs",
+        "lu",
+        "cv",
+        "wb",
+        "wt",
+        "weak",
+        "relaxed",
+        "acquire",
+        "release",
+        "acq_rel",
+        "cta",
+        "gpu",
+        "sys",
+    )
 
     def access(self, modifiers, kind, count, address):
         """(a pointer to the first of `count` values, the type that it points to)."""
@@ -919,7 +966,9 @@ class Translation:
         values = [self.read(part, kind) for part in parts]
         if "param" in modifiers:
             for k, value in enumerate(values):
-                self.put(f"{{ const {c_type(kind)} v = {value}; memcpy((void*)({self.address(operands[0])} + {k * SIZES[kind]}), &v, sizeof v); }}")
+                self.put(
+                    f"{{ const {c_type(kind)} v = {value}; memcpy((void*)({self.address(operands[0])} + {k * SIZES[kind]}), &v, sizeof v); }}"
+                )
             return
         pointer = self.access(modifiers, kind, len(parts), operands[0])
         if len(parts) == 1:
@@ -929,9 +978,27 @@ class Translation:
 
     def do_atom(self, kinds, modifiers, operands, wanted=True):
         (kind,) = kinds
-        self.only(modifiers, "add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec", "noftz", "global", "shared", *self.HINTS)
+        self.only(
+            modifiers,
+            "add",
+            "min",
+            "max",
+            "and",
+            "or",
+            "xor",
+            "exch",
+            "cas",
+            "inc",
+            "dec",
+            "noftz",
+            "global",
+            "shared",
+            *self.HINTS,
+        )
         (how,) = [m for m in modifiers if m in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")]
-        target, address, values = ("_", operands[0], operands[1:]) if not wanted else (operands[0], operands[1], operands[2:])
+        target, address, values = (
+            ("_", operands[0], operands[1:]) if not wanted else (operands[0], operands[1], operands[2:])
+        )
         unsigned = UNSIGNED[SIZES[kind]]
         held = f"b{8 * SIZES[kind]}"
         pointer = self.access([m for m in modifiers if m in SPACES], held, 1, address)
@@ -992,7 +1059,9 @@ class Translation:
             raise Unknown("these operands")
         size = self.read(operands[2], "u32")
         source_size = self.read(operands[3], "u32") if len(operands) == 4 else size
-        self.put(f"copy_async(t, {self.address(operands[0])}, {self.address(operands[1])}, {size}, {source_size}, {self.line});")
+        self.put(
+            f"copy_async(t, {self.address(operands[0])}, {self.address(operands[1])}, {size}, {source_size}, {self.line});"
+        )
 
     # --- exchanges between threads
 
@@ -1013,7 +1082,9 @@ class Translation:
         value, _, in_range = operands[0].partition("|")
         a, b, c, mask = (self.read(operand, "b32") for operand in operands[1:])
         writes = self.write(value, "b32", "s.value") + (" " + self.write(in_range, "pred", "s.in_range") if in_range else "")
-        self.put(f"{{ const Shuffled s = shuffle(t, SHUFFLE_{how[0].upper()}, {a}, {b}, {c}, {mask}, {self.line}); {writes} }}")
+        self.put(
+            f"{{ const Shuffled s = shuffle(t, SHUFFLE_{how[0].upper()}, {a}, {b}, {c}, {mask}, {self.line}); {writes} }}"
+        )
 
     def do_vote(self, kinds, modifiers, operands):
         (how,) = [m for m in modifiers if m != "sync"]
@@ -1040,7 +1111,9 @@ class Translation:
             raise Unknown("these matrices")
         writes = " ".join(self.write(part, "b32", f"m[{k}]") for k, part in enumerate(parts))
         transposed = "true" if "trans" in modifiers else "false"
-        self.put(f"{{ uint32_t m[{len(parts)}]; ldmatrix(t, {len(parts)}, {transposed}, m, {self.address(operands[1])}, {self.line}); {writes} }}")
+        self.put(
+            f"{{ uint32_t m[{len(parts)}]; ldmatrix(t, {len(parts)}, {transposed}, m, {self.address(operands[1])}, {self.line}); {writes} }}"
+        )
 
     # --- control
 
@@ -1141,7 +1214,7 @@ def translate(path, out, only, size):
         translation.exchanges |= any(translations[c].exchanges for c in called)
         if any(translations[c].shared for c in called):
             sys.exit(f"{path}: {name} calls a function with shared memory of its own: not translated")
-    head = f"// Written by ptx.py from {os.path.basename(path)}.\n#include \"kernels.h\"\nusing namespace standin;\n"
+    head = f'// Written by ptx.py from {os.path.basename(path)}.\n#include "kernels.h"\nusing namespace standin;\n'
     head += "".join(f"extern unsigned char {module.name}_{identifier(v)}[{module.data[v].size}];\n" for v in module.data)
     helpers = [t for t in translations.values() if not t.function.entry]
     head += "".join(t.prototype() + ";\n" for t in helpers)
@@ -1179,7 +1252,9 @@ def translate(path, out, only, size):
         chunk.append(f"static const unsigned {identifier(f.name)}_sizes[] = {{{sizes or 0}}};")
         info = f'{{"{f.name}", {len(f.parameters)}, {identifier(f.name)}_sizes, {translation.static_shared}}}'
         exchanges = "true" if translation.exchanges else "false"
-        table.append(f'{{{info}, {module.name}_{identifier(f.name)}, {exchanges}, {f.max_threads}, "{os.path.basename(path)}"}}')
+        table.append(
+            f'{{{info}, {module.name}_{identifier(f.name)}, {exchanges}, {f.max_threads}, "{os.path.basename(path)}"}}'
+        )
         kernels.append(f.name)
         count += translation.count
     finish()

@@ -61,6 +61,7 @@ part curve-cpu train cpu --set run.dir="$out/run-cpu"
 for precision in f32 bf16 f16; do
     part "curve-$precision" train "$precision" --set run.dir="$out/run-$precision" --device "$device" --precision "$precision"
 done
+part curve-graphs train graphs --set run.dir="$out/run-graphs" --device "$device" --precision bf16 --set run.cuda_graphs=true
 part curves "$program" runs "$out"
 
 # fast?
@@ -68,10 +69,13 @@ work="--steps $steps --reps $reps"
 for batch in $batches; do
     for k in $kept; do
         here="--batch $batch --backprop-steps $k $work"
-        for checkpointing in step block; do
-            part "ours-b$batch-k$k-$checkpointing" "$program" bench --json --arch sd15 --random-weights --device "$device" \
-                --precision bf16 --size "${size}x$size" --checkpointing $checkpointing $here
-        done
+        ours="--json --arch sd15 --random-weights --device $device --precision bf16 --size ${size}x$size $here"
+        part "ours-b$batch-k$k" "$program" bench $ours
+        part "ours-b$batch-k$k-graphs" "$program" bench $ours --cuda-graphs
+        # every kept step stored: without a second evaluation, where memory allows
+        part "ours-b$batch-k$k-stored" "$program" bench $ours --stored-steps "$k"
+        part "ours-b$batch-k$k-stored-graphs" "$program" bench $ours --stored-steps "$k" --cuda-graphs
+        part "ours-b$batch-k$k-block" "$program" bench $ours --checkpointing block
         if [ -n "$peer" ]; then
             their="--model sd15 --device cuda --dtype bfloat16 --size $size $size $here"
             part "peer-b$batch-k$k" "$python" "$peer" $their

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Builds OUT_DIR/libkernels.so: the kernels of src/ops/cuda and candle's, translated from their PTX to code for this machine.
+# Builds a stand-in for a GPU in OUT_DIR: libkernels.so, the kernels of src/ops/cuda and candle's, translated from their PTX to
+# code for this machine, and libcuda.so.1, the driver and NVIDIA's other libraries as far as the program calls them. With OUT_DIR
+# in LD_LIBRARY_PATH the program of tools/cuda/build.sh runs on it (driver.cpp says how it can be told what to do).
 # Needs nvcc (tools/cuda/build.sh puts one together), python3 and g++ 12 or newer. Does again only what has changed.
 #
 #   tools/cuda/standin/build.sh OUT_DIR
@@ -9,7 +11,7 @@
 #   PTX_SOURCES    names of the sources in src/ops/cuda, all unless set
 #   JOBS           compilers at a time (default: one a core)
 set -euo pipefail
-[ $# -eq 1 ] || { sed -n 2,12p "$0" >&2; exit 2; }
+[ $# -eq 1 ] || { sed -n 2,14p "$0" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/../../.."
@@ -68,3 +70,13 @@ if [ ! "$out/libkernels.so" -nt "$newest" ] || [ "$(cat "$out/linked" 2>/dev/nul
     mv "$out/libkernels.new" "$out/libkernels.so"
 fi
 echo "built $out/libkernels.so"
+
+# the driver, under its name and those of the libraries
+if [ ! "$out/libcuda.so.1" -nt $here/driver.cpp ] || [ ! "$out/libcuda.so.1" -nt $here/libraries.cpp ] ||
+    [ ! "$out/libcuda.so.1" -nt $here/standin.h ] || [ ! "$out/libcuda.so.1" -nt $here/kernels.h ]; then
+    g++ -std=c++17 -O3 -march=native -fPIC -shared -pthread -Wall -Wextra -I "${nvcc%/bin/*}/include" -I $here \
+        $here/driver.cpp $here/libraries.cpp -o "$out/libcuda.new" -ldl
+    mv "$out/libcuda.new" "$out/libcuda.so.1"
+fi
+for library in cublas.so.13 cublasLt.so.13 curand.so.10 cudnn.so.9; do ln -sf libcuda.so.1 "$out/lib$library"; done
+echo "built $out/libcuda.so.1"

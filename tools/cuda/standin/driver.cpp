@@ -439,7 +439,7 @@ API cuStreamEndCapture(CUstream, CUgraph* graph) {
     if (!s.capture) return CUDA_ERROR_ILLEGAL_STATE;
     Graph* made = s.capture.release();
     if (s.broken_capture) return delete made, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
-    if (made->live) fprintf(stderr, "stand-in: a graph ends with %zu bytes of its own memory in use\n", made->live);
+    if (made->live) return fprintf(stderr, "stand-in: a graph ends with %zu bytes of its own memory in use\n", made->live), delete made, CUDA_ERROR_INVALID_VALUE;
     *graph = (CUgraph)made;
     return CUDA_SUCCESS;
 }

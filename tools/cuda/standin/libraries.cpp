@@ -59,9 +59,9 @@ struct Matrix {
     float at(size_t row, size_t column) const { return transposed ? read(type, data, row * ld + column) : read(type, data, column * ld + row); }
 };
 
-// c (m, n) = alpha a b + beta c + bias, by columns.
-void product(size_t m, size_t n, size_t k, float alpha, const Matrix& a, const Matrix& b, float beta, Type type, void* c, size_t ldc,
-             const void* bias) {
+// to (m, n) = alpha a b + beta c + bias, by columns; c has the type and the pitch of `to`.
+void product(size_t m, size_t n, size_t k, float alpha, const Matrix& a, const Matrix& b, float beta, const void* c, Type type, void* to,
+             size_t ld, const void* bias) {
     std::vector<float> packed(m * k);  // a by its columns
     parallel(k, m * k, [&](size_t from, size_t to) {
         for (size_t p = from; p < to; p++)
@@ -91,9 +91,9 @@ void product(size_t m, size_t n, size_t k, float alpha, const Matrix& a, const M
                 for (size_t q = 0; q < columns; q++)
                     for (size_t r = 0; r < rows; r++) {
                         float x = alpha * sums[q][r];
-                        if (beta != 0) x += beta * read(type, c, (j + q) * ldc + i + r);
+                        if (beta != 0) x += beta * read(type, c, (j + q) * ld + i + r);
                         if (bias) x += read(type, bias, i + r);
-                        write(type, c, (j + q) * ldc + i + r, x);
+                        write(type, to, (j + q) * ld + i + r, x);
                     }
             }
         }
@@ -143,7 +143,7 @@ static int gemm(int transa, int transb, int m, int n, int k, float alpha, const 
         return refuse("a product's matrix is not within allocated memory");
     const double bytes = (double)m * k * size_of(a_type) + (double)k * n * size_of(b_type) + (double)m * n * size_of(c_type);
     submit_product(a_type == F32 ? "cublasGemmEx f32" : "cublasGemmEx half", m, n, k, bytes, a_type, [=] {
-        product(m, n, k, alpha, {a_type, a, (size_t)lda, transa != 0}, {b_type, b, (size_t)ldb, transb != 0}, beta, c_type, c, ldc, nullptr);
+        product(m, n, k, alpha, {a_type, a, (size_t)lda, transa != 0}, {b_type, b, (size_t)ldb, transb != 0}, beta, c, c_type, c, ldc, nullptr);
     });
     return 0;
 }
@@ -243,11 +243,11 @@ API cublasLtMatmul(void*, Description* d, const void* alpha, const void* a, Layo
     const void* bias = d->epilogue == 4 ? d->bias : nullptr;
     if (bias && !is_device(bias, m * size_of(type))) return refuse("a product's bias is not within allocated memory");
     const float factor = *(const float*)alpha, kept = *(const float*)beta;
-    if (kept != 0 && c != to) return refuse("a summand elsewhere");
+    if (c_layout->ld != to_layout->ld) return refuse("a summand of another pitch");
     const Matrix left{type, a, (size_t)a_layout->ld, d->transa != 0}, right{type, b, (size_t)b_layout->ld, d->transb != 0};
     const size_t ld = to_layout->ld;
-    submit_product(type == F32 ? "cublasLtMatmul f32" : "cublasLtMatmul half", m, n, k, (double)size_of(type) * (m * k + k * n + m * n), type,
-                   [=] { product(m, n, k, factor, left, right, kept, type, to, ld, bias); });
+    submit_product(type == F32 ? "cublasLtMatmul f32" : "cublasLtMatmul half", m, n, k, (double)size_of(type) * (m * k + k * n + m * n * (kept != 0 ? 2 : 1)), type,
+                   [=] { product(m, n, k, factor, left, right, kept, c, type, to, ld, bias); });
     return 0;
 }
 
@@ -350,15 +350,15 @@ template <bool ADD> static void patches(const Tensor4& x, const Filter& w, const
 }
 
 static int convolve(const char* name, const Tensor4& x, const void* x_at, const Filter& w, const void* w_at, const Convolution& c, const Tensor4& y,
-                    const void* y_at, bool backward, void* workspace, size_t bytes, const void* bias) {
+                    const void* y_at, bool backward, void* workspace, size_t bytes, const void* bias, const void* residual = nullptr) {
     if (const char* wrong = misfit(&x, &w, &c, &y)) return refuse(wrong), BAD_PARAM;
     const Type type = x.type;
     const size_t filter = (size_t)w.h * w.w * w.c, in = (size_t)x.h * x.w * x.c, pixels = (size_t)y.h * y.w;
     if (!is_device(x_at, x.n * in * size_of(type)) || !is_device(w_at, w.k * filter * size_of(type)) ||
         !is_device(y_at, y.n * pixels * w.k * size_of(type)) || !is_device(workspace, bytes) || bytes < WORKSPACE ||
-        (bias && !is_device(bias, w.k * size_of(type))))
+        (bias && !is_device(bias, w.k * size_of(type))) || (residual && !is_device(residual, y.n * pixels * w.k * size_of(type))))
         return refuse("a convolution's memory is not allocated"), BAD_PARAM;
-    const double moved = (double)size_of(type) * (x.n * in + w.k * filter + y.n * pixels * w.k);
+    const double moved = (double)size_of(type) * (x.n * in + w.k * filter + y.n * pixels * w.k * (residual ? 2 : 1));
     submit_product(name, y.n * pixels, w.k, filter, moved, type, [=] {
         std::vector<float> image(in), rows(pixels * filter);
         for (int n = 0; n < x.n; n++) {
@@ -367,9 +367,12 @@ static int convolve(const char* name, const Tensor4& x, const void* x_at, const 
             if (!backward) {
                 for (size_t i = 0; i < in; i++) image[i] = read(type, from, i);
                 patches<false>(x, w, c, y, image.data(), rows.data());
-                product(w.k, pixels, filter, 1, {type, w_at, filter, true}, {F32, rows.data(), filter, false}, 0, type, out, w.k, bias);
+                const char* onto = (const char*)residual + n * pixels * w.k * size_of(type);
+                product(w.k, pixels, filter, 1, {type, w_at, filter, true}, {F32, rows.data(), filter, false}, residual ? 1 : 0, onto, type,
+                        out, w.k, bias);
             } else {
-                product(filter, pixels, w.k, 1, {type, w_at, filter, false}, {type, out, (size_t)w.k, false}, 0, F32, rows.data(), filter, nullptr);
+                product(filter, pixels, w.k, 1, {type, w_at, filter, false}, {type, out, (size_t)w.k, false}, 0, nullptr, F32,
+                        rows.data(), filter, nullptr);
                 std::fill(image.begin(), image.end(), 0.0f);
                 patches<true>(x, w, c, y, image.data(), rows.data());
                 for (size_t i = 0; i < in; i++) write(type, (void*)from, i, image[i]);
@@ -384,12 +387,15 @@ API cudnnConvolutionForward(void*, const void* alpha, Tensor4* x, const void* x_
     return convolve(x->type == F32 ? "convolution f32" : "convolution half", *x, x_at, *w, w_at, *c, *y, y_at, false, workspace, bytes, nullptr);
 }
 API cudnnConvolutionBiasActivationForward(void*, const void* alpha1, Tensor4* x, const void* x_at, Filter* w, const void* w_at, Convolution* c,
-                                          int algorithm, void* workspace, size_t bytes, const void* alpha2, Tensor4*, const void*, Tensor4* b,
-                                          const void* bias, void*, Tensor4* y, void* y_at) {
-    if (*(const float*)alpha1 != 1 || *(const float*)alpha2 != 0) return refuse("factors of a convolution"), BAD_PARAM;
+                                          int algorithm, void* workspace, size_t bytes, const void* alpha2, Tensor4* z, const void* z_at,
+                                          Tensor4* b, const void* bias, void*, Tensor4* y, void* y_at) {
+    const float factor = *(const float*)alpha2;
+    if (*(const float*)alpha1 != 1 || (factor != 0 && factor != 1)) return refuse("factors of a convolution"), BAD_PARAM;
+    if (z->n != y->n || z->c != y->c || z->h != y->h || z->w != y->w || z->type != y->type) return refuse("a convolution's summand"), BAD_PARAM;
     if (algorithm != 1) return refuse("a bias with this algorithm"), 3000;  // CUDNN_STATUS_NOT_SUPPORTED
     if (b->c != w->k || b->n != 1 || b->h != 1 || b->w != 1 || b->type != x->type) return refuse("a convolution's bias"), BAD_PARAM;
-    return convolve(x->type == F32 ? "convolution f32" : "convolution half", *x, x_at, *w, w_at, *c, *y, y_at, false, workspace, bytes, bias);
+    return convolve(x->type == F32 ? "convolution f32" : "convolution half", *x, x_at, *w, w_at, *c, *y, y_at, false, workspace, bytes, bias,
+                    factor == 1 ? z_at : nullptr);
 }
 API cudnnConvolutionBackwardData(void*, const void* alpha, Filter* w, const void* w_at, Tensor4* y, const void* y_at, Convolution* c, int,
                                  void* workspace, size_t bytes, const void* beta, Tensor4* x, void* x_at) {

@@ -58,7 +58,9 @@ mod cuda {
             let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(Error::wrap);
             recorded.context("recording a CUDA graph")?;
             let graph = Graph(graph?.context("the driver recorded no CUDA graph")?);
-            Ok(Self { inputs, output, graph: Mutex::new(graph), flops: flops() - before, _keep: keep })
+            let flops = flops() - before;
+            gemm::count_flops(flops.wrapping_neg()); // recorded, not done
+            Ok(Self { inputs, output, graph: Mutex::new(graph), flops, _keep: keep })
         }
 
         /// The result for these inputs, of the shapes and types that were recorded.

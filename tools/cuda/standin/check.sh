@@ -40,7 +40,7 @@ train() {
     "$program" train --device cuda --precision bf16 --set run.dir="$out/run" --set train.steps=1 --set run.sample_every=0 \
         --set sampler.num_inference_steps=5 --set truncation.k=2 --set train.batch_size=1 \
         --set train.gradient_accumulation_steps=1 "$@" 2>"$out/train.log" || { cat "$out/train.log" >&2; return 1; }
-    sha256sum <"$out/run/adapter_model.safetensors"
+    sha256sum <"$out/run/pytorch_lora_weights.safetensors"
 }
 plain=$(train --set train.checkpointing=step)
 for other in "train.stored_steps=2" "run.cuda_graphs=true" "train.stored_steps=2 --set run.cuda_graphs=true"; do

@@ -59,8 +59,8 @@ struct Matrix {
     float at(size_t row, size_t column) const { return transposed ? read(type, data, row * ld + column) : read(type, data, column * ld + row); }
 };
 
-// to (m, n) = alpha a b + beta c + bias, by columns; c has the type and the pitch of `to`.
-void product(size_t m, size_t n, size_t k, float alpha, const Matrix& a, const Matrix& b, float beta, const void* c, Type type, void* to,
+// y (m, n) = alpha a b + beta c + bias, by columns; c has the type and the pitch of y.
+void product(size_t m, size_t n, size_t k, float alpha, const Matrix& a, const Matrix& b, float beta, const void* c, Type type, void* y,
              size_t ld, const void* bias) {
     std::vector<float> packed(m * k);  // a by its columns
     parallel(k, m * k, [&](size_t from, size_t to) {
@@ -93,7 +93,7 @@ void product(size_t m, size_t n, size_t k, float alpha, const Matrix& a, const M
                         float x = alpha * sums[q][r];
                         if (beta != 0) x += beta * read(type, c, (j + q) * ld + i + r);
                         if (bias) x += read(type, bias, i + r);
-                        write(type, to, (j + q) * ld + i + r, x);
+                        write(type, y, (j + q) * ld + i + r, x);
                     }
             }
         }

@@ -43,6 +43,7 @@ struct Graph {
     std::vector<Work> work;
     std::multimap<size_t, char*> freed;  // blocks that a later allocation of the capture takes again
     std::vector<char*> blocks;
+    std::map<std::string, Tally> tally;
     size_t live = 0, peak = 0;
     ~Graph();
 };
@@ -63,7 +64,7 @@ struct State {
     bool broken_capture = false;
     FILE* log = nullptr;
     std::map<std::string, Tally> tally;
-    size_t waits = 0, to_device = 0, from_device = 0, allocations = 0, graphs = 0;
+    size_t to_device = 0, from_device = 0, allocations = 0, graphs = 0, in_graphs = 0;
     const KernelInfo* (*find)(const char*) = nullptr;
     const char* (*run)(const KernelInfo*, void* const*, const unsigned*, const unsigned*, unsigned) = nullptr;
     CUresult error = CUDA_SUCCESS;  // of a kernel: it stays, as on a GPU
@@ -128,10 +129,10 @@ Graph::~Graph() {
 // What happened since the last wait, as a line of the log.
 void segment(const char* why) {
     State& s = state();
-    s.waits++;
     if (!s.log) return;
     fprintf(s.log, "{\"wait\": \"%s\", \"live\": %zu, \"peak\": %zu, \"allocations\": %zu, \"to_device\": %zu, \"from_device\": %zu, "
-            "\"graphs\": %zu, \"kernels\": {", why, s.live, s.peak, s.allocations, s.to_device, s.from_device, s.graphs);
+            "\"graphs\": %zu, \"in_graphs\": %zu, \"kernels\": {", why, s.live, s.peak, s.allocations, s.to_device, s.from_device, s.graphs,
+            s.in_graphs);
     const char* comma = "";
     for (const auto& [name, t] : s.tally) {
         fprintf(s.log, "%s\"%s\": [%zu, %.0f, %.0f, %.9f]", comma, name.c_str(), t.launches, t.bytes, t.flops, t.seconds);
@@ -140,7 +141,7 @@ void segment(const char* why) {
     fprintf(s.log, "}}\n");
     fflush(s.log);
     s.tally.clear();
-    s.to_device = s.from_device = s.allocations = s.graphs = 0;
+    s.to_device = s.from_device = s.allocations = s.graphs = s.in_graphs = 0;
 }
 
 // A call that would wait or that a graph cannot hold: fine outside a capture, the end of one inside.
@@ -232,7 +233,7 @@ bool is_device(const void* address, size_t bytes) { return bytes_from(address) >
 
 void submit(const char* name, double bytes, double flops, double seconds, Work work) {
     State& s = state();
-    Tally& t = s.tally[name];
+    Tally& t = (s.capture ? s.capture->tally : s.tally)[name];
     t.launches++;
     t.bytes += bytes;
     t.flops += flops;
@@ -455,6 +456,11 @@ API cuGraphLaunch(CUgraphExec executable, CUstream) {
     if (found) return found;
     Graph& graph = *(Graph*)executable;
     s.graphs++;
+    for (const auto& [name, t] : graph.tally) {
+        Tally& all = s.tally[name];
+        all.launches += t.launches, all.bytes += t.bytes, all.flops += t.flops, all.seconds += t.seconds;
+        s.in_graphs += t.launches;
+    }
     s.peak = std::max(s.peak, s.live + graph.peak);
     if (s.mode != Mode::Count)
         for (const Work& work : graph.work) work();

@@ -16,12 +16,13 @@ with open(sys.argv[1]) as log:
     lines = [line for line in map(json.loads, log) if line["kernels"] or line["graphs"]]
 step = lines[-4:]
 
-print("| phase | launches | graphs | allocations | GB | TFLOP | least ms |")
+print("| phase | kernels | launches by the host | allocations | GB | TFLOP | least ms |")
 print("|---|---|---|---|---|---|---|")
 total = [0] * 6
 for name, line in zip(PHASES, step):
     kernels = line["kernels"].values()
-    row = [sum(k[0] for k in kernels), line["graphs"], line["allocations"], sum(k[1] for k in kernels) / 1e9,
+    count = sum(k[0] for k in kernels)
+    row = [count, count - line["in_graphs"] + line["graphs"], line["allocations"], sum(k[1] for k in kernels) / 1e9,
            sum(k[2] for k in kernels) / 1e12, 1e3 * sum(k[3] for k in kernels)]
     total = [a + b for a, b in zip(total, row)]
     print("| {} | {:,} | {:,} | {:,} | {:.1f} | {:.2f} | {:.1f} |".format(name, *row))
@@ -32,7 +33,7 @@ kernels = {}
 for line in step:
     for name, values in line["kernels"].items():
         kernels[name] = [a + b for a, b in zip(kernels.get(name, [0] * 4), values)]
-print("| kernel | launches | GB | TFLOP | least ms |")
+print("| kernel | times | GB | TFLOP | least ms |")
 print("|---|---|---|---|---|")
 rest = [0] * 4
 for name, values in sorted(kernels.items(), key=lambda item: -item[1][3]):

@@ -19,3 +19,7 @@ verify DIR:
 # The GPU's code, as far as that needs no GPU.
 cuda-check:
     tools/cuda/check.sh
+
+# The real CUDA program on a CPU that stands in for a GPU: about half an hour, most of it building.
+cuda-standin OUT:
+    tools/cuda/standin/check.sh {{OUT}}

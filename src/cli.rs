@@ -79,6 +79,10 @@ pub struct TrainArgs {
     /// Format of weights and activations; instead of run.precision
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<Precision>,
+
+    /// Format of the rewards' towers; instead of run.reward_precision, and without both that of the rest
+    #[arg(long, value_name = "PRECISION")]
+    pub reward_precision: Option<Precision>,
 }
 
 #[derive(Args, Debug)]
@@ -138,6 +142,10 @@ pub struct EvalArgs {
     /// Format of weights and activations; instead of run.precision
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<Precision>,
+
+    /// Format of the rewards' towers; instead of run.reward_precision, and without both that of the rest
+    #[arg(long, value_name = "PRECISION")]
+    pub reward_precision: Option<Precision>,
 }
 
 #[derive(Args, Debug)]
@@ -410,6 +418,10 @@ pub struct BenchArgs {
     /// Format of weights and activations; without it f32 on the CPU and bf16 on a GPU
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<Precision>,
+
+    /// Format of the rewards' towers; without it that of the rest
+    #[arg(long, value_name = "PRECISION")]
+    pub reward_precision: Option<Precision>,
 
     /// Let products of f32 round their inputs to TF32 on a GPU
     #[arg(long)]

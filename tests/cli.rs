@@ -245,6 +245,8 @@ fn bad_settings_are_named_and_start_no_run() {
         (&["run.device=cuda"], &["`cuda`", "--device cpu"]),
         (&["run.device=tpu"], &["run.device = \"tpu\"", "cpu, cuda or cuda:N"]),
         (&["run.precision=bf16"], &["precision", "--precision f32"]),
+        (&["run.reward_precision=bf16"], &["reward precision bf16", "--reward-precision f32"]),
+        (&["run.reward_precision=half"], &["`run.reward_precision`", "`half`", "`f16`"]),
         // places
         (&["model.path=no/such/model"], &["`no/such/model` does not exist", "hub id"]),
         (&["model.path=file"], &["`file` is a file", "folder"]),
@@ -261,6 +263,7 @@ fn bad_settings_are_named_and_start_no_run() {
         (["--device", "cuda:1"], "`cuda:1`"),
         (["--precision", "bf16"], "--precision f32"),
         (["--precision", "f16"], "--precision f32"),
+        (["--reward-precision", "f16"], "--reward-precision f32"),
     ] {
         let line = ["train", "--config", &config, flags[0], flags[1]];
         assert_fails(experiment.folder.path(), &line, &[words]);

@@ -7,10 +7,11 @@ mod support;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use alignprop::allocator::{self, Allocator};
-use alignprop::config::{AestheticConfig, Checkpointing, ModelConfig, RewardsConfig};
+use alignprop::config::{AestheticConfig, Checkpointing, ClipScoreConfig, ModelConfig, RewardsConfig};
 use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
-use alignprop::models::Pipeline;
+use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::models::{Pipeline, Source};
 use alignprop::nn::lora::LoraGradients;
 use alignprop::ops::Ledger;
 use alignprop::rewards::Rewards;
@@ -223,6 +224,41 @@ fn the_estimate_is_near_the_peak() {
             );
             assert!((0.8..1.25).contains(&ratio), "{ratio}");
         }
+    }
+}
+
+/// What a tower adds does not grow with the image, what the decoder's way back adds does: the peak of a small image is another
+/// one than that of a large one.
+#[test]
+fn the_estimate_of_an_image_is_near_its_peak_whatever_its_size() {
+    let _alone = alone();
+    let chain = Chain::new();
+    let clip_score = ClipScoreConfig { model: "assets/emoji-clip".to_owned(), ..Default::default() };
+    let config = RewardsConfig { clip_score: Some(clip_score), ..Default::default() };
+    let tokenizer = ClipTokenizer::load(&Source::open("assets/emoji-clip").unwrap()).unwrap();
+    let rewards = Rewards::load(&config, &tokenizer.into()).unwrap();
+    let (prompting, prompts, vae) = (chain.prompting(), Chain::prompts(1), &chain.pipeline.vae);
+    for side in [8, 16, 32, 64] {
+        let latent_shape = (4, side, side);
+        let parts = Parts {
+            unet: &chain.pipeline.unet,
+            vae,
+            rewards: &rewards,
+            adapters: &chain.adapters,
+            prompting: &prompting,
+            timestep: 500,
+            latent_shape,
+            steps: STEPS,
+        };
+        let checkpointing = Checkpointing::Step;
+        let estimate = parts.estimate(&parts.measure(checkpointing).unwrap(), 1, 0).image;
+        let latents = chain.noise.normal_batch(Stream::Latents, 0, 0..1, latent_shape).unwrap();
+        let peak = peak(|| {
+            let ledger = &mut Ledger::default();
+            reward_cotangent(vae, &rewards, &latents, &prompts, 1.0, checkpointing, ledger).unwrap();
+        });
+        eprintln!("{side}: {:.2} MB, estimate {:.2} MB", peak / 1e6, estimate / 1e6);
+        assert!((0.95..1.05).contains(&(estimate / peak)), "{side}: {estimate} for {peak}");
     }
 }
 

@@ -66,14 +66,22 @@ fn half_precision_stays_near_the_reference() {
             let report = verify_on(&fixture(set), None, &compute).unwrap();
             assert_eq!(failures(&report), [""; 0], "{set} in {}", compute.precision_name());
             let angles = report.rows.iter().filter(|row| row.what.starts_with("1 - cosine")).count();
-            // one of each chain, and one of a single evaluation
-            assert_eq!(angles, 5, "{set}");
+            // one of each chain, one of a single evaluation, and those of two rewards
+            assert_eq!(angles, 7, "{set}");
         }
         // and no further: what is wrong by more than rounding is found
         let (_folder, dir) = copy("tiny-sd15");
-        change_tensor(&dir.join("parts.safetensors"), "unet_dx", |d| d * 1.1);
+        let parts = dir.join("parts.safetensors");
+        for (name, factor) in [("unet_dx", 1.1), ("hps_dimage", 1.2), ("hps", 1.1)] {
+            change_tensor(&parts, name, |x| x * factor);
+        }
         let failed = failures(&verify_on(&dir, None, &compute).unwrap());
-        let expected = ["UNet: gradient of x", "UNet: gradient of x, per block"];
+        let expected = [
+            "UNet: gradient of x",
+            "UNet: gradient of x, per block",
+            "hps: score, absolute",
+            "hps: gradient of the image",
+        ];
         assert_eq!(failed, expected, "{}", compute.precision_name());
     }
 }

@@ -35,6 +35,8 @@ struct Report {
     /// `cpu`, or the GPU's name.
     device: String,
     dtype: &'static str,
+    /// Of the reward's tower.
+    reward_dtype: &'static str,
     size: [usize; 2],
     batch: usize,
     steps: usize,
@@ -74,7 +76,9 @@ struct Phases {
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let compute = &Compute::open(&args.device, args.precision, args.allow_tf32)?.with_graphs(args.cuda_graphs);
+    let compute = &Compute::open(&args.device, args.precision, args.allow_tf32)?
+        .with_rewards_in(args.reward_precision)?
+        .with_graphs(args.cuda_graphs);
     let matmul_gflops = peak_gflops(compute)?;
     let meter = Meter::of(compute);
     let mut work = Work::load(args, compute)?;
@@ -109,11 +113,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let report = Report {
         model: subject.name.clone(),
         device: compute.gpu_name().unwrap_or_else(|| "cpu".to_owned()),
-        dtype: match compute.precision() {
-            Precision::F32 => "float32",
-            Precision::Bf16 => "bfloat16",
-            Precision::F16 => "float16",
-        },
+        dtype: torch_name(compute),
+        reward_dtype: torch_name(&compute.for_rewards()),
         size: [h * subject.vae.factor(), w * subject.vae.factor()],
         batch: args.batch,
         steps: args.steps,
@@ -139,7 +140,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         println!("{}", serde_json::to_string(&report)?);
     } else {
         println!(
-            "{} {}x{}, batch {}, {} steps, {} back, {} on {}",
+            "{} {}x{}, batch {}, {} steps, {} back, {} (reward {}) on {}",
             report.model,
             report.size[0],
             report.size[1],
@@ -147,6 +148,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             report.steps,
             report.backprop_steps,
             report.dtype,
+            report.reward_dtype,
             if compute.device().is_cpu() { "the CPU" } else { &report.device }
         );
         for (phase, seconds, tflop) in [
@@ -174,6 +176,15 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The number format as PyTorch calls it.
+fn torch_name(compute: &Compute) -> &'static str {
+    match compute.precision() {
+        Precision::F32 => "float32",
+        Precision::Bf16 => "bfloat16",
+        Precision::F16 => "float16",
+    }
 }
 
 /// The best matrix product of the device as this program reaches it, operations a second / 10⁹.
@@ -343,12 +354,12 @@ impl Subject {
             (None, Some(Architecture::Sd15)) => stable_diffusion_15("sd15", 1, 32, &random)?,
             (None, _) => stable_diffusion_15("sd15-quarter", 4, 16, &random)?,
         };
-        let in_f32 = compute.in_f32();
+        let for_rewards = compute.for_rewards();
         let clip = match &args.clip {
-            Some(path) => Clip::load_transformers(&Source::open(path)?, false, &in_f32)?,
-            None => Clip::vit_l_14_vision(&random.pp("clip").on(&in_f32))?,
+            Some(path) => Clip::load_transformers(&Source::open(path)?, false, &for_rewards)?,
+            None => Clip::vit_l_14_vision(&random.pp("clip").on(&for_rewards))?,
         };
-        let rewards = Rewards::aesthetic_shapes(clip, &random.pp("head").on(&in_f32), 10.0)?;
+        let rewards = Rewards::aesthetic_shapes(clip, &random.pp("head").on(&compute.in_f32()), 10.0)?;
         let factor = vae.factor();
         let (height, width) = args.size.unwrap_or_else(|| match &unet.config().sample_size {
             Some(PerBlock::One(side)) => (side * factor, side * factor),

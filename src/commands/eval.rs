@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::experiment::{Checkpointed, Model, checkpoint_of};
-use super::{open_device, pictures};
+use super::{open_for_rewards, pictures};
 use crate::cli::EvalArgs;
 use crate::config::PromptsConfig;
 use crate::lora::Adapters;
@@ -106,7 +106,7 @@ struct ScaleReport {
 pub fn run(args: &EvalArgs) -> Result<()> {
     let Checkpointed { mut config, adapters: adapters_path, run, .. } = checkpoint_of(&args.checkpoint, &args.config)?;
     let adapters_path = if args.ema { average(&adapters_path)? } else { adapters_path };
-    let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
+    let compute = open_for_rewards(&mut config, args.device.as_deref(), args.precision, args.reward_precision)?;
     let prompts = match &args.prompts {
         Some(file) => PromptsConfig { file: Some(file.clone()), ..Default::default() }.load()?,
         None => config.prompts.load()?,

@@ -48,3 +48,19 @@ fn open_device(config: &mut Config, device: Option<&str>, precision: Option<Prec
     run.precision = Some(compute.precision());
     Ok(compute)
 }
+
+/// As [`open_device`], for a command that scores: `--reward-precision` becomes the config's own too.
+///
+/// # Errors
+/// As there.
+fn open_for_rewards(
+    config: &mut Config,
+    device: Option<&str>,
+    precision: Option<Precision>,
+    reward_precision: Option<Precision>,
+) -> Result<Compute> {
+    let compute = open_device(config, device, precision)?;
+    let run = &mut config.run;
+    run.reward_precision = reward_precision.or(run.reward_precision);
+    compute.with_rewards_in(run.reward_precision)
+}

@@ -12,7 +12,7 @@ use serde_json::{Map, json};
 
 use super::experiment::{EMBEDDED, Model, config_of};
 use super::report::write_report;
-use super::{budget, open_device, pictures};
+use super::{budget, open_for_rewards, pictures};
 use crate::cli::TrainArgs;
 use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
@@ -29,7 +29,7 @@ use crate::training::signals::{Interrupt, Interrupted};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let mut config = resolve_config(args)?;
-    let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
+    let compute = open_for_rewards(&mut config, args.device.as_deref(), args.precision, args.reward_precision)?;
     config.require_trained()?;
     let prompts = config.prompts.load()?;
     if args.resume.is_none() {
@@ -363,7 +363,10 @@ fn describe(config: &Config, model: &Model, rewards: &Rewards, prompts: &[String
         state.adapters.factors().len(),
         state.adapters.parameter_count()
     );
-    eprintln!("device      {}, {}", model.compute().describe(), model.compute().precision_name());
+    let (compute, for_rewards) = (model.compute(), model.compute().for_rewards());
+    let apart = for_rewards.dtype() != compute.dtype();
+    let towers = if apart { format!(" (rewards in {})", for_rewards.precision_name()) } else { String::new() };
+    eprintln!("device      {}, {}{towers}", compute.describe(), compute.precision_name());
     let names: Vec<String> = rewards
         .iter()
         .map(|r| if r.weight == 1.0 { r.name.to_owned() } else { format!("{} x {}", r.weight, r.name) })

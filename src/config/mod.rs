@@ -554,9 +554,13 @@ table! {
         seed: u64 = 0,
         /// `cpu`, or `cuda` or `cuda:N` in a build with GPU kernels (`--features cuda`).
         device: String = "cpu".into(),
-        /// Weights and activations: `f32`, `bf16` or `f16`; LoRA factors, latents, optimizer and rewards stay in f32. Absent:
+        /// Weights and activations: `f32`, `bf16` or `f16`; LoRA factors, latents, optimizer and scores stay in f32. Absent:
         /// f32 on the CPU, which has no other, and bf16 on a GPU. In f16 the gradients are scaled up while they are in f16.
         precision: Option<Precision> = None,
+        /// The same for the CLIP towers of the rewards, also of the guard's held-out ones; their pixels, embeddings, heads and
+        /// scores stay in f32. Absent: that of the run. Whatever a run reports (batches, sample grids, the guard) is scored by
+        /// the same towers; scores of another precision differ by its roundings, so give `f32` to compare runs of several.
+        reward_precision: Option<Precision> = None,
         /// Whether products of f32 may round their inputs to TF32 (10 bits of mantissa) on a GPU.
         allow_tf32: bool = false,
         /// Whether the denoising steps without gradient are one CUDA graph, recorded once a chain and launched for each step,
@@ -668,6 +672,7 @@ mod tests {
             [run]
             seed = 9223372036854775807
             precision = "bf16"
+            reward_precision = "f32"
         "#;
         for text in ["", everything] {
             let config = Config::parse(text, "x.toml", &[]).unwrap();

@@ -382,7 +382,7 @@ mod tests {
             ("[optimiser]", "unknown key `optimiser` (x.toml line 1); did you mean `optimizer`?"),
             (
                 "[run]\nmodel = 'x'",
-                "unknown key `run.model` (x.toml line 2); expected `dir`, `seed`, `device`, `precision`, `allow_tf32`, `cuda_graphs`, `save_every`, `sample_every`, `num_samples`, `sample_prompts`, `keep_checkpoints`, `keep_best`",
+                "unknown key `run.model` (x.toml line 2); expected `dir`, `seed`, `device`, `precision`, `reward_precision`, `allow_tf32`, `cuda_graphs`, `save_every`, `sample_every`, `num_samples`, `sample_prompts`, `keep_checkpoints`, `keep_best`",
             ),
             (
                 "[optimizer]\neps = 1e-8\nepsilon = 1",

@@ -6,8 +6,10 @@
 
 pub mod layers;
 pub mod lora;
+mod precision;
 pub mod tape;
 
 pub use layers::{Attention, Conv2d, FeedForward, GroupNorm, LayerNorm, Linear};
 pub use lora::LoraValues;
+pub use precision::computed_in;
 pub use tape::{Gradients, Tape, Value};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 
-use super::{Objective, Reward, Towers, preprocess};
+use super::{Objective, Preprocessor, Reward, Towers};
 use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess};
 use crate::models::Weights;
 use crate::models::clip::Clip;
@@ -17,8 +17,9 @@ use crate::ops::activation::Activation;
 /// A multilayer perceptron on the embedding of an image.
 struct ClipHead {
     clip: Arc<Clip>,
+    /// In f32.
     head: Vec<Layer>,
-    preprocess: Preprocess,
+    preprocessor: Preprocessor,
     /// Whether the head reads unit-norm embeddings.
     normalize: bool,
     objective: Objective,
@@ -31,8 +32,7 @@ enum Layer {
 
 impl Reward for ClipHead {
     fn score(&self, images: &Value, _prompts: &[String]) -> Result<Value> {
-        let pixels = preprocess(images, self.preprocess, self.clip.vision.image_size())?;
-        let mut x = self.clip.vision.forward(&pixels)?;
+        let mut x = self.clip.vision.forward(&self.preprocessor.apply(images)?)?;
         if self.normalize {
             x = unit_norm(&x)?;
         }
@@ -51,7 +51,7 @@ impl Reward for ClipHead {
     }
 
     fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
-        let pixels = preprocess(&Value::constant(images), self.preprocess, self.clip.vision.image_size())?;
+        let pixels = self.preprocessor.apply(&Value::constant(images))?;
         Ok(Some(unit_norm(&self.clip.vision.forward(&pixels)?)?.into_tensor()))
     }
 }
@@ -60,7 +60,7 @@ impl Reward for ClipHead {
 /// `sac+logos+ava1-l14-linearMSE.pth`.
 pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
     let file = resolve_file(&config.head, "aesthetic-model.pth")?;
-    let weights = Weights::open_file(&file)?.on(&towers.compute);
+    let weights = Weights::open_file(&file)?.on(&towers.compute.in_f32());
     let mut layers: Vec<(usize, String)> = weights
         .names()
         .iter()
@@ -76,13 +76,8 @@ pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result
     let layers: Vec<HeadLayer> = layers.into_iter().map(|(_, name)| HeadLayer::Linear(name)).collect();
     let clip = towers.get(&config.clip)?;
     let head = head(&weights, &layers, clip.vision.embed_dim())?;
-    Ok(Box::new(ClipHead {
-        clip,
-        head,
-        preprocess: config.preprocess,
-        normalize: true,
-        objective: Objective::of(config.target),
-    }))
+    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
+    Ok(Box::new(ClipHead { clip, head, preprocessor, normalize: true, objective: Objective::of(config.target) }))
 }
 
 /// The LAION predictor's shapes on any tower, its numbers from `weights`: for measuring.
@@ -95,25 +90,21 @@ pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) 
         head.push(Layer::Linear(Linear::new(&w.get("weight", &[outputs, features])?, Some(bias))?));
         features = outputs;
     }
-    Ok(Box::new(ClipHead {
-        clip,
-        head,
-        preprocess: Preprocess::Alignprop,
-        normalize: true,
-        objective: Objective::Target(target),
-    }))
+    let preprocessor = Preprocessor::new(Preprocess::Alignprop, clip.vision.image_size(), weights.compute().device())?;
+    Ok(Box::new(ClipHead { clip, head, preprocessor, normalize: true, objective: Objective::Target(target) }))
 }
 
 /// Any head that the config describes.
 pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
     ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");
-    let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute);
+    let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute.in_f32());
     let clip = towers.get(&config.clip)?;
     let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
+    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
     Ok(Box::new(ClipHead {
         clip,
         head,
-        preprocess: config.preprocess,
+        preprocessor,
         normalize: config.normalize,
         objective: Objective::of(config.target),
     }))

@@ -23,7 +23,7 @@ use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
 pub use jpeg::{jpeg_bytes, to_bytes};
-pub use preprocess::{Filter, preprocess, resize_matrix};
+pub use preprocess::{Filter, Preprocessor, resize_matrix};
 
 /// A differentiable score of images.
 pub trait Reward: Sync {
@@ -140,12 +140,12 @@ impl Rewards {
         Self::load_on(config, tokenizer, &Compute::cpu())
     }
 
-    /// As [`Self::load`], for another device. Rewards compute in f32 everywhere.
+    /// As [`Self::load`], for another device. The towers compute in `compute`'s precision for rewards, all else in f32.
     ///
     /// # Errors
     /// As there.
     pub fn load_on(config: &RewardsConfig, tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Self> {
-        let compute = &compute.in_f32();
+        let compute = &compute.for_rewards();
         let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
         let mut push = |name, weight, reward: Result<Box<dyn Reward>>| -> Result<()> {
@@ -194,7 +194,7 @@ impl Rewards {
         Ok(Self(rewards))
     }
 
-    /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights`: for measuring.
+    /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights` (f32): for measuring.
     pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
         let reward = clip_head::aesthetic_shapes(Arc::new(clip), weights, target)?;
         Ok(Self(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, reward }]))
@@ -329,5 +329,72 @@ impl Towers {
         let clip = Arc::new(Clip::load_transformers(&Source::open(model)?, text, &self.compute)?);
         self.loaded.insert(model.to_owned(), clip.clone());
         Ok(clip)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Precision};
+    use crate::ops::is_finite;
+    use crate::ops::testing::{Case, relative_error};
+
+    const PROMPT: &str = "a 3d cat at sunset";
+
+    /// The embedded rewards, a cosine and a head, in one precision.
+    fn embedded(precision: Precision) -> Rewards {
+        let settings = ["reward.aesthetic.clip='assets/emoji-aesthetic'", "reward.aesthetic.weight=0.01"];
+        let head = "reward.aesthetic.head='assets/emoji-aesthetic/aesthetic_head.safetensors'";
+        let settings: Vec<String> = settings.into_iter().chain([head]).map(String::from).collect();
+        let config = Config::parse(include_str!("../../configs/emoji.toml"), "emoji.toml", &settings).unwrap();
+        let source = Source::open("assets/emoji-sd").unwrap().sub("tokenizer");
+        let compute = Compute::open_any("cpu", Some(precision), false).unwrap();
+        Rewards::load_on(&config.reward, &Arc::new(ClipTokenizer::load(&source).unwrap()), &compute).unwrap()
+    }
+
+    /// A picture of blocks, (1, 3, 64, 64).
+    fn picture() -> Tensor {
+        let blocks = (Case::normal(&[1, 3, 8, 8], 1) * 0.4).unwrap().to_dtype(DType::F32).unwrap();
+        blocks.upsample_nearest2d(64, 64).unwrap()
+    }
+
+    fn judged(rewards: &Rewards, scale: f64) -> (Vec<f64>, Tensor) {
+        let noted = |ledger: &mut Ledger| rewards.scores_and_gradient(&picture(), PROMPT, scale, ledger);
+        let ((scores, d_image), readings) = Ledger::around(noted).unwrap();
+        (scores.get(&readings), d_image)
+    }
+
+    #[test]
+    fn towers_in_half_precision_score_and_pull_as_in_f32() {
+        let (scores, d_image) = judged(&embedded(Precision::F32), 1.0);
+        for (precision, bound, d_bound) in [(Precision::Bf16, 2e-2, 1e-1), (Precision::F16, 2e-3, 2e-2)] {
+            let rewards = embedded(precision);
+            let (found, d_found) = judged(&rewards, 1.0);
+            for (found, expected) in found.iter().zip(&scores) {
+                let error = (found - expected).abs(); // a cosine, and a score from 0 to 9
+                assert!(error > 0.0 && error < bound, "{precision:?}: {found} for {expected}");
+            }
+            assert_eq!(d_found.dtype(), DType::F32);
+            let error = relative_error(&d_found, &d_image);
+            assert!(error > 1e-4 && error < d_bound, "{precision:?}: {error}");
+            // what is reported beside training is scored by the same towers
+            assert_eq!(rewards.scores(&picture(), PROMPT).unwrap(), found);
+            assert_eq!(rewards.embedding(&picture()).unwrap().unwrap().dtype(), DType::F32);
+        }
+    }
+
+    #[test]
+    fn the_gradient_of_a_small_or_scaled_loss_has_the_same_bits() {
+        let bits = |d: &Tensor| d.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for precision in [Precision::Bf16, Precision::F16] {
+            let rewards = embedded(precision);
+            let (_, d_image) = judged(&rewards, 1.0);
+            // a mean over a large batch; a loss scale
+            for scale in [f64::powi(2.0, -30), 65536.0] {
+                let (_, scaled) = judged(&rewards, scale);
+                assert_eq!(bits(&(scaled * (1.0 / scale)).unwrap()), bits(&d_image), "{precision:?}, {scale}");
+            }
+            assert!(!is_finite(&judged(&rewards, 1e45).1).unwrap(), "{precision:?}");
+        }
     }
 }

@@ -1,5 +1,8 @@
 //! From a generated image to a CLIP tower's pixels, differentiably.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
@@ -13,34 +16,91 @@ use crate::ops::device::upload;
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 const STD: [f32; 3] = [0.268_629_55, 0.261_302_6, 0.275_777_1];
 
-/// images (B, 3, H, W) in [-1, 1] -> normalised pixels (B, 3, side, side).
-pub fn preprocess(images: &Value, method: Preprocess, side: usize) -> Result<Value> {
-    let x = activation(images, Activation::UnitRange)?;
-    let (_, _, h, w) = x.tensor().dims4()?;
-    let x = match method {
-        Preprocess::Alignprop => {
-            // torchvision's resize of the short side, then its centre crop
-            let short = h.min(w);
-            let long = |n: usize| if n == short { side } else { side * n / short };
-            let x = resize(&x, long(h), long(w), Filter::Bilinear)?;
-            let offset = |n: usize| ((n - side) as f64 / 2.0).round_ties_even() as usize;
-            x.narrow(2, offset(long(h)), side)?.narrow(3, offset(long(w)), side)?
+/// From images (B, 3, H, W) in [-1, 1] to normalised pixels (B, 3, side, side), in f32.
+pub struct Preprocessor {
+    method: Preprocess,
+    side: usize,
+    /// (1, 3, 1, 1)
+    scale: Tensor,
+    /// (1, 3, 1, 1)
+    offset: Tensor,
+    /// The matrices that took (inputs) to (outputs) so far: a run's images have one size.
+    resizes: Mutex<HashMap<(usize, usize), Linear>>,
+}
+
+impl Preprocessor {
+    /// For images on `device` and a tower that takes `side` by `side` pixels.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn new(method: Preprocess, side: usize, device: &Device) -> Result<Self> {
+        let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), device);
+        Ok(Self {
+            method,
+            side,
+            scale: per_channel(STD.map(|s| 1.0 / s))?,
+            offset: per_channel([0, 1, 2].map(|c| -MEAN[c] / STD[c]))?,
+            resizes: Mutex::default(),
+        })
+    }
+
+    /// The pixels of images.
+    pub fn apply(&self, images: &Value) -> Result<Value> {
+        let (x, side) = (activation(images, Activation::UnitRange)?, self.side);
+        let (_, _, h, w) = x.tensor().dims4()?;
+        let x = match self.method {
+            Preprocess::Alignprop => {
+                // torchvision's resize of the short side, then its centre crop
+                let short = h.min(w);
+                let long = |n: usize| if n == short { side } else { side * n / short };
+                let x = self.resize(&x, long(h), long(w))?;
+                let offset = |n: usize| ((n - side) as f64 / 2.0).round_ties_even() as usize;
+                x.narrow(2, offset(long(h)), side)?.narrow(3, offset(long(w)), side)?
+            }
+            Preprocess::Hpsv2Official => {
+                // open_clip's resize of the longest side, bicubic, and black around it
+                let scale = side as f64 / h.max(w) as f64;
+                let scaled = |n: usize| ((n as f64 * scale).round_ties_even() as usize).clamp(1, side);
+                let x = self.resize(&x, scaled(h), scaled(w))?;
+                // bicubic overshoots; an 8-bit image cannot
+                let x = activation(&x.affine(2.0, -1.0)?, Activation::UnitRange)?;
+                pad(&x, side, side)?
+            }
+            Preprocess::Squash => self.resize(&x, side, side)?,
+        };
+        Ok(x.mul_constant(&self.scale)?.add_constant(&self.offset)?)
+    }
+
+    /// (B, C, H, W) -> (B, C, height, width): one matrix product for each axis, so the gradient is their transpose.
+    fn resize(&self, x: &Value, height: usize, width: usize) -> Result<Value> {
+        let (_, _, h, w) = x.tensor().dims4()?;
+        let mut x = x.clone();
+        if w != width {
+            x = self.matrix(w, width)?.forward(&x)?;
         }
-        Preprocess::Hpsv2Official => {
-            // open_clip's resize of the longest side, bicubic, and black around it
-            let scale = side as f64 / h.max(w) as f64;
-            let scaled = |n: usize| ((n as f64 * scale).round_ties_even() as usize).clamp(1, side);
-            let (height, width) = (scaled(h), scaled(w));
-            let x = resize(&x, height, width, Filter::Bicubic)?;
-            // bicubic overshoots; an 8-bit image cannot
-            let x = activation(&x.affine(2.0, -1.0)?, Activation::UnitRange)?;
-            pad(&x, side, side)?
+        if h != height {
+            x = x.permute(&[0, 1, 3, 2])?;
+            x = self.matrix(h, height)?.forward(&x)?;
+            x = x.permute(&[0, 1, 3, 2])?;
         }
-        Preprocess::Squash => resize(&x, side, side, Filter::Bilinear)?,
-    };
-    let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), images.tensor().device());
-    let offset = [0, 1, 2].map(|c| -MEAN[c] / STD[c]);
-    Ok(x.mul_constant(&per_channel(STD.map(|s| 1.0 / s))?)?.add_constant(&per_channel(offset)?)?)
+        Ok(x)
+    }
+
+    /// Made once, and uploaded once where images are on a GPU.
+    fn matrix(&self, inputs: usize, outputs: usize) -> Result<Linear> {
+        let mut resizes = self.resizes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = resizes.get(&(inputs, outputs)) {
+            return Ok(made.clone());
+        }
+        let filter = match self.method {
+            Preprocess::Hpsv2Official => Filter::Bicubic,
+            Preprocess::Alignprop | Preprocess::Squash => Filter::Bilinear,
+        };
+        let matrix = upload(&resize_matrix(inputs, outputs, filter)?, self.scale.device())?;
+        let made = Linear::new(&matrix, None)?;
+        resizes.insert((inputs, outputs), made.clone());
+        Ok(made)
+    }
 }
 
 /// Zeros around the image, as evenly as it goes.
@@ -100,21 +160,6 @@ pub fn resize_matrix(inputs: usize, outputs: usize, filter: Filter) -> candle_co
     Tensor::from_vec(matrix, (outputs, inputs), &Device::Cpu)
 }
 
-/// (B, C, H, W) -> (B, C, height, width): one matrix product for each axis, so the gradient is their transpose.
-fn resize(x: &Value, height: usize, width: usize, filter: Filter) -> Result<Value> {
-    let (_, _, h, w) = x.tensor().dims4()?;
-    let (mut x, device) = (x.clone(), x.tensor().device());
-    if w != width {
-        x = Linear::new(&upload(&resize_matrix(w, width, filter)?, device)?, None)?.forward(&x)?;
-    }
-    if h != height {
-        x = x.permute(&[0, 1, 3, 2])?;
-        x = Linear::new(&upload(&resize_matrix(h, height, filter)?, device)?, None)?.forward(&x)?;
-        x = x.permute(&[0, 1, 3, 2])?;
-    }
-    Ok(x)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,14 +190,15 @@ mod tests {
                 let images = (Case::normal(&[1, 3, h, w], 1) * 0.3).unwrap().to_dtype(DType::F32).unwrap();
                 let tape = Tape::new();
                 let leaf = tape.leaf(&images);
-                let pixels = preprocess(&leaf, method, 16).unwrap();
+                let preprocessor = Preprocessor::new(method, 16, &Device::Cpu).unwrap();
+                let pixels = preprocessor.apply(&leaf).unwrap();
                 assert_eq!(pixels.dims(), [1, 3, 16, 16]);
                 let d = Case::normal(&[1, 3, 16, 16], 2).to_dtype(DType::F32).unwrap();
                 let gradient = tape.backward(&[(&pixels, &d)]).unwrap().take(&leaf, "image").unwrap();
                 // a finite difference along the gradient itself; the map is linear away from the clamps
                 let step = (&gradient * 1e-3).unwrap();
                 let value = |x: Tensor| {
-                    let p = preprocess(&Value::from(x), method, 16).unwrap().into_tensor();
+                    let p = preprocessor.apply(&Value::from(x)).unwrap().into_tensor();
                     (p * &d).unwrap().to_dtype(DType::F64).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
                 };
                 let numeric = (value((&images + &step).unwrap()) - value((&images - &step).unwrap())) / 2e-3;
@@ -163,9 +209,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_of_one_size_does_not_change_another() {
+        for method in [Preprocess::Alignprop, Preprocess::Hpsv2Official, Preprocess::Squash] {
+            let new = || Preprocessor::new(method, 16, &Device::Cpu).unwrap();
+            let kept = new();
+            for (h, w) in [(20, 31), (31, 20), (20, 31), (24, 24)] {
+                let images = Value::from(Case::normal(&[1, 3, h, w], 1).to_dtype(DType::F32).unwrap());
+                let pixels = |preprocessor: &Preprocessor| preprocessor.apply(&images).unwrap().into_tensor();
+                assert_eq!(relative_error(&pixels(&kept), &pixels(&new())), 0.0, "{method:?} {h}x{w}");
+            }
+        }
+    }
+
+    #[test]
     fn alignprop_leaves_an_image_of_the_right_size_alone() {
         let images = (Case::normal(&[1, 3, 16, 16], 1) * 0.2).unwrap().to_dtype(DType::F32).unwrap();
-        let pixels = preprocess(&Value::constant(&images), Preprocess::Alignprop, 16).unwrap().into_tensor();
+        let preprocessor = Preprocessor::new(Preprocess::Alignprop, 16, &Device::Cpu).unwrap();
+        let pixels = preprocessor.apply(&Value::constant(&images)).unwrap().into_tensor();
         let mean = Tensor::new(&MEAN, &Device::Cpu).unwrap().reshape((1, 3, 1, 1)).unwrap();
         let std = Tensor::new(&STD, &Device::Cpu).unwrap().reshape((1, 3, 1, 1)).unwrap();
         let expected = images

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-use super::{Objective, Reward, Towers, preprocess};
+use super::{Objective, Preprocessor, Reward, Towers};
 use crate::config::{HpsConfig, Preprocess};
 use crate::models::clip::{Clip, OpenClipConfig};
 use crate::models::tokenizer::ClipTokenizer;
@@ -21,20 +21,27 @@ struct TextImage {
     tokenizer: Arc<ClipTokenizer>,
     /// open_clip pads with zeros.
     open_clip: bool,
-    preprocess: Preprocess,
+    preprocessor: Preprocessor,
     /// Embeddings of the prompts seen so far: a run has few prompts and asks for each many times.
     embedded: Mutex<HashMap<String, Tensor>>,
 }
 
 impl TextImage {
-    fn new(clip: Arc<Clip>, tokenizer: Arc<ClipTokenizer>, open_clip: bool, preprocess: Preprocess) -> Result<Self> {
+    fn new(
+        clip: Arc<Clip>,
+        tokenizer: Arc<ClipTokenizer>,
+        open_clip: bool,
+        preprocess: Preprocess,
+        compute: &Compute,
+    ) -> Result<Self> {
         let vocabulary = clip.text.as_ref().context("the model has no text tower")?.vocab_size();
         ensure!(
             tokenizer.vocab_size() == vocabulary,
             "the reward model reads {vocabulary} token ids and the tokenizer has {}: set its `tokenizer` to a tokenizer.json of the reward model",
             tokenizer.vocab_size()
         );
-        Ok(Self { clip, tokenizer, open_clip, preprocess, embedded: Mutex::default() })
+        let preprocessor = Preprocessor::new(preprocess, clip.vision.image_size(), compute.device())?;
+        Ok(Self { clip, tokenizer, open_clip, preprocessor, embedded: Mutex::default() })
     }
 
     fn text(&self, prompt: &str) -> Result<Tensor> {
@@ -52,8 +59,7 @@ impl TextImage {
 
 impl Reward for TextImage {
     fn score(&self, images: &Value, prompts: &[String]) -> Result<Value> {
-        let pixels = preprocess(images, self.preprocess, self.clip.vision.image_size())?;
-        let image = self.clip.image_embeds(&pixels)?;
+        let image = self.clip.image_embeds(&self.preprocessor.apply(images)?)?;
         let text = prompts.iter().map(|prompt| self.text(prompt)).collect::<Result<Vec<_>>>()?;
         let text = Tensor::cat(&text, 0)?;
         Ok(row_dots(&image, &text)?)
@@ -64,7 +70,7 @@ impl Reward for TextImage {
     }
 
     fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
-        let pixels = preprocess(&Value::constant(images), self.preprocess, self.clip.vision.image_size())?;
+        let pixels = self.preprocessor.apply(&Value::constant(images))?;
         Ok(Some(self.clip.image_embeds(&pixels)?.into_tensor()))
     }
 }
@@ -97,7 +103,7 @@ pub(super) fn hps(
     };
     let clip = Arc::new(Clip::load_open_clip(&weights, &architecture)?);
     let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
-    Ok(Box::new(TextImage::new(clip, tokenizer, true, config.preprocess)?))
+    Ok(Box::new(TextImage::new(clip, tokenizer, true, config.preprocess, compute)?))
 }
 
 /// A transformers CLIPModel: CLIP score, PickScore.
@@ -110,7 +116,7 @@ pub(super) fn clip_score(
 ) -> Result<Box<dyn Reward>> {
     let clip = towers.get(model)?;
     let tokenizer = tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?;
-    Ok(Box::new(TextImage::new(clip, tokenizer, false, preprocess)?))
+    Ok(Box::new(TextImage::new(clip, tokenizer, false, preprocess, &towers.compute)?))
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.

@@ -7,7 +7,9 @@
 //! ```text
 //! peak of a UNet evaluation = fixed + batch · (per image + per latent pixel · h w)     twice with guidance
 //! what a stored step keeps  = fixed + batch · (per image + per latent pixel · h w)     twice with guidance
-//! peak of an image          = fixed + per latent pixel · h w                       one at a time, whatever the batch
+//! peak of an image          = the larger of two, one image at a time, whatever the batch:
+//!     with its reward       = fixed + per latent pixel · h w                       a tower's own part does not grow
+//!     of the decoder alone  = fixed + per latent pixel · h w                       what its way back adds does
 //! peak of the run           = what is loaded + trajectory + the largest of: a UNet evaluation;
 //!                             all stored steps + an image; all stored steps + what the way back through one adds
 //! ```
@@ -133,23 +135,28 @@ impl Parts<'_> {
             self.unet_peak(large, 1, checkpointing)?,
             self.image_peak(small, checkpointing)?,
             self.image_peak(large, checkpointing)?,
+            self.decoder_peak(small, checkpointing)?,
+            self.decoder_peak(large, checkpointing)?,
         ];
         let stored = [(small, 1), (small, 2), (large, 1)];
         let stored = stored.map(|(sides, batch)| self.stored(sides, batch, checkpointing));
-        let [one, two, of_large, image, large_image] = peaks.map(|rise| rise.least);
+        let [one, two, of_large, image, large_image, decoder, large_decoder] = peaks.map(|rise| rise.least);
         let [stored, stored_two, stored_large] = stored;
         let small = (small.0 * small.1) as f64;
         let evaluation = |[one, two, large]: [f64; 3]| {
             let (image, pixel) = (two - one, (large - one) / pixels);
             Evaluation { fixed: one - image, image: image - pixel * small, pixel }
         };
-        let image_pixel = (large_image - image) / pixels;
+        let line = |of_small: f64, of_large: f64| {
+            let pixel = (of_large - of_small) / pixels;
+            Line { fixed: of_small - pixel * small, pixel }
+        };
         Ok(Costs {
             loaded: self.meter().live()? as f64 + peaks.iter().map(|rise| rise.spread).fold(0.0, f64::max),
             unet: evaluation([one, two, of_large]),
             stored: evaluation([stored?, stored_two?, stored_large?]),
-            image_fixed: image - image_pixel * small,
-            image_pixel,
+            image: line(image, large_image),
+            decoder: line(decoder, large_decoder),
         })
     }
 
@@ -207,6 +214,15 @@ impl Parts<'_> {
         })
     }
 
+    fn decoder_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
+        let latents = self.latents(sides, 1)?;
+        rise(self.meter(), || {
+            let decoded = self.vae.trace(&latents, checkpointing)?;
+            let cotangent = decoded.image().clone();
+            decoded.pull(&cotangent)
+        })
+    }
+
     /// The peak of a run with micro-batches of `batch` images and `stored_steps` steps that are not evaluated again.
     pub fn estimate(&self, costs: &Costs, batch: usize, stored_steps: usize) -> Estimate {
         let (channels, h, w) = self.latent_shape;
@@ -218,7 +234,7 @@ impl Parts<'_> {
             unet: self.branches() * costs.unet.of(batch, pixels),
             stored_step: self.prompting.branches() * costs.stored.of(batch, pixels),
             stored_steps,
-            image: costs.image_fixed + costs.image_pixel * pixels,
+            image: costs.image.of(pixels).max(costs.decoder.of(pixels)),
         }
     }
 }
@@ -263,8 +279,22 @@ pub struct Costs {
     unet: Evaluation,
     /// What one that is stored keeps, of one branch.
     stored: Evaluation,
-    image_fixed: f64,
-    image_pixel: f64,
+    /// The peak of an image with its reward.
+    image: Line,
+    /// That of the decoder alone.
+    decoder: Line,
+}
+
+/// Bytes that grow with the pixels.
+struct Line {
+    fixed: f64,
+    pixel: f64,
+}
+
+impl Line {
+    fn of(&self, pixels: f64) -> f64 {
+        self.fixed + self.pixel * pixels
+    }
 }
 
 /// Bytes of UNet evaluations, whatever their size.

@@ -320,8 +320,11 @@ mod tests {
     use super::super::start;
     use super::*;
     use crate::commands::experiment::EMBEDDED;
+    use crate::config::Precision;
     use crate::diffusion::Noise;
     use crate::ops::device::Compute;
+    use crate::ops::testing::relative_error;
+    use candle_core::Tensor;
 
     /// An experiment with all that is read of a step: two micro-batches, several rewards, one of them with a stand-in and a
     /// cap, the pull towards the base model.
@@ -339,11 +342,21 @@ mod tests {
 
     /// One step from the start with this ledger, and the state after it.
     fn step(settings: &[&str], lr: f64, first: f32, ledger: Ledger) -> (Result<Outcome>, Checkpoint, Checkpoint) {
+        step_on(&Compute::cpu(), settings, lr, first, ledger)
+    }
+
+    fn step_on(
+        compute: &Compute,
+        settings: &[&str],
+        lr: f64,
+        first: f32,
+        ledger: Ledger,
+    ) -> (Result<Outcome>, Checkpoint, Checkpoint) {
         let settings: Vec<String> = SETTINGS.iter().chain(settings).map(|set| (*set).to_owned()).collect();
         let mut config = Config::parse(EMBEDDED.0, EMBEDDED.1, &settings).unwrap();
-        let (compute, noise) = (Compute::cpu(), Noise::new(1));
-        let model = Model::load(&config, &compute).unwrap();
-        let rewards = Rewards::load(&config.reward, &model.pipeline.tokenizer).unwrap();
+        let noise = Noise::new(1);
+        let model = Model::load(&config, compute).unwrap();
+        let rewards = Rewards::load_on(&config.reward, &model.pipeline.tokenizer, compute).unwrap();
         let rewards = rewards.with_caps(&config.regularization.reward_cap);
         let prompts = config.prompts.load().unwrap();
         let mut before = start(&mut config, &model, &noise).unwrap();
@@ -386,6 +399,31 @@ mod tests {
                 ((mean_scores, std_scores), (loss, grad_norm, distance, kept_steps), bits(&after))
             };
             assert_eq!(run(Ledger::default()), run(Ledger::always_later()));
+        }
+    }
+
+    /// The loss scale of f16 goes in with the scores' cotangents and comes out of the adapters' gradients.
+    #[test]
+    fn a_step_in_half_precision_is_near_that_in_f32() {
+        let run = |precision| {
+            let compute = Compute::open_any("cpu", Some(precision), false).unwrap();
+            // a loss whose gradients f16 would lose without a scale
+            let (outcome, before, after) =
+                step_on(&compute, &["optimizer.loss_coeff=1e-5"], 1e-3, 0.0, Ledger::default());
+            assert_eq!(before.loss_scale.is_some(), precision == Precision::F16);
+            let outcome = outcome.unwrap();
+            (outcome.mean_scores[0], outcome.grad_norm, after.optimizer.moments)
+        };
+        let (score, norm, moments) = run(Precision::F32);
+        for (precision, bound) in [(Precision::Bf16, 1e-1), (Precision::F16, 2e-2)] {
+            let (found, found_norm, found_moments) = run(precision);
+            assert!((found / score - 1.0).abs() < bound / 10.0, "{precision:?}: score {found} for {score}");
+            assert!((found_norm / norm - 1.0).abs() < bound, "{precision:?}: norm {found_norm:e} for {norm:e}");
+            let flat = |moments: &[(Tensor, Tensor)]| {
+                Tensor::cat(&moments.iter().map(|(m, _)| m.flatten_all().unwrap()).collect::<Vec<_>>(), 0).unwrap()
+            };
+            let error = relative_error(&flat(&found_moments), &flat(&moments));
+            assert!(error > 0.0 && error < 2.0 * bound, "{precision:?}: {error}");
         }
     }
 

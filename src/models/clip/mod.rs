@@ -1,10 +1,11 @@
 //! CLIP (Radford et al. 2021): text and vision towers with their projections, from the layout of transformers or of
-//! open_clip. Frozen; images are differentiable.
+//! open_clip. Frozen; images are differentiable. Inside, a tower computes in the number format of its weights; pixels and
+//! embeddings are f32, and so is all that is made of them.
 
 mod towers;
 
 use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 use towers::{Layout, TowerConfig};
@@ -283,18 +284,18 @@ impl Clip {
         })
     }
 
-    /// Unit image embeddings, (B, D), of preprocessed pixels (B, 3, S, S).
+    /// Unit image embeddings, (B, D), of preprocessed pixels (B, 3, S, S); both in f32.
     pub fn image_embeds(&self, pixels: &Value) -> Result<Value> {
         Ok(unit_norm(&self.vision.forward(pixels)?)?)
     }
 
-    /// Unit text embeddings, (B, D), of token ids.
+    /// Unit text embeddings, (B, D) in f32, of token ids.
     ///
     /// # Errors
     /// The text tower was not loaded, or an id lies outside its vocabulary.
     pub fn text_embeds(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
         let tower = self.text.as_ref().context("this CLIP model was loaded without its text tower")?;
-        Ok(unit_norm(&Value::from(tower.pooled(ids)?))?.into_tensor())
+        Ok(unit_norm(&Value::from(tower.pooled(ids)?.to_dtype(DType::F32)?))?.into_tensor())
     }
 }
 

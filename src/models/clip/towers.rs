@@ -1,12 +1,12 @@
 //! The transformer that all of CLIP's towers are, and what each puts around it.
 
 use anyhow::{Result, bail};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use crate::models::Weights;
 use crate::models::parameters::{layer_norm, linear};
 use crate::nn::layers::{activation, dot_product_attention};
-use crate::nn::{LayerNorm, Linear, Value};
+use crate::nn::{LayerNorm, Linear, Value, computed_in};
 use crate::ops::activation::Activation;
 use crate::ops::attention::Heads;
 
@@ -251,7 +251,9 @@ pub struct VisionTower {
     patch_size: usize,
     /// (C, 3 · patch · patch)
     patch_embedding: Linear,
+    /// (1, C)
     class_embedding: Tensor,
+    /// One row for the class token and one for each patch, ((1 + patches) · C)
     positions: Tensor,
     pre_norm: LayerNorm,
     transformer: Transformer,
@@ -286,8 +288,8 @@ impl VisionTower {
                         &m.get("embeddings.patch_embedding.weight", &kernel)?.reshape(flat)?,
                         None,
                     )?,
-                    class_embedding: m.get("embeddings.class_embedding", &[c])?,
-                    positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?,
+                    class_embedding: m.get("embeddings.class_embedding", &[c])?.reshape((1, c))?,
+                    positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?.flatten_all()?,
                     pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
                     transformer: Transformer::load(&m.pp("encoder"), config, layout, false)?,
                     post_norm: layer_norm(&m.pp("post_layernorm"), c, config.eps)?,
@@ -300,8 +302,8 @@ impl VisionTower {
                     image_size,
                     patch_size,
                     patch_embedding: Linear::new(&m.get("conv1.weight", &kernel)?.reshape(flat)?, None)?,
-                    class_embedding: m.get("class_embedding", &[c])?,
-                    positions: m.get("positional_embedding", &[patches + 1, c])?,
+                    class_embedding: m.get("class_embedding", &[c])?.reshape((1, c))?,
+                    positions: m.get("positional_embedding", &[patches + 1, c])?.flatten_all()?,
                     pre_norm: layer_norm(&m.pp("ln_pre"), c, config.eps)?,
                     transformer: Transformer::load(&m.pp("transformer"), config, layout, false)?,
                     post_norm: layer_norm(&m.pp("ln_post"), c, config.eps)?,
@@ -320,33 +322,31 @@ impl VisionTower {
         self.projection.out_features()
     }
 
-    /// Projected image features (B, D), not normalised, of pixels (B, 3, S, S).
+    /// Projected image features (B, D), not normalised, of pixels (B, 3, S, S); both in f32.
     pub fn forward(&self, pixels: &Value) -> Result<Value> {
-        let (b, channels, h, w) = pixels.tensor().dims4()?;
-        let (s, p) = (self.image_size, self.patch_size);
+        let (_, channels, h, w) = pixels.tensor().dims4()?;
+        let s = self.image_size;
         if channels != 3 || h != s || w != s {
             bail!("the vision tower takes 3x{s}x{s} pixels, got {channels}x{h}x{w}");
         }
+        computed_in(self.class_embedding.dtype(), pixels, |pixels| self.features(pixels))
+    }
+
+    /// [`Self::forward`] in the number format of the weights.
+    fn features(&self, pixels: &Value) -> Result<Value> {
+        let (b, _, s, _) = pixels.tensor().dims4()?;
+        let (p, c) = (self.patch_size, self.class_embedding.dims()[1]);
         let side = s / p;
         let patches = pixels.reshape(vec![b, 3, side, p, side, p])?.permute(&[0, 2, 4, 1, 3, 5])?.reshape((
             b,
             side * side,
             3 * p * p,
         ))?;
-        let embedded = self.patch_embedding.forward(&patches)?;
-        // the class token in front: pad one row, then add class and position embeddings as constants
-        let padded = prepend_zero_row(&embedded)?;
-        let c = self.class_embedding.dims()[0];
-        let class = self.class_embedding.reshape((1, c))?.pad_with_zeros(0, 0, side * side)?;
-        let hidden = padded.add_constant(&(class + &self.positions)?)?;
-        let pooled = self.transformer.forward_to_first(self.pre_norm.forward(&hidden)?)?.reshape((b, c))?;
+        let embedded = self.patch_embedding.forward(&patches)?.reshape((b, side * side * c))?;
+        // an image's tokens are one row here, so that the class token goes in front without a kernel of its own
+        let class = Value::from(self.class_embedding.expand((b, c))?.contiguous()?);
+        let tokens = class.concat_last(&embedded)?.add_channels(&self.positions)?.reshape((b, 1 + side * side, c))?;
+        let pooled = self.transformer.forward_to_first(self.pre_norm.forward(&tokens)?)?.reshape((b, c))?;
         Ok(self.projection.forward(&self.post_norm.forward(&pooled)?)?)
     }
-}
-
-/// (B, N, C) -> (B, 1 + N, C) with zeros in front.
-fn prepend_zero_row(x: &Value) -> Result<Value> {
-    let rows = x.dims()[1];
-    let y = x.tensor().pad_with_zeros(D::Minus2, 1, 0)?.contiguous()?;
-    Ok(Value::step([x], y, move |d| Ok([Some(d.narrow(1, 1, rows)?.contiguous()?)])))
 }

@@ -18,17 +18,44 @@ use crate::config::Precision;
 #[derive(Clone, Debug)]
 pub struct Compute {
     device: Device,
+    format: Format,
+    /// The rewards' towers may have another one than the pipeline.
+    rewards: Format,
+    /// Whether repeated evaluations are launched as CUDA graphs.
+    graphs: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Format {
     dtype: DType,
     /// What weights are rounded to before they are stored in `dtype`.
     weights: DType,
-    /// Whether repeated evaluations are launched as CUDA graphs.
-    graphs: bool,
+}
+
+impl Format {
+    fn of(precision: Precision) -> Self {
+        let dtype = match precision {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+            Precision::F16 => DType::F16,
+        };
+        Self { dtype, weights: dtype }
+    }
+
+    /// f32, with weights that are rounded as they are here.
+    fn with_rounded_weights(self) -> Self {
+        Self { dtype: DType::F32, weights: self.dtype }
+    }
 }
 
 impl Compute {
     /// f32 on the CPU.
     pub fn cpu() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, weights: DType::F32, graphs: false }
+        Self::new(Device::Cpu, Precision::F32)
+    }
+
+    fn new(device: Device, precision: Precision) -> Self {
+        Self { device, format: Format::of(precision), rewards: Format::of(precision), graphs: false }
     }
 
     /// `device` is `cpu`, `cuda` or `cuda:N`; without a `precision` the device's own is taken (f32 on the CPU, bf16 on a
@@ -40,7 +67,7 @@ impl Compute {
     pub fn open(device: &str, precision: Option<Precision>, allow_tf32: bool) -> anyhow::Result<Self> {
         let compute = Self::open_any(device, precision, allow_tf32)?;
         anyhow::ensure!(
-            compute.device.is_cuda() || compute.dtype == DType::F32,
+            compute.device.is_cuda() || compute.dtype() == DType::F32,
             "precision {}: the CPU computes in f32 (half-precision weight files are read all the same); use --precision f32",
             compute.precision_name()
         );
@@ -61,12 +88,7 @@ impl Compute {
                 (cuda::open(name, ordinal, allow_tf32)?, Precision::Bf16)
             }
         };
-        let dtype = match precision.unwrap_or(default) {
-            Precision::F32 => DType::F32,
-            Precision::Bf16 => DType::BF16,
-            Precision::F16 => DType::F16,
-        };
-        Ok(Self { device, dtype, weights: dtype, graphs: false })
+        Ok(Self::new(device, precision.unwrap_or(default)))
     }
 
     /// With repeated evaluations as CUDA graphs, on a GPU.
@@ -79,32 +101,53 @@ impl Compute {
         self.graphs
     }
 
+    /// The same with the rewards' towers in another precision; without one they have the pipeline's.
+    ///
+    /// # Errors
+    /// f16 or bf16 on the CPU.
+    pub fn with_rewards_in(self, precision: Option<Precision>) -> anyhow::Result<Self> {
+        let Some(precision) = precision else { return Ok(self) };
+        anyhow::ensure!(
+            self.device.is_cuda() || precision == Precision::F32,
+            "reward precision {}: the CPU computes in f32; use --reward-precision f32, or leave run.reward_precision out",
+            Format::of(precision).dtype.as_str()
+        );
+        Ok(Self { rewards: Format::of(precision), ..self })
+    }
+
     pub fn device(&self) -> &Device {
         &self.device
     }
 
     /// Of weights and activations. Latents, scores, adapters and their gradients are f32 everywhere.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.format.dtype
     }
 
-    /// The same device in f32: what the rewards compute in.
+    /// The same device as the rewards' towers use it.
+    pub fn for_rewards(&self) -> Self {
+        Self { format: self.rewards, ..self.clone() }
+    }
+
+    /// The same device in f32: what is small or must be exact, such as the heads of rewards.
     pub fn in_f32(&self) -> Self {
-        Self { device: self.device.clone(), dtype: DType::F32, weights: DType::F32, graphs: self.graphs }
+        let f32 = Format::of(Precision::F32);
+        Self { format: f32, rewards: f32, ..self.clone() }
     }
 
     /// The same device in f32, with weights that are rounded as they are here: shows what rounding the weights alone does.
     pub fn in_f32_with_rounded_weights(&self) -> Self {
-        Self { weights: self.dtype, ..self.in_f32() }
+        let (format, rewards) = (self.format.with_rounded_weights(), self.rewards.with_rounded_weights());
+        Self { format, rewards, ..self.clone() }
     }
 
     /// `f32`, `bf16` or `f16`.
     pub fn precision_name(&self) -> &'static str {
-        self.dtype.as_str()
+        self.dtype().as_str()
     }
 
     pub fn precision(&self) -> Precision {
-        match self.dtype {
+        match self.dtype() {
             DType::BF16 => Precision::Bf16,
             DType::F16 => Precision::F16,
             _ => Precision::F32,
@@ -114,12 +157,12 @@ impl Compute {
     /// Whether the branches of guidance are one batch. A GPU is the better used the larger its launches are; CPU threads
     /// share two evaluations more evenly than the layers of one.
     pub fn batches_guidance(&self) -> bool {
-        self.device.is_cuda() || self.dtype != DType::F32
+        self.device.is_cuda() || self.dtype() != DType::F32
     }
 
     /// A tensor as weights are here.
     pub fn put(&self, tensor: &Tensor) -> Result<Tensor> {
-        tensor.to_dtype(self.weights)?.to_dtype(self.dtype)?.to_device(&self.device)
+        tensor.to_dtype(self.format.weights)?.to_dtype(self.format.dtype)?.to_device(&self.device)
     }
 
     /// `cpu`, or `NVIDIA H100 80GB HBM3, 79.1 of 79.6 GiB free`.
@@ -220,6 +263,24 @@ mod tests {
             assert!(message.contains("use --precision f32"), "{message}");
             assert!(Compute::open_any("cpu", Some(precision), false).is_ok());
         }
+    }
+
+    #[test]
+    fn rewards_have_the_precision_of_the_run_or_their_own() {
+        let run = Compute::open_any("cpu", Some(Precision::Bf16), false).unwrap();
+        let rewards = |compute: &Compute| (compute.dtype(), compute.for_rewards().dtype());
+        assert_eq!(rewards(&run), (DType::BF16, DType::BF16));
+        assert_eq!(rewards(&run.clone().with_rewards_in(None).unwrap()), (DType::BF16, DType::BF16));
+        assert_eq!(rewards(&run.clone().with_rewards_in(Some(Precision::F32)).unwrap()), (DType::BF16, DType::F32));
+        let message = run.clone().with_rewards_in(Some(Precision::F16)).unwrap_err().to_string();
+        assert!(message.contains("reward precision f16") && message.contains("--reward-precision f32"), "{message}");
+
+        // f32 throughout, with the weights of each rounded as theirs were
+        let third = Tensor::new(&[1f32 / 3.0], &Device::Cpu).unwrap();
+        let kept = |compute: &Compute| compute.put(&third).unwrap().to_vec1::<f32>().unwrap()[0];
+        let rounded = run.with_rewards_in(Some(Precision::F32)).unwrap().in_f32_with_rounded_weights();
+        assert_eq!(rewards(&rounded), (DType::F32, DType::F32));
+        assert_eq!([kept(&rounded), kept(&rounded.for_rewards())], [0.333_984_38, 1.0 / 3.0]);
     }
 
     #[test]

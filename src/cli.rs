@@ -342,8 +342,8 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: String,
 
-    /// Format of weights and activations; without it f32 on the CPU and bf16 on a GPU. The CPU can round to bf16 and f16
-    /// after every operation, as a GPU does
+    /// Format of weights and activations, the rewards' too; without it f32 on the CPU and bf16 on a GPU. The CPU can round
+    /// to bf16 and f16 after every operation, as a GPU does
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<Precision>,
 

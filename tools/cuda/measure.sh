@@ -88,6 +88,8 @@ for precision in f32 f16; do
     part "ours-b1-k1-$precision" "$program" bench --json --arch sd15 --random-weights --device "$device" --precision $precision \
         --size "${size}x$size" $work
 done
+part ours-b1-k1-reward-f32 "$program" bench --json --arch sd15 --random-weights --device "$device" --precision bf16 \
+    --reward-precision f32 --size "${size}x$size" $work
 if [ -n "$peer" ]; then
     part peer-b1-k1-compile "$python" "$peer" --model sd15 --device cuda --dtype bfloat16 --size "$size" "$size" $work --channels-last --compile
 fi

@@ -113,18 +113,35 @@ fi
 
 # one table of it all
 "$python" - "$out" <<'TABLE' | tee -a "$summary"
-import json, pathlib, sys
+import json, pathlib, re, sys
 print(f"{'run':40} {'step s':>9} {'peak MiB':>9} {'TFLOP/s':>8} {'of peak':>8}")
+best = {}  # by work and whose: (least seconds, its run), (least MiB, its run)
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.txt")):
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("{")]
     try:
         r = json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):
         continue
-    if "step_s" in r:
-        tflop = sum(r.get(k, 0) for k in ("rollout_tflop", "kept_steps_tflop", "reward_tflop", "backprop_tflop"))
-        share = f"{r['share_of_peak']:.2f}" if "share_of_peak" in r else "-"
-        rate = f"{tflop / r['step_s']:.0f}" if tflop else "-"
-        print(f"{path.stem:40} {r['step_s']:9.3f} {r.get('allocated_mib') or r.get('peak_mib') or 0:9.0f} {rate:>8} {share:>8}")
+    if "step_s" not in r:
+        continue
+    tflop = sum(r.get(k, 0) for k in ("rollout_tflop", "kept_steps_tflop", "reward_tflop", "backprop_tflop"))
+    share = f"{r['share_of_peak']:.2f}" if "share_of_peak" in r else "-"
+    rate = f"{tflop / r['step_s']:.0f}" if tflop else "-"
+    # what each program's allocator took from the card
+    mib = r.get("peak_mib") or r.get("allocated_mib") or 0
+    print(f"{path.stem:40} {r['step_s']:9.3f} {mib:9.0f} {rate:>8} {share:>8}")
+    # the runs in bf16 with the same work
+    work = re.fullmatch(r"(ours|peer)-(b\d+-k\d+)((?:-stored|-graphs|-block|-channels-last|-checkpoint|-compile)*)", path.stem)
+    if work:
+        found = best.setdefault(work[2], {}).setdefault(work[1], [])
+        found.append((r["step_s"], mib, work[3].lstrip("-") or "plain"))
+print(f"\n{'work':10} {'ours / best peer, time':38} {'ours / best peer, memory':38}")
+for work, runs in sorted(best.items()):
+    if len(runs) == 2:
+        cells = []
+        for key in (0, 1):
+            ours, peer = (min(runs[whose], key=lambda run: run[key]) for whose in ("ours", "peer"))
+            cells.append(f"{ours[key] / peer[key]:.2f} ({ours[2]} / {peer[2]})" if peer[key] else "-")
+        print(f"{work:10} {cells[0]:38} {cells[1]:38}")
 TABLE
 rm -rf "$libraries"

@@ -20,6 +20,6 @@ verify DIR:
 cuda-check:
     tools/cuda/check.sh
 
-# The real CUDA program on a CPU that stands in for a GPU: about half an hour, most of it building.
+# The real CUDA program on a CPU that stands in for a GPU: ten minutes, and as long again to build.
 cuda-standin OUT:
     tools/cuda/standin/check.sh {{OUT}}

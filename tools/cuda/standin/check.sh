@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the real CUDA program on a CPU that stands in for a GPU (build.sh) and compares: the tests that want a GPU, PyTorch's
 # recorded numbers in every number format, a run with CUDA graphs and stored steps with one without, and memory over 100 steps.
-# Takes half an hour on two cores, most of it building.
+# Takes ten minutes on two cores, and the first time as long again to build.
 #
 #   tools/cuda/standin/check.sh OUT_DIR
 #

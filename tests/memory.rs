@@ -13,7 +13,7 @@ use alignprop::lora::Adapters;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::{Pipeline, Source};
 use alignprop::nn::lora::LoraGradients;
-use alignprop::ops::Ledger;
+use alignprop::ops::{Ledger, flops};
 use alignprop::rewards::Rewards;
 use alignprop::training::memory::Parts;
 use alignprop::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
@@ -260,6 +260,32 @@ fn the_estimate_of_an_image_is_near_its_peak_whatever_its_size() {
         eprintln!("{side}: {:.2} MB, estimate {:.2} MB", peak / 1e6, estimate / 1e6);
         assert!((0.95..1.05).contains(&(estimate / peak)), "{side}: {estimate} for {peak}");
     }
+}
+
+/// To the last operation: what the way back saves is what the rollout did for the stored steps.
+#[test]
+fn stored_steps_are_not_evaluated_again() {
+    let _alone = alone();
+    let chain = Chain::new();
+    let plan = Plan::with_mask(&chain.schedule, &[true; STEPS], 1);
+    let (unet, adapters, prompting) = (&chain.pipeline.unet, &chain.adapters, chain.prompting());
+    let x_t = chain.noise.normal_batch(Stream::Latents, 0, 0..1, (4, 24, 20)).unwrap();
+    let run = |stored: usize| {
+        let (recorded, ledger) = (plan.recorded(stored), &mut Ledger::default());
+        let (no_noise, record, x) = (|_| unreachable!(), |i: usize| recorded[i], x_t.clone());
+        let start = flops();
+        let mut trajectory =
+            recorded_rollout(unet, &plan.steps, x, &prompting, adapters, no_noise, record, ledger).unwrap();
+        let (there, mut sum) = (flops(), LoraGradients::new(adapters));
+        let step = Checkpointing::Step;
+        backprop(unet, adapters, &mut trajectory, &plan, &prompting, &x_t, step, &mut sum, ledger).unwrap();
+        (there - start, flops() - there)
+    };
+    let (_, evaluated) = run(0);
+    let (rollout, stored) = run(STEPS);
+    assert!(rollout > 0 && stored > 0);
+    assert_eq!(evaluated - stored, rollout);
+    assert_eq!(evaluated - run(1).1, rollout / STEPS as u64);
 }
 
 /// The peak of a whole `train`, models included.

@@ -10,8 +10,10 @@ use crate::rewards::Rewards;
 use crate::training::Plan;
 use crate::training::memory::{Budget, Estimate, Meter, Parts, Split, fitting, size};
 
-/// The share of what is free that stored steps may fill: on a GPU, which the run has for itself, and of a machine's memory.
-const STORING: (f64, f64) = (0.9, 0.5);
+/// The share of a GPU's free memory that stored steps may fill, which the run has for itself.
+const STORING_ON_GPU: f64 = 0.9;
+/// And of a machine's, which others use too.
+const STORING_ON_HOST: f64 = 0.5;
 
 /// Estimates the run's memory, makes the choice that `checkpointing = "auto"` leaves open (in `config`, so that the run
 /// keeps it), and says both on stderr. `None` where the program's allocator does not count.
@@ -47,7 +49,7 @@ pub(super) fn plan(
     let live = meter.live()? as f64;
     let free = meter.available();
     let budget = given.or_else(|| free.map(|free| free + live));
-    let share = if model.compute().device().is_cpu() { STORING.1 } else { STORING.0 };
+    let share = if model.compute().device().is_cpu() { STORING_ON_HOST } else { STORING_ON_GPU };
     let storing = given.or_else(|| free.map(|free| share * free + live)).unwrap_or(0.0);
     let step = parts.measure(Checkpointing::Step)?;
     let block = match train.checkpointing {

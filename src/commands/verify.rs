@@ -71,8 +71,8 @@ const GPU: Bounds = Bounds {
 
 /// bf16, f16, and f32 with inputs rounded to TF32: 8 to 11 bits of mantissa. On the CPU, rounding every operation to bf16 leaves
 /// the weighty LoRA gradients of a single evaluation cosines of 0.996 and more in the first small set, 0.988 and more in the
-/// second, and the rewards of four sets errors of 0.007 and less in their scores and of 0.046 and less in the images' gradients. [`loosen`] makes the bounds of
-/// chains wider.
+/// second, and the rewards of four sets errors of 0.007 and less in their scores and of 0.046 and less in the images' gradients.
+/// [`loosen`] makes the bounds of chains wider.
 const ROUNDED: Bounds = Bounds {
     parts: 5e-2,
     scores: 2e-2,

@@ -196,7 +196,7 @@ enum Branches {
 }
 
 impl Projected {
-    /// Records the evaluation of latents like x_t, which must have run before, as one launch of a GPU.
+    /// Captures the evaluation of latents like x_t, which must have run before, as one launch of a GPU.
     fn capture(&mut self, unet: &Unet, x_t: &Tensor, timestep: usize, adapters: &Adapters) -> Result<()> {
         match &mut self.branches {
             Branches::One(text) => *text = unet.capture(x_t, timestep, text, adapters)?,
@@ -227,7 +227,7 @@ impl Projected {
     }
 }
 
-/// Steps that must be evaluated for a graph to be recorded: recording launches everything once more.
+/// A graph is captured for more steps than these: the first is evaluated as it is, and the capture takes the host as long.
 const GRAPH_PAYS: usize = 2;
 
 /// The latents of a chain: what each step started from, and what the last one gave.
@@ -274,19 +274,26 @@ pub fn recorded_rollout<'a>(
     let mut predictions = Vec::with_capacity(steps.len());
     let mut recordings = Vec::with_capacity(steps.len());
     let mut x = x_t;
-    let mut projected = prompting.project(unet, adapters)?;
-    // the first step as it is, which makes all that recording may not make
-    let evaluated = (0..steps.len()).filter(|i| !record(*i)).count();
-    let mut recording_pays = unet.compute().graphs() && evaluated > GRAPH_PAYS;
+    // of the steps that are not recorded, which share what the UNet makes of the text
+    let mut evaluated = 0;
+    let mut projected = None;
+    let graph_pays = unet.compute().graphs() && (0..steps.len()).filter(|i| !record(*i)).count() > GRAPH_PAYS;
     for (i, step) in steps.iter().enumerate() {
-        if i > 0 && recording_pays && !record(i - 1) {
-            projected.capture(unet, &x, step.timestep, adapters)?;
-            recording_pays = false;
-        }
         let recording = if record(i) { Some(prompting.record(unet, &x, step.timestep, adapters)?) } else { None };
         let prediction = match &recording {
             Some(recording) => recording.prediction.clone(),
-            None => projected.predict(unet, &x, step.timestep, adapters)?,
+            None => {
+                let mut shared = match projected.take() {
+                    Some(shared) => shared,
+                    None => prompting.project(unet, adapters)?,
+                };
+                // the first one as it is: it makes all that a capture may not make
+                if graph_pays && evaluated == 1 {
+                    shared.capture(unet, &x, step.timestep, adapters)?;
+                }
+                evaluated += 1;
+                projected.insert(shared).predict(unet, &x, step.timestep, adapters)?
+            }
         };
         let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
         let next = step.apply(&x, &prediction, noise.as_ref())?;

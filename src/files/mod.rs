@@ -3,4 +3,7 @@
 pub mod pickle;
 mod write;
 
-pub use write::{SafetensorsEntry, float_bytes, new_folder, replace_file, save_tensors, write_safetensors};
+pub use write::{
+    SafetensorsEntry, UNFINISHED, float_bytes, new_folder, replace_file, save_tensors, sync_folder, write_bytes,
+    write_safetensors,
+};

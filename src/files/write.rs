@@ -12,6 +12,10 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Map, json};
 
+/// How the names of files and folders begin that are not finished: whoever may write beside them removes them when the
+/// process that made them is gone.
+pub const UNFINISHED: &str = ".unfinished-";
+
 /// Replaces a file: a reader, also after a crash, sees the old one or the new one.
 ///
 /// # Errors
@@ -19,7 +23,7 @@ use serde_json::{Map, json};
 pub fn replace_file(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
     let folder = folder_of(path);
     // `make_in`: the umask decides who may read; the default is a file for its owner alone.
-    let temporary = tempfile::Builder::new().prefix(".unfinished-").make_in(folder, |name| File::create_new(name))?;
+    let temporary = tempfile::Builder::new().prefix(UNFINISHED).make_in(folder, |name| File::create_new(name))?;
     let mut out = BufWriter::new(temporary.as_file());
     write(&mut out)?;
     out.flush()?;
@@ -27,6 +31,14 @@ pub fn replace_file(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> Re
     temporary.as_file().sync_all()?;
     temporary.persist(path)?;
     sync_folder(folder)
+}
+
+/// Replaces a file by these bytes, as [`replace_file`] does.
+///
+/// # Errors
+/// The file cannot be written; the error names it.
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace_file(path, |out| Ok(out.write_all(bytes)?)).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Makes a folder: `fill` writes into one of another name, which is renamed when all of it is on disk.
@@ -37,7 +49,7 @@ pub fn new_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result
     check_free(path)?;
     let parent = folder_of(path);
     fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
-    let temporary = tempfile::Builder::new().prefix(".unfinished-").tempdir_in(parent)?;
+    let temporary = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(parent)?;
     let unfinished = temporary.path().join("folder"); // the temporary one is for its owner alone
     fs::create_dir(&unfinished)?;
     fill(&unfinished)?;
@@ -71,9 +83,18 @@ fn sync_all(folder: &Path) -> Result<()> {
     sync_folder(folder)
 }
 
-fn sync_folder(folder: &Path) -> Result<()> {
-    #[cfg(unix)] // elsewhere a folder cannot be opened; the rename itself is then the best there is
-    File::open(folder)?.sync_all()?;
+/// Waits until what was renamed in a folder is on disk, where the file system can say so.
+///
+/// # Errors
+/// The folder is gone or the disk fails.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    // elsewhere a folder cannot be opened; the rename itself is then the best there is
+    #[cfg(unix)]
+    if let Err(error) = File::open(folder)?.sync_all() {
+        // CIFS and some FUSE file systems sync files but no folders: the same holds for them
+        let cannot = [libc::EINVAL, libc::ENOTSUP, libc::EBADF];
+        ensure!(error.raw_os_error().is_some_and(|code| cannot.contains(&code)), error);
+    }
     Ok(())
 }
 
@@ -88,8 +109,8 @@ pub struct SafetensorsEntry {
 /// Length of the header, header, data: one tensor after another, so that a model larger than memory can be written.
 /// `data` gives the little-endian bytes of an entry.
 ///
-/// Not the crate's own writer, whose header follows the random order of a `HashMap`: two equal runs would give
-/// different files.
+/// Not the crate's own writer: it sorts the tensors, but `__metadata__` follows the random order of a `HashMap`, so two
+/// equal runs would give different files; and it wants all tensors at once.
 ///
 /// # Errors
 /// `data` fails or gives bytes of another number than the entry has, or the file cannot be written.

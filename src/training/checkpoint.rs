@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::loss_scale::LossScale;
 use crate::config::OptimizerConfig;
+use crate::files::{UNFINISHED, sync_folder};
 use crate::lora::{Adapters, formats};
 use crate::optim::AdamW;
 
@@ -74,7 +75,7 @@ impl Checkpoint {
             }
             _ => {}
         }
-        let unfinished = parent.join(format!(".unfinished-{}", folder_name(self.step)));
+        let unfinished = parent.join(format!("{UNFINISHED}{}", folder_name(self.step)));
         if unfinished.exists() {
             fs::remove_dir_all(&unfinished)?;
         }
@@ -94,7 +95,7 @@ impl Checkpoint {
         for name in [OPTIMIZER, STATE] {
             File::open(unfinished.join(name))?.sync_all()?;
         }
-        File::open(&unfinished)?.sync_all()?;
+        sync_folder(&unfinished)?;
         let replaced = parent.join(format!(".replaced-{}", folder_name(self.step)));
         if target.exists() {
             fs::rename(target, &replaced)?;
@@ -103,8 +104,7 @@ impl Checkpoint {
         if replaced.exists() {
             fs::remove_dir_all(&replaced)?;
         }
-        File::open(parent)?.sync_all()?;
-        Ok(())
+        sync_folder(parent)
     }
 
     /// Tidies up after a process that was killed while it wrote under `parent`: a checkpoint that was about to be
@@ -122,8 +122,8 @@ impl Checkpoint {
                     && !parent.join(step).exists()
                 {
                     fs::rename(&path, parent.join(step))?;
-                } else if [".unfinished-", ".replaced-", ".removed"].iter().any(|start| name.starts_with(start)) {
-                    fs::remove_dir_all(&path)?;
+                } else if [UNFINISHED, ".replaced-", ".removed"].iter().any(|start| name.starts_with(start)) {
+                    if path.is_dir() { fs::remove_dir_all(&path)? } else { fs::remove_file(&path)? }
                 }
             }
             Ok(())

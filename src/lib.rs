@@ -16,6 +16,7 @@
 //! commands     train, eval, soup, export, sample, runs, verify, bench: recipes, read from top to bottom
 //! cli          the command line
 //! training     rollout, backprop, truncation (which steps keep their gradient), checkpoint, run folder
+//! report       metrics, the best of them, charts, a run's page, pictures, TensorBoard's event files
 //! rewards      the trait, CLIP heads, text-image cosines, preprocessing
 //! diffusion    DDIM schedule, guidance, counted noise
 //! models       hub, single files, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
@@ -42,5 +43,6 @@ pub mod models;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod report;
 pub mod rewards;
 pub mod training;

@@ -8,13 +8,14 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::experiment::{Checkpointed, Model, checkpoint_of};
-use super::{open_for_rewards, pictures};
+use super::open_for_rewards;
 use crate::cli::EvalArgs;
 use crate::config::PromptsConfig;
+use crate::files::write_bytes;
 use crate::lora::Adapters;
+use crate::report::pictures;
 use crate::rewards::Rewards;
 use crate::training::checkpoint::EMA;
-use crate::training::run_folder::write_whole;
 
 /// Pairs in one row of the grid.
 const COLUMNS: usize = 8;
@@ -186,7 +187,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| run.map_or("eval".into(), |run| run.join("eval")));
     pictures::save_png(&columns(&shown)?, &out.join("grid.png"))?;
     let json = out.join("eval.json");
-    write_whole(&json, &serde_json::to_string_pretty(&report)?)?;
+    write_bytes(&json, serde_json::to_string_pretty(&report)?.as_bytes())?;
 
     print_tables(&report);
     println!(

@@ -10,10 +10,7 @@ pub mod train;
 pub mod verify;
 
 mod budget;
-mod chart;
 mod experiment;
-mod pictures;
-mod report;
 
 use anyhow::Result;
 

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use comfy_table::{ContentArrangement, Table, presets};
 
-use super::chart::short;
-use super::report::duration;
 use crate::cli::RunsArgs;
+use crate::report::chart::{duration, short};
+use crate::report::{Best, Metrics, best_to_show, names};
 use crate::training::run_folder::RunFolder;
 
 /// Folders below the given one that are searched.
@@ -56,13 +56,6 @@ struct Run {
     best: Option<Best>,
 }
 
-/// The best evaluation: its score, where it comes from, and its step.
-struct Best {
-    metric: String,
-    score: f64,
-    step: usize,
-}
-
 impl Run {
     fn read(folder: &Path, below: &Path) -> Self {
         let name = folder.strip_prefix(below).unwrap_or(folder).display().to_string();
@@ -77,40 +70,22 @@ impl Run {
                 Err(error) => run.complaint = Some(format!("config.toml: {}", error.message())),
             },
         }
-        let folder = RunFolder::at(folder);
-        let rows = match folder.rows() {
-            Ok(rows) => rows,
+        let metrics = match Metrics::read(&RunFolder::at(folder).metrics_file()) {
+            Ok(metrics) => metrics,
             Err(error) => {
                 run.complaint.get_or_insert(format!("metrics.jsonl: {}", error.root_cause()));
-                Vec::new()
+                return run;
             }
         };
-        run.steps = rows.iter().map(|(step, _)| *step).max().unwrap_or(0);
-        run.seconds = rows.iter().filter_map(|(_, row)| row.get("seconds")?.as_f64()).sum();
+        run.steps = metrics.last_step();
+        run.seconds = metrics.history(names::SECONDS).iter().map(|(_, seconds)| seconds).sum();
         let untrained = |kind: &str| {
             let weight = run.settings.get(&format!("reward.{kind}.weight"));
             weight.is_some_and(|weight| weight.parse() == Ok(0.0))
         };
-        run.best = best(&rows, untrained);
+        run.best = best_to_show(&metrics, untrained);
         run
     }
-}
-
-/// The best held-out score; without one, that of the samples, then that of a training batch, by the first reward that
-/// is trained.
-fn best(
-    rows: &[(usize, serde_json::Map<String, serde_json::Value>)],
-    untrained: impl Fn(&str) -> bool,
-) -> Option<Best> {
-    let keys = || rows.iter().flat_map(|(_, row)| row.keys());
-    let kind = |key: &str| key.rsplit('/').next().unwrap_or_default().to_owned();
-    let is_score = |key: &&String| !key.ends_with("_std") && !key.ends_with("/loss") && !untrained(&kind(key));
-    let of = |prefix: &str| keys().filter(is_score).find(|key| key.starts_with(prefix));
-    let metric =
-        of("guard/held_out").or_else(|| of("guard/reward")).or_else(|| of("sample/")).or_else(|| of("reward/"))?;
-    let scores = rows.iter().filter_map(|(step, row)| Some((*step, row.get(metric)?.as_f64()?)));
-    let (step, score) = scores.max_by(|a, b| a.1.total_cmp(&b.1))?;
-    Some(Best { metric: metric.clone(), score, step })
 }
 
 /// Settings by their full keys.
@@ -196,7 +171,7 @@ mod tests {
                 "\n",
                 r#"{"step":2,"loss":1.0,"reward/hps":0.8,"seconds":120.0}"#,
                 "\n",
-                r#"{"step":2,"sample/hps":0.1}"#,
+                r#"{"step":2,"sample/hps":0.1,"sample/loss":8.0}"#,
                 "\n",
                 r#"{"step":3,"samp"#,
             ),
@@ -218,7 +193,7 @@ mod tests {
         let a = &runs[0];
         assert_eq!((a.steps, a.seconds), (2, 180.0));
         let best = a.best.as_ref().unwrap();
-        assert_eq!((best.metric.as_str(), best.score, best.step), ("sample/hps", 0.2, 1));
+        assert_eq!((best.metric.as_str(), best.score, best.step), ("sample/loss", 8.0, 2));
         assert_eq!(runs[1].best.as_ref().unwrap().metric, "guard/held_out");
         assert!(runs[2].best.is_none() && runs[3].best.is_none());
 

@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
 
 use super::experiment::{DEFAULTS, Drawn, Model, config_of};
-use super::{open_device, pictures};
+use super::open_device;
 use crate::cli::SampleArgs;
 use crate::files;
 use crate::lora::Adapters;
+use crate::report::pictures;
 
 pub fn run(args: &SampleArgs) -> Result<()> {
     let mut config = config_of(args.config.config.as_deref(), &args.config.set, DEFAULTS)?;

@@ -11,20 +11,20 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, json};
 
 use super::experiment::{EMBEDDED, Model, config_of};
-use super::report::write_report;
-use super::{budget, open_for_rewards, pictures};
+use super::{budget, open_for_rewards};
 use crate::cli::TrainArgs;
 use crate::config::{Config, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::optim::{AdamW, learning_rate};
+use crate::report::{Metrics, names, pictures};
 use crate::rewards::Rewards;
 use crate::training::checkpoint::{Checkpoint, EMA};
-use crate::training::guard::{Guard, best_checkpoint};
+use crate::training::guard::Guard;
 use crate::training::health;
 use crate::training::loss_scale::LossScale;
 use crate::training::memory::{self, Estimate, Meter};
-use crate::training::run_folder::RunFolder;
+use crate::training::run_folder::{Run, RunFolder};
 use crate::training::signals::{Interrupt, Interrupted};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
@@ -57,16 +57,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         return Ok(());
     }
     let interrupt = Interrupt::listen()?;
-    let run = match &args.resume {
-        Some(dir) => {
-            let run = RunFolder::open(dir)?;
-            run.recover()?;
-            run.save_config(&config.to_toml()?)?;
-            run.rewind_metrics(state.step)?;
-            run
-        }
-        None => RunFolder::create(&config.run.dir, &config.to_toml()?)?,
+    let mut run = match &args.resume {
+        Some(dir) => Run::resume(dir)?,
+        None => Run::start(&config.run.dir)?,
     };
+    run.save_config(&config.to_toml()?)?;
+    if args.resume.is_some() {
+        run.rewind_metrics(state.step)?;
+    }
     let trainer = Trainer {
         config: &config,
         model: &model,
@@ -76,13 +74,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         noise: &noise,
     };
     let metadata = |step| metadata(&config, &rewards, step);
-    let save = |state: &Checkpoint| -> Result<()> {
-        if !run.checkpoint(state.step).exists() {
-            state.save(&run.checkpoints(), &metadata(state.step)).with_context(|| going_on(&run))?;
-        }
-        Ok(())
-    };
-    save(&state)?; // so that a run can be resumed from its first moment on
+    let save = |run: &Run, state: &Checkpoint| run.save(state, &metadata(state.step)).with_context(|| going_on(run));
+    save(&run, &state)?; // so that a run can be resumed from its first moment on
     let progress = progress_bar(&config, state.step);
     let meter = Meter::of(&compute);
     meter.reset_peak()?;
@@ -92,17 +85,17 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     loop {
         // what belongs to the step that is done; a run that goes on may have been killed before it
         let asked_to_stop = interrupt.received().is_some();
-        if !asked_to_stop && trainer.samples_due(state.step) && !trainer.has_samples(&run, state.step)? {
-            trainer.draw_samples(&run, &state)?;
+        if !asked_to_stop && trainer.samples_due(state.step) && !trainer.has_samples(&run, state.step) {
+            trainer.draw_samples(&mut run, &state)?;
         }
         if let Some(guard) = guard.as_ref().filter(|_| !asked_to_stop) {
-            if guard.due(state.step, config.train.steps) && !Guard::has_evaluated(&run, state.step)? {
-                trainer.evaluate(guard, &run, &state)?;
+            if guard.due(state.step, config.train.steps) && !Guard::has_evaluated(run.metrics(), state.step) {
+                trainer.evaluate(guard, &mut run, &state)?;
             }
-            objection = guard.objection(&run)?;
+            objection = guard.objection(run.metrics());
         }
         if let Some(signal) = interrupt.received() {
-            save(&state)?;
+            save(&run, &state)?;
             progress.finish_and_clear();
             let (step, steps, resume) = (state.step, config.train.steps, run.resume_command());
             return Err(Interrupted { signal, step, steps, resume }.into());
@@ -116,21 +109,21 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         match trainer.scaled_step(&mut state, lr, &progress) {
             Ok(outcome) => {
                 run.log(&outcome.metrics(&rewards, &state, lr, started.elapsed())).with_context(|| going_on(&run))?;
-                progress.set_message(summary(&run, &rewards, &outcome.mean_scores)?);
+                progress.set_message(summary(run.metrics(), &rewards, &outcome.mean_scores));
                 // only now: the last checkpoint has made a finite step
                 trainer.prune(&run)?;
             }
-            Err(error) if health::is_not_a_number(&error) => trainer.skip(&run, &mut state, error, &progress)?,
+            Err(error) if health::is_not_a_number(&error) => trainer.skip(&mut run, &mut state, error, &progress)?,
             Err(error) => return Err(error.context(in_step(state.step + 1, &run))),
         }
         let due = |every: usize| every > 0 && state.step.is_multiple_of(every);
         if due(config.run.save_every) || due(config.guard.every) || state.step == end {
-            save(&state)?;
-            write_report(&run, &config).with_context(|| going_on(&run))?;
+            save(&run, &state)?;
+            run.write_report(&config).with_context(|| going_on(&run))?;
         }
     }
     progress.finish_and_clear();
-    save(&state)?;
+    save(&run, &state)?;
     trainer.prune(&run)?;
     if state.step < config.train.steps && objection.is_none() {
         println!("stopped after step {} of {}; go on with `{}`", state.step, config.train.steps, run.resume_command());
@@ -165,34 +158,33 @@ impl Trainer<'_> {
     ///
     /// # Errors
     /// It was one too many in a row: the last good state is saved.
-    fn skip(&self, run: &RunFolder, state: &mut Checkpoint, error: Error, progress: &ProgressBar) -> Result<()> {
-        let (step, before) = (state.step + 1, health::skipped_in_a_row(run, state.step)?);
+    fn skip(&self, run: &mut Run, state: &mut Checkpoint, error: Error, progress: &ProgressBar) -> Result<()> {
+        let (step, before) = (state.step + 1, health::skipped_in_a_row(run.metrics(), state.step));
         if before >= self.config.train.max_skipped_steps {
             state.step -= before;
-            if !run.checkpoint(state.step).exists() {
-                state.save(&run.checkpoints(), &metadata(self.config, self.rewards, state.step))?;
-            }
+            run.save(state, &metadata(self.config, self.rewards, state.step))?;
             let skipped = if before > 0 { format!(" (the {before} before it were skipped)") } else { String::new() };
             return Err(error.context(format!("{}{skipped}", in_step(step, run))));
         }
         progress.suspend(|| eprintln!("warning: optimizer step {step} is skipped: {error:#}"));
         progress.set_position((step * self.config.train.gradient_accumulation_steps) as u64);
         state.step = step;
-        let entries = [("step", json!(step)), ("skipped", json!(1)), ("cause", json!(format!("{error:#}")))];
+        let entries =
+            [(names::STEP, json!(step)), (names::SKIPPED, json!(1)), (names::CAUSE, json!(format!("{error:#}")))];
         run.log(&entries.map(|(key, value)| (key.to_owned(), value)).into_iter().collect())
     }
 
     /// Removes old checkpoints, but not the best one.
-    fn prune(&self, run: &RunFolder) -> Result<()> {
+    fn prune(&self, run: &Run) -> Result<()> {
         let RunConfig { keep_checkpoints, keep_best, .. } = self.config.run;
-        let best = if keep_best { best_checkpoint(run)? } else { None };
+        let best = if keep_best { run.best_checkpoint()? } else { None };
         Checkpoint::prune(&run.checkpoints(), keep_checkpoints, best.map(|best| best.step))
     }
 
     /// The guard's images of this state, scored, in the metrics.
-    fn evaluate(&self, guard: &Guard, run: &RunFolder, state: &Checkpoint) -> Result<()> {
+    fn evaluate(&self, guard: &Guard, run: &mut Run, state: &Checkpoint) -> Result<()> {
         let image = |prompt: &str, number, seed| self.model.watched_image(prompt, number, seed, &state.adapters);
-        let mut line = Map::from_iter([("step".to_owned(), json!(state.step))]);
+        let mut line = Map::from_iter([(names::STEP.to_owned(), json!(state.step))]);
         line.extend(guard.evaluate(self.rewards, image)?);
         run.log(&line)
     }
@@ -204,14 +196,13 @@ impl Trainer<'_> {
     }
 
     /// Whether the step's grid and scores are there: a run may have been killed before them.
-    fn has_samples(&self, run: &RunFolder, step: usize) -> Result<bool> {
+    fn has_samples(&self, run: &Run, step: usize) -> bool {
         let name = self.rewards.names().into_iter().next().unwrap_or_default();
-        let scored = run.history(&format!("sample/{name}"))?.iter().any(|(at, _)| *at == step);
-        Ok(scored && run.samples(step).is_file())
+        run.metrics().has(&names::sample(name), step) && run.samples(step).is_file()
     }
 
     /// A grid of images on fixed prompts and noise, and their scores in the metrics.
-    fn draw_samples(&self, run: &RunFolder, state: &Checkpoint) -> Result<()> {
+    fn draw_samples(&self, run: &mut Run, state: &Checkpoint) -> Result<()> {
         let run_config = &self.config.run;
         let prompts: Vec<String> = self.sample_prompts.iter().cycle().take(run_config.num_samples).cloned().collect();
         let (mut images, mut scores) = (Vec::new(), Vec::new());
@@ -226,15 +217,15 @@ impl Trainer<'_> {
         let images = pictures::captioned(images, &captions);
         pictures::save_png(&pictures::grid(&images, 4)?, &run.samples(state.step))?;
         run.log_samples(state.step)?;
-        let mut line = Map::from_iter([("step".to_owned(), json!(state.step))]);
+        let mut line = Map::from_iter([(names::STEP.to_owned(), json!(state.step))]);
         for (r, name) in self.rewards.names().iter().enumerate() {
             let mean = scores.iter().map(|row| row[r]).sum::<f64>() / scores.len() as f64;
-            line.insert(format!("sample/{name}"), json!(mean));
+            line.insert(names::sample(name), json!(mean));
         }
         let loss = scores.iter().map(|row| self.rewards.loss(row)).sum::<f64>() / scores.len() as f64;
-        line.insert("sample/loss".to_owned(), json!(loss));
+        line.insert(names::SAMPLE_LOSS.to_owned(), json!(loss));
         run.log(&line)?;
-        write_report(run, self.config)
+        run.write_report(self.config)
     }
 }
 
@@ -396,32 +387,30 @@ fn progress_bar(config: &Config, done: usize) -> ProgressBar {
 }
 
 /// `aesthetic 5.31 (+0.42)`: the batch's mean and its distance from the first batch's.
-fn summary(run: &RunFolder, rewards: &Rewards, now: &[f64]) -> Result<String> {
-    let mut parts = Vec::with_capacity(now.len());
-    for (name, now) in rewards.names().into_iter().zip(now) {
-        let first = run.history(&format!("reward/{name}"))?.first().map_or(*now, |(_, first)| *first);
-        parts.push(format!("{name} {now:.4} ({:+.4})", now - first));
-    }
-    Ok(parts.join("  "))
+fn summary(metrics: &Metrics, rewards: &Rewards, now: &[f64]) -> String {
+    let part = |(name, now): (&str, &f64)| {
+        let first = metrics.history(&names::reward(name)).first().map_or(*now, |(_, first)| *first);
+        format!("{name} {now:.4} ({:+.4})", now - first)
+    };
+    rewards.names().into_iter().zip(now).map(part).collect::<Vec<_>>().join("  ")
 }
 
 /// What the run came to, on stdout, from its metrics.
-fn report(config: &Config, run: &RunFolder, rewards: &Rewards, adapters: &Path) -> Result<()> {
+fn report(config: &Config, run: &Run, rewards: &Rewards, adapters: &Path) -> Result<()> {
     for name in rewards.names() {
-        let batches = run.history(&format!("reward/{name}"))?;
+        let batches = run.metrics().history(&names::reward(name));
         if let (Some((_, first)), Some((step, last))) = (batches.first(), batches.last()) {
             println!("{name}: {first:.4} in the first batch, {last:.4} in that of step {step}");
         }
-        let samples = run.history(&format!("sample/{name}"))?;
-        if let [(_, before), .., (_, after)] = samples.as_slice() {
+        if let [(_, before), .., (_, after)] = run.metrics().history(&names::sample(name)) {
             println!(
                 "{name}: {before:.4} before, {after:.4} after, on {} images of the same prompts and noise",
                 config.run.num_samples
             );
         }
     }
-    if let Some(best) = best_checkpoint(run)?.filter(|_| config.run.keep_best) {
-        println!("best checkpoint: {} ({} {:.4})", run.checkpoint(best.step).display(), best.by, best.score);
+    if let Some(best) = run.best_checkpoint()?.filter(|_| config.run.keep_best) {
+        println!("best checkpoint: {} ({} {:.4})", run.checkpoint(best.step).display(), best.by(), best.score);
     }
     println!("adapter: {}", adapters.display());
     println!("run: {}", config.run.dir.display());

@@ -8,16 +8,11 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 use serde_json::{Map, Value as Json, json};
 
-use super::checkpoint::Checkpoint;
-use super::run_folder::RunFolder;
 use crate::config::Config;
 use crate::models::tokenizer::ClipTokenizer;
 use crate::ops::device::Compute;
+use crate::report::{Metrics, names};
 use crate::rewards::Rewards;
-
-/// The metrics that decisions are made from.
-const REWARD: &str = "guard/reward";
-const HELD_OUT: &str = "guard/held_out";
 
 /// What a run is watched with.
 pub struct Guard {
@@ -59,8 +54,8 @@ impl Guard {
     }
 
     /// Whether the step's evaluation is in the metrics.
-    pub fn has_evaluated(run: &RunFolder, step: usize) -> Result<bool> {
-        Ok(run.history(REWARD)?.iter().any(|(at, _)| *at == step))
+    pub fn has_evaluated(metrics: &Metrics, step: usize) -> bool {
+        metrics.has(names::GUARD_REWARD, step)
     }
 
     /// Scores the images of every prompt and seed, for a line of the metrics.
@@ -73,46 +68,56 @@ impl Guard {
         image: impl Fn(&str, u64, u64) -> Result<(Tensor, f64)>,
     ) -> Result<Map<String, Json>> {
         let images = self.prompts.len() as f64 * self.seeds as f64;
-        let mut line = Map::new();
-        let mut add = |key: String, value: f64| {
-            let sum = line.get(&key).and_then(Json::as_f64).unwrap_or(0.0);
-            line.insert(key, json!(sum + value));
-        };
+        let mut sums = Sums::default();
         for (number, prompt) in (0..).zip(&self.prompts) {
             let mut embeddings = Vec::new();
             for seed in 0..self.seeds {
                 let (image, distance) = image(prompt, number, seed)?;
-                for (key, rewards) in [(REWARD, Some(training)), (HELD_OUT, self.held_out.as_ref())] {
+                for (key, rewards) in
+                    [(names::GUARD_REWARD, Some(training)), (names::GUARD_HELD_OUT, self.held_out.as_ref())]
+                {
                     let Some(rewards) = rewards else { continue };
                     let scores = rewards.scores(&image, prompt)?;
-                    add(key.to_owned(), rewards.total(&scores) / images);
+                    sums.add(key, rewards.total(&scores) / images);
                     for (name, score) in rewards.names().iter().zip(&scores) {
-                        add(format!("{key}/{name}"), score / images);
+                        sums.add(&names::part(key, name), score / images);
                     }
                 }
-                add("guard/distance".to_owned(), distance / images);
+                sums.add(names::GUARD_DISTANCE, distance / images);
                 let held_out = self.held_out.as_ref().map(|rewards| rewards.embedding(&image)).transpose()?.flatten();
                 let embedding = if held_out.is_some() { held_out } else { training.embedding(&image)? };
                 embeddings.extend(embedding.map(|e| e.flatten_all()?.to_vec1::<f32>()).transpose()?);
             }
             if let Some(diversity) = mean_pairwise_distance(&embeddings) {
-                add("guard/diversity".to_owned(), diversity / self.prompts.len() as f64);
+                sums.add(names::GUARD_DIVERSITY, diversity / self.prompts.len() as f64);
             }
         }
-        Ok(line)
+        Ok(sums.0.into_iter().map(|(name, sum)| (name, json!(sum))).collect())
     }
 
     /// Why the run should stop, if it should.
-    pub fn objection(&self, run: &RunFolder) -> Result<Option<String>> {
-        let values = |metric| -> Result<Vec<f64>> { Ok(run.history(metric)?.into_iter().map(|(_, x)| x).collect()) };
-        let in_a_row = drifting(&values(REWARD)?, &values(HELD_OUT)?);
-        if self.patience == 0 || in_a_row < self.patience {
-            return Ok(None);
+    pub fn objection(&self, metrics: &Metrics) -> Option<String> {
+        let values = |name| metrics.history(name).iter().map(|(_, value)| *value).collect::<Vec<_>>();
+        let in_a_row = drifting(&values(names::GUARD_REWARD), &values(names::GUARD_HELD_OUT));
+        (self.patience > 0 && in_a_row >= self.patience).then(|| {
+            format!(
+                "the training reward rose while the held-out one fell, {in_a_row} evaluations in a row (guard.patience = {})",
+                self.patience
+            )
+        })
+    }
+}
+
+/// Sums under their names, in the order in which the names come.
+#[derive(Default)]
+struct Sums(Vec<(String, f64)>);
+
+impl Sums {
+    fn add(&mut self, name: &str, value: f64) {
+        match self.0.iter_mut().find(|(of, _)| of == name) {
+            Some((_, sum)) => *sum += value,
+            None => self.0.push((name.to_owned(), value)),
         }
-        Ok(Some(format!(
-            "the training reward rose while the held-out one fell, {in_a_row} evaluations in a row (guard.patience = {})",
-            self.patience
-        )))
     }
 }
 
@@ -137,25 +142,18 @@ fn mean_pairwise_distance(embeddings: &[Vec<f32>]) -> Option<f64> {
     (!distances.is_empty()).then(|| distances.iter().sum::<f64>() / distances.len() as f64)
 }
 
-/// The best of the checkpoints that are there, with its score: by the held-out score, or without one by the loss of the
-/// sample grids. `None` where neither was measured.
-pub fn best_checkpoint(run: &RunFolder) -> Result<Option<Best>> {
-    let held_out = run.history(HELD_OUT)?;
-    let (by, sign, scores) = match held_out.is_empty() {
-        false => ("held-out score", 1.0, held_out),
-        true => ("loss of the samples", -1.0, run.history("sample/loss")?),
-    };
-    let saved = Checkpoint::steps(&run.checkpoints())?;
-    let scores = scores.into_iter().filter(|(step, _)| saved.contains(step)).rev();
-    // the earliest of equals, which is the nearest to the base model: `max_by` gives the last one
-    let best = scores.max_by(|(_, x), (_, y)| (sign * x).total_cmp(&(sign * y)));
-    Ok(best.map(|(step, score)| Best { step, score, by }))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// A checkpoint, and why it is the best.
-pub struct Best {
-    pub step: usize,
-    pub score: f64,
-    /// What the score is.
-    pub by: &'static str,
+    #[test]
+    fn sums_are_of_numbers_and_a_bad_one_stays() {
+        let mut sums = Sums::default();
+        for value in [0.1, 0.2, 0.3] {
+            sums.add("one", value);
+            sums.add("bad", if value == 0.1 { f64::NAN } else { value });
+        }
+        assert_eq!(sums.0[0], ("one".to_owned(), 0.1 + 0.2 + 0.3));
+        assert!(sums.0[1].1.is_nan(), "not the sum of the others");
+    }
 }

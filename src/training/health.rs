@@ -3,9 +3,9 @@
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
-use super::run_folder::RunFolder;
 use crate::lora::Adapters;
 use crate::ops::{Ledger, NotANumber};
+use crate::report::{Metrics, names};
 
 /// Whether a step failed because some number was not finite: it can be skipped.
 pub fn is_not_a_number(error: &anyhow::Error) -> bool {
@@ -48,8 +48,6 @@ pub fn ensure_moved(before: &Adapters, after: &Adapters, grad_norm: f64) -> Resu
 }
 
 /// How many steps up to `step` were skipped in a row, by the run's metrics.
-pub fn skipped_in_a_row(run: &RunFolder, step: usize) -> Result<usize> {
-    let skipped = run.history("skipped")?;
-    let was_skipped = |step: &usize| skipped.iter().any(|(at, _)| at == step);
-    Ok((1..=step).rev().take_while(was_skipped).count())
+pub fn skipped_in_a_row(metrics: &Metrics, step: usize) -> usize {
+    (1..=step).rev().take_while(|step| metrics.has(names::SKIPPED, *step)).count()
 }

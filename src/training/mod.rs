@@ -3,7 +3,6 @@
 pub mod anchor;
 pub mod backprop;
 pub mod checkpoint;
-pub mod events;
 pub mod guard;
 pub mod health;
 pub mod loss_scale;

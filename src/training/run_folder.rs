@@ -1,48 +1,40 @@
 //! A run on disk: `config.toml`, `metrics.jsonl`, `samples/`, `checkpoints/`, `tensorboard/`, `report.html`.
 
-use std::cell::{Cell, RefCell};
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::collections::HashMap;
+use std::fs;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 
 use super::checkpoint::{Checkpoint, folder_name};
-use super::events::EventFile;
+use super::memory;
+use crate::config::Config;
+use crate::files::{UNFINISHED, write_bytes};
+use crate::report::events::EventFile;
+use crate::report::metrics::{Metrics, names};
+use crate::report::{Best, best, html};
 
-/// A folder that holds one run.
+/// How the names of files that were not finished begin: here, and in earlier versions.
+const UNFINISHED_FILES: [&str; 4] = [UNFINISHED, ".run-", ".lora-", ".picture-"];
+
+/// Where the parts of a run are, for whoever reads them.
 pub struct RunFolder {
     dir: PathBuf,
-    /// TensorBoard's file of this session, from its first line of metrics on.
-    events: RefCell<Option<EventFile>>,
-    /// The step from which on this session replaces what earlier ones wrote there.
-    events_from: Cell<Option<usize>>,
 }
 
 impl RunFolder {
     /// The folder, whatever is in it.
     pub(crate) fn at(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), events: RefCell::default(), events_from: Cell::default() }
-    }
-
-    /// Makes the folder of a new run and saves its resolved config.
-    ///
-    /// # Errors
-    /// The folder holds a run already.
-    pub fn create(dir: &Path, config_toml: &str) -> Result<Self> {
-        Self::check_free(dir)?;
-        let run = Self::at(dir);
-        fs::create_dir_all(dir).with_context(|| format!("making the run folder {}", dir.display()))?;
-        run.save_config(config_toml)?;
-        Ok(run)
+        Self { dir: dir.to_owned() }
     }
 
     /// # Errors
     /// The folder holds a run, or cannot be one.
     pub fn check_free(dir: &Path) -> Result<()> {
         let run = Self::at(dir);
-        if run.config().exists() || run.metrics().exists() {
+        if run.config().exists() || run.metrics_file().exists() {
             bail!(
                 "{} already holds a run; go on with it by `--resume {}`, or choose another folder by `--set run.dir=DIR`",
                 dir.display(),
@@ -73,7 +65,7 @@ impl RunFolder {
     pub fn config(&self) -> PathBuf {
         self.dir.join("config.toml")
     }
-    pub fn metrics(&self) -> PathBuf {
+    pub fn metrics_file(&self) -> PathBuf {
         self.dir.join("metrics.jsonl")
     }
     pub fn checkpoints(&self) -> PathBuf {
@@ -94,10 +86,6 @@ impl RunFolder {
         self.dir.join("samples").join(format!("step-{step:06}.png"))
     }
 
-    pub fn save_config(&self, config_toml: &str) -> Result<()> {
-        write_whole(&self.config(), config_toml)
-    }
-
     /// The newest checkpoint.
     ///
     /// # Errors
@@ -111,49 +99,8 @@ impl RunFolder {
 
     /// Whether nothing has come of the run yet: it was killed before its first checkpoint.
     pub fn has_not_begun(&self) -> Result<bool> {
-        Ok(Checkpoint::list(&self.checkpoints())?.is_empty() && self.metrics_text()?.is_empty())
-    }
-
-    /// Tidies up what a killed process may have left: files that were being written under another name.
-    pub fn recover(&self) -> Result<()> {
-        let folders = [self.dir.clone(), self.dir.join("samples")];
-        let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
-        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if [".run-", ".lora-", ".picture-"].iter().any(|start| name.starts_with(start)) && path.is_file() {
-                fs::remove_file(&path).with_context(|| format!("removing the unfinished {}", path.display()))?;
-            }
-        }
-        Checkpoint::recover(&self.checkpoints())
-    }
-
-    /// Adds a line to `metrics.jsonl`, and its numbers to TensorBoard's file.
-    pub fn log(&self, line: &Map<String, Json>) -> Result<()> {
-        let path = self.metrics();
-        let mut text = serde_json::to_string(line)?;
-        text.push('\n');
-        let write = || OpenOptions::new().create(true).append(true).open(&path)?.write_all(text.as_bytes());
-        write().with_context(|| format!("writing {}", path.display()))?;
-        let Some(step) = line.get("step").and_then(Json::as_u64) else { return Ok(()) };
-        let numbers = line.iter().filter(|(key, _)| *key != "step");
-        let numbers = numbers.filter_map(|(key, value)| Some((key.as_str(), value.as_f64()?)));
-        self.with_events(|events| events.scalars(step as usize, numbers))
-    }
-
-    /// Adds the sample grid of a step, which is on disk, to TensorBoard's file.
-    pub fn log_samples(&self, step: usize) -> Result<()> {
-        let path = self.samples(step);
-        let read = || -> Result<_> { Ok((image::image_dimensions(&path)?, fs::read(&path)?)) };
-        let (size, png) = read().with_context(|| format!("reading {}", path.display()))?;
-        self.with_events(|events| events.image(step, "samples", size, &png))
-    }
-
-    fn with_events(&self, write: impl FnOnce(&mut EventFile) -> Result<()>) -> Result<()> {
-        let mut events = self.events.borrow_mut();
-        if events.is_none() {
-            *events = Some(EventFile::create(&self.dir.join("tensorboard"), self.events_from.get())?);
-        }
-        events.as_mut().map_or(Ok(()), write)
+        let measured = fs::metadata(self.metrics_file()).is_ok_and(|file| file.len() > 0);
+        Ok(!measured && Checkpoint::list(&self.checkpoints())?.is_empty())
     }
 
     /// The steps that have a sample grid, in order.
@@ -168,55 +115,181 @@ impl RunFolder {
         steps
     }
 
-    /// Drops the metrics of the steps after `step`: they will be made again.
-    pub fn rewind_metrics(&self, step: usize) -> Result<()> {
-        self.events_from.set(Some(step + 1));
-        let kept: String = self
-            .metrics_text()?
-            .lines()
-            .filter(|line| step_of(line).is_some_and(|at| at <= step))
-            .flat_map(|line| [line, "\n"])
-            .collect();
-        write_whole(&self.metrics(), &kept)
-    }
-
-    fn metrics_text(&self) -> Result<String> {
-        match fs::read_to_string(self.metrics()) {
-            Ok(text) => Ok(text),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
-            Err(error) => Err(error).with_context(|| format!("reading {}", self.metrics().display())),
+    /// Removes what a killed process may have left: what it was writing under another name.
+    fn recover(&self) -> Result<()> {
+        let folders = [self.dir.clone(), self.dir.join("samples")];
+        let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let is_folder = path.is_dir() && !path.is_symlink();
+            let removed = if is_folder && name.starts_with(UNFINISHED) {
+                fs::remove_dir_all(&path)
+            } else if !is_folder && UNFINISHED_FILES.iter().any(|start| name.starts_with(start)) {
+                fs::remove_file(&path)
+            } else {
+                continue;
+            };
+            removed.with_context(|| format!("removing the unfinished {}", path.display()))?;
         }
-    }
-
-    /// Every step's value of one metric, as far as it was logged.
-    pub fn history(&self, metric: &str) -> Result<Vec<(usize, f64)>> {
-        let rows = self.rows()?;
-        Ok(rows.iter().filter_map(|(step, row)| Some((*step, row.get(metric)?.as_f64()?))).collect())
-    }
-
-    /// The lines of `metrics.jsonl` with their steps; a line that was cut off is left out.
-    pub fn rows(&self) -> Result<Vec<(usize, Map<String, Json>)>> {
-        let text = self.metrics_text()?;
-        let rows = text.lines().filter_map(|line| serde_json::from_str::<Map<String, Json>>(line).ok());
-        Ok(rows.filter_map(|row| Some((row.get("step")?.as_u64()? as usize, row))).collect())
+        Checkpoint::recover(&self.checkpoints())
     }
 }
 
-/// The step of a metrics line; `None` where a line was cut off.
-fn step_of(line: &str) -> Option<usize> {
-    let row: Map<String, Json> = serde_json::from_str(line).ok()?;
-    Some(row.get("step")?.as_u64()? as usize)
+/// A run that this process trains. What is measured is kept beside the file that it is written to.
+pub struct Run {
+    folder: RunFolder,
+    metrics: Metrics,
+    /// TensorBoard's file of this session, from its first line of metrics on.
+    events: Option<EventFile>,
+    /// The step from which on this session replaces what earlier ones wrote there.
+    events_from: Option<usize>,
 }
 
-/// Writes or replaces a text file whole.
-pub fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let write = || -> Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".run-").make_in(folder, |path| fs::File::create(path))?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
+impl Deref for Run {
+    type Target = RunFolder;
+    fn deref(&self) -> &RunFolder {
+        &self.folder
+    }
+}
+
+impl Run {
+    /// Takes a folder for a new run; it is made if it is absent.
+    ///
+    /// # Errors
+    /// The folder holds a run.
+    pub fn start(dir: &Path) -> Result<Self> {
+        RunFolder::check_free(dir)?;
+        fs::create_dir_all(dir).with_context(|| format!("making the run folder {}", dir.display()))?;
+        Self::held(RunFolder::at(dir))
+    }
+
+    /// Takes an existing run, and tidies up what a killed process may have left there.
+    ///
+    /// # Errors
+    /// No run is there, or its metrics cannot be read.
+    pub fn resume(dir: &Path) -> Result<Self> {
+        let folder = RunFolder::open(dir)?;
+        folder.recover()?;
+        Self::held(folder)
+    }
+
+    fn held(folder: RunFolder) -> Result<Self> {
+        let metrics = Metrics::read(&folder.metrics_file())?;
+        Ok(Self { folder, metrics, events: None, events_from: None })
+    }
+
+    /// What was measured so far.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Saves the resolved config.
+    pub fn save_config(&self, config_toml: &str) -> Result<()> {
+        write_bytes(&self.config(), config_toml.as_bytes())
+    }
+
+    /// Saves a checkpoint, unless its step has one. The metrics that a resumed run decides from are on disk before it.
+    pub fn save(&self, state: &Checkpoint, metadata: &HashMap<String, String>) -> Result<()> {
+        if !self.checkpoint(state.step).exists() {
+            self.metrics.sync()?;
+            state.save(&self.checkpoints(), metadata)?;
+        }
         Ok(())
-    };
-    write().with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// The best of the checkpoints that are there.
+    pub fn best_checkpoint(&self) -> Result<Option<Best>> {
+        let saved = Checkpoint::steps(&self.checkpoints())?;
+        Ok(best(&self.metrics, |step| saved.contains(&step)))
+    }
+
+    /// Adds a line to `metrics.jsonl`, and its numbers to TensorBoard's file.
+    pub fn log(&mut self, line: &Map<String, Json>) -> Result<()> {
+        self.metrics.append(line)?;
+        let Some(step) = line.get(names::STEP).and_then(Json::as_u64) else { return Ok(()) };
+        let numbers = line.iter().filter(|(key, _)| *key != names::STEP);
+        let numbers = numbers.filter_map(|(key, value)| Some((key.as_str(), value.as_f64()?)));
+        self.events()?.scalars(step as usize, numbers)
+    }
+
+    /// Adds the sample grid of a step, which is on disk, to TensorBoard's file.
+    pub fn log_samples(&mut self, step: usize) -> Result<()> {
+        let path = self.samples(step);
+        let read = || -> Result<_> { Ok((image::image_dimensions(&path)?, fs::read(&path)?)) };
+        let (size, png) = read().with_context(|| format!("reading {}", path.display()))?;
+        self.events()?.image(step, "samples", size, &png)
+    }
+
+    fn events(&mut self) -> Result<&mut EventFile> {
+        let events = match self.events.take() {
+            Some(events) => events,
+            None => EventFile::create(&self.dir.join("tensorboard"), self.events_from)?,
+        };
+        Ok(self.events.insert(events))
+    }
+
+    /// Drops the metrics of the steps after `step`: they will be made again.
+    pub fn rewind_metrics(&mut self, step: usize) -> Result<()> {
+        self.events_from = Some(step + 1);
+        self.metrics.rewind(step)
+    }
+
+    /// Writes `report.html` anew; `config` is the run's.
+    pub fn write_report(&self, config: &Config) -> Result<()> {
+        let grids: Vec<(usize, PathBuf)> =
+            self.sample_steps().into_iter().map(|step| (step, self.samples(step))).collect();
+        let page = html::page(&html::Contents {
+            dir: &self.dir,
+            config,
+            config_file: &self.config(),
+            metrics: &self.metrics,
+            grids: &grids,
+            resident_peak: memory::resident_peak(),
+        })?;
+        write_bytes(&self.dir.join("report.html"), page.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lora::{Adapters, Factor};
+    use crate::optim::AdamW;
+    use candle_core::{DType, Device, Tensor};
+    use serde_json::json;
+
+    fn state(step: usize) -> Checkpoint {
+        let zeros = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let adapters = Adapters::new(vec![Factor::new("to_q", zeros((1, 2)), zeros((2, 1)), 1.0).unwrap()]).unwrap();
+        let config = Config::parse("prompts.list = ['a']", "test", &[]).unwrap();
+        let optimizer = AdamW::new(&config.optimizer, &adapters.tensors()).unwrap();
+        Checkpoint { step, optimizer, adapters, ema: None, loss_scale: None }
+    }
+
+    #[test]
+    fn a_checkpoint_is_not_saved_where_its_metrics_cannot_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Run::start(&folder.path().join("run")).unwrap();
+        run.save_config("").unwrap();
+        run.save(&state(0), &HashMap::new()).unwrap();
+        run.log(json!({ "step": 1, "loss": 1.0 }).as_object().unwrap()).unwrap();
+        run.save(&state(1), &HashMap::new()).unwrap();
+        fs::remove_file(run.metrics_file()).unwrap();
+        let error = run.save(&state(2), &HashMap::new()).unwrap_err();
+        assert!(format!("{error:#}").contains("metrics.jsonl"), "{error:#}");
+        assert_eq!(Checkpoint::steps(&run.checkpoints()).unwrap(), [0, 1]);
+    }
+
+    #[test]
+    fn the_best_checkpoint_is_one_that_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Run::start(&folder.path().join("run")).unwrap();
+        for (step, loss) in [(0, 3.0), (1, 1.0), (2, 2.0)] {
+            run.log(json!({ "step": step, "sample/loss": loss }).as_object().unwrap()).unwrap();
+        }
+        assert_eq!(run.best_checkpoint().unwrap(), None);
+        run.save(&state(0), &HashMap::new()).unwrap();
+        run.save(&state(2), &HashMap::new()).unwrap();
+        assert_eq!(run.best_checkpoint().unwrap().map(|best| best.step), Some(2));
+    }
 }

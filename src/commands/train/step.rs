@@ -14,6 +14,7 @@ use crate::lora::Adapters;
 use crate::nn::lora::LoraGradients;
 use crate::ops::{Ledger, Number, Readings};
 use crate::optim::{AdamW, clip_grad_norm, moving_average};
+use crate::report::names;
 use crate::rewards::{Rewards, Scores};
 use crate::training::checkpoint::Checkpoint;
 use crate::training::health;
@@ -292,18 +293,19 @@ impl Outcome {
         lr: f64,
         elapsed: Duration,
     ) -> Map<String, Json> {
-        let mut line = Map::from_iter([("step".to_owned(), json!(state.step)), ("loss".to_owned(), json!(self.loss))]);
+        let mut line =
+            Map::from_iter([(names::STEP.to_owned(), json!(state.step)), (names::LOSS.to_owned(), json!(self.loss))]);
         for (r, name) in rewards.names().iter().enumerate() {
-            line.insert(format!("reward/{name}"), json!(self.mean_scores[r]));
-            line.insert(format!("reward/{name}_std"), json!(self.std_scores[r]));
+            line.insert(names::reward(name), json!(self.mean_scores[r]));
+            line.insert(names::reward_std(name), json!(self.std_scores[r]));
         }
-        line.insert("grad_norm".into(), json!(self.grad_norm));
+        line.insert(names::GRAD_NORM.into(), json!(self.grad_norm));
         if let Some(distance) = self.distance {
-            line.insert("distance".into(), json!(distance));
+            line.insert(names::DISTANCE.into(), json!(distance));
         }
-        line.insert("lr".into(), json!(lr));
-        line.insert("backprop_steps".into(), json!(self.kept_steps));
-        line.insert("seconds".into(), json!((elapsed.as_secs_f64() * 1e3).round() / 1e3));
+        line.insert(names::LR.into(), json!(lr));
+        line.insert(names::BACKPROP_STEPS.into(), json!(self.kept_steps));
+        line.insert(names::SECONDS.into(), json!((elapsed.as_secs_f64() * 1e3).round() / 1e3));
         line
     }
 }

@@ -1,6 +1,5 @@
 //! Images as PNG files.
 
-use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -8,20 +7,21 @@ use candle_core::Tensor;
 use font8x8::{BASIC_FONTS, GREEK_FONTS, HIRAGANA_FONTS, LATIN_FONTS, UnicodeFonts};
 use image::{ImageFormat, Rgb, RgbImage, imageops};
 
+use crate::files::write_bytes;
 use crate::rewards::to_bytes;
 
 /// Pixels between the pictures of a grid.
 const GAP: u32 = 4;
 
 /// One image (3, H, W) in [-1, 1] as bytes, rounded as diffusers rounds.
-pub(super) fn to_rgb(image: &Tensor) -> Result<RgbImage> {
+pub fn to_rgb(image: &Tensor) -> Result<RgbImage> {
     let (_, height, width) = image.dims3()?;
     let bytes = to_bytes(image)?;
     RgbImage::from_raw(width as u32, height as u32, bytes).context("pixels that do not fill the image")
 }
 
 /// Pictures of one size in rows of `columns`, white between them.
-pub(super) fn grid(pictures: &[RgbImage], columns: usize) -> Result<RgbImage> {
+pub fn grid(pictures: &[RgbImage], columns: usize) -> Result<RgbImage> {
     let first = pictures.first().context("a grid of no pictures")?;
     let (w, h) = first.dimensions();
     let columns = columns.clamp(1, pictures.len()) as u32;
@@ -34,7 +34,7 @@ pub(super) fn grid(pictures: &[RgbImage], columns: usize) -> Result<RgbImage> {
 }
 
 /// Small pictures enlarged by a whole factor, so that a grid of them can be looked at.
-pub(super) fn enlarge(picture: RgbImage, at_least: u32) -> RgbImage {
+pub fn enlarge(picture: RgbImage, at_least: u32) -> RgbImage {
     let factor = at_least.div_ceil(picture.width().max(1)).max(1);
     if factor == 1 {
         return picture;
@@ -43,7 +43,7 @@ pub(super) fn enlarge(picture: RgbImage, at_least: u32) -> RgbImage {
 }
 
 /// Pictures of one size with a text under each, in 8x8 letters: prompt and score. Lines too many are cut off.
-pub(super) fn captioned(pictures: Vec<RgbImage>, captions: &[String]) -> Vec<RgbImage> {
+pub fn captioned(pictures: Vec<RgbImage>, captions: &[String]) -> Vec<RgbImage> {
     let scale = pictures.first().map_or(1, |picture| (picture.width() / 256).max(1));
     let letters = pictures.first().map_or(1, |picture| (picture.width() / (PITCH * scale)).max(2) - 1) as usize;
     let lines: Vec<Vec<String>> = captions.iter().map(|caption| wrap(caption, letters)).collect();
@@ -63,7 +63,7 @@ pub(super) fn captioned(pictures: Vec<RgbImage>, captions: &[String]) -> Vec<Rgb
 }
 
 /// A prompt with its scores, a line each.
-pub(super) fn caption(prompt: &str, rewards: &[&str], scores: &[f64]) -> String {
+pub fn caption(prompt: &str, rewards: &[&str], scores: &[f64]) -> String {
     let scores = rewards.iter().zip(scores).map(|(name, score)| format!("\n{name} {score:.3}"));
     std::iter::once(prompt.replace('\n', " ")).chain(scores).collect()
 }
@@ -118,19 +118,19 @@ fn draw_letter(picture: &mut RgbImage, letter: char, left: u32, top: u32, scale:
 }
 
 /// Writes a PNG whole or not at all; missing folders are made.
-pub(super) fn save_png(picture: &RgbImage, path: &Path) -> Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || -> Result<()> {
-        std::fs::create_dir_all(folder)?;
+///
+/// # Errors
+/// It cannot be written; the error names it.
+pub fn save_png(picture: &RgbImage, path: &Path) -> Result<()> {
+    let encode = || -> Result<_> {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
         let mut bytes = std::io::Cursor::new(Vec::new());
         picture.write_to(&mut bytes, ImageFormat::Png)?;
-        let mut file =
-            tempfile::Builder::new().prefix(".picture-").make_in(folder, |path| std::fs::File::create(path))?;
-        file.write_all(bytes.get_ref())?;
-        file.persist(path)?;
-        Ok(())
+        Ok(bytes.into_inner())
     };
-    write().with_context(|| format!("writing {}", path.display()))
+    write_bytes(path, &encode().with_context(|| format!("writing {}", path.display()))?)
 }
 
 #[cfg(test)]

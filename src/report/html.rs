@@ -1,37 +1,43 @@
 //! `report.html` of a run: one file with everything in it, for a browser without a network.
 
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use super::chart::{Series, chart, short};
+use super::chart::{Series, chart, duration, short};
+use super::metrics::{Metrics, names};
 use crate::config::Config;
-use crate::training::memory;
-use crate::training::run_folder::{RunFolder, write_whole};
 
-/// Writes `report.html` anew, from what is in the run's folder; `config` is the run's.
-pub(super) fn write_report(run: &RunFolder, config: &Config) -> Result<()> {
-    write_whole(&run.dir().join("report.html"), &page(run, config)?)
+/// What the page is made from.
+pub struct Contents<'a> {
+    /// The run's folder.
+    pub dir: &'a Path,
+    /// The run's config, and the file that it is in.
+    pub config: &'a Config,
+    pub config_file: &'a Path,
+    pub metrics: &'a Metrics,
+    /// The steps that have a sample grid, in order, and their pictures.
+    pub grids: &'a [(usize, PathBuf)],
+    /// The process' resident memory at its peak, in bytes, where the system tells it.
+    pub resident_peak: Option<f64>,
 }
 
 /// Everything that was measured under one name.
-struct Metric {
-    key: String,
+struct Metric<'a> {
+    key: &'a str,
     points: Vec<(f64, f64)>,
 }
 
-impl Metric {
-    /// `aesthetic` of `reward/aesthetic`.
+impl Metric<'_> {
     fn base(&self) -> &str {
-        self.key.rsplit('/').next().unwrap_or(&self.key)
+        names::base(self.key)
     }
-    /// `reward` of `reward/aesthetic`; empty for `loss`.
     fn group(&self) -> &str {
-        self.key.rsplit_once('/').map_or("", |(group, _)| group)
+        names::group(self.key)
     }
-    /// Whether its points are of training batches.
     fn is_batches(&self) -> bool {
-        matches!(self.group(), "" | "reward")
+        names::is_of_batches(self.key)
     }
     fn is_constant(&self) -> bool {
         self.points.len() > 1 && self.points.iter().all(|point| point.1 == self.points[0].1)
@@ -44,30 +50,22 @@ impl Metric {
     }
 }
 
-/// The numbers of `metrics.jsonl`, in the order in which their names appear; spreads are left out.
-fn metrics(run: &RunFolder) -> Result<Vec<Metric>> {
-    let mut metrics: Vec<Metric> = Vec::new();
-    for (step, row) in run.rows()? {
-        for (key, value) in row {
-            let Some(value) = value.as_f64().filter(|value| value.is_finite()) else { continue };
-            if key == "step" || key.ends_with("_std") {
-                continue;
-            }
-            let point = (step as f64, value);
-            match metrics.iter_mut().find(|metric| metric.key == key) {
-                Some(metric) => metric.points.push(point),
-                None => metrics.push(Metric { key, points: vec![point] }),
-            }
-        }
-    }
-    Ok(metrics)
+/// What has curves: spreads are left out.
+fn shown(metrics: &Metrics) -> Vec<Metric<'_>> {
+    let metrics = metrics.all().filter(|(key, _)| !names::is_spread(key));
+    let points = |points: &[(usize, f64)]| points.iter().map(|(step, value)| (*step as f64, *value)).collect();
+    metrics.map(|(key, values)| Metric { key, points: points(values) }).collect()
 }
 
-fn page(run: &RunFolder, config: &Config) -> Result<String> {
-    let metrics = metrics(run)?;
-    let find = |key: &str| metrics.iter().find(|metric| metric.key == key);
-    let title = escape(&run.dir().display().to_string());
-    let done = find("loss").map_or(0, |loss| loss.points[loss.points.len() - 1].0 as usize);
+/// The page, as HTML.
+///
+/// # Errors
+/// A picture cannot be read.
+pub fn page(contents: &Contents) -> Result<String> {
+    let Contents { dir, config, metrics, .. } = contents;
+    let done = metrics.history(names::LOSS).last().map_or(0, |(step, _)| *step);
+    let metrics = shown(metrics);
+    let title = escape(&dir.display().to_string());
     let steps = config.train.steps;
     let share = 100.0 * done as f64 / steps.max(1) as f64;
     let mut html = format!(
@@ -82,9 +80,9 @@ fn page(run: &RunFolder, config: &Config) -> Result<String> {
         include_str!("report.css"),
         escape(&config.model.path)
     );
-    html += &tiles(&metrics, config);
+    html += &tiles(&metrics, config, contents.resident_peak);
     html += &charts(&metrics);
-    html += &grids(run)?;
+    html += &grids(contents.grids)?;
     let _ = write!(
         html,
         r#"<h2>Make it again</h2><div class="card"><pre>{}</pre></div>
@@ -92,7 +90,7 @@ fn page(run: &RunFolder, config: &Config) -> Result<String> {
 <h2>Settings</h2><div class="card"><details><summary>config.toml, with every default</summary><pre>{}</pre></details></div>
 </body></html>
 "#,
-        escape(&reproduce(run)),
+        escape(&reproduce(dir, contents.config_file)),
         env!("CARGO_PKG_VERSION"),
         escape(&config.to_toml()?)
     );
@@ -100,17 +98,17 @@ fn page(run: &RunFolder, config: &Config) -> Result<String> {
 }
 
 /// The command that makes the same run in another folder.
-fn reproduce(run: &RunFolder) -> String {
+fn reproduce(dir: &Path, config_file: &Path) -> String {
     let quoted = |text: String| {
         let plain = text.chars().all(|c| c.is_alphanumeric() || "/._-+=:,@".contains(c));
         if plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
     };
-    let again = format!("run.dir={}-again", run.dir().display());
-    format!("alignprop train --config {} --set {}", quoted(run.config().display().to_string()), quoted(again))
+    let again = format!("run.dir={}-again", dir.display());
+    format!("alignprop train --config {} --set {}", quoted(config_file.display().to_string()), quoted(again))
 }
 
 /// What the run came to, in a few numbers.
-fn tiles(metrics: &[Metric], config: &Config) -> String {
+fn tiles(metrics: &[Metric], config: &Config, resident_peak: Option<f64>) -> String {
     let mut tiles = Vec::new();
     let mut tile = |name: &str, value: String, note: String| {
         tiles.push(format!(
@@ -124,31 +122,21 @@ fn tiles(metrics: &[Metric], config: &Config) -> String {
         let change = metric.last() - metric.first();
         let sign = if change >= 0.0 { "+" } else { "−" };
         tile(
-            &metric.key,
+            metric.key,
             short(metric.last()),
             format!("{sign}{} since step {}", short(change.abs()), metric.points[0].0),
         );
     }
-    if let Some(seconds) = metrics.iter().find(|m| m.key == "seconds") {
+    if let Some(seconds) = metrics.iter().find(|m| m.key == names::SECONDS) {
         let total: f64 = seconds.points.iter().map(|p| p.1).sum();
         let mean = total / seconds.points.len() as f64;
         let images = config.train.batch_size * config.train.gradient_accumulation_steps;
         tile("training time", duration(total), format!("{} a step of {images} images", duration(mean)));
     }
-    if let Some(peak) = memory::resident_peak() {
+    if let Some(peak) = resident_peak {
         tile("peak memory", format!("{:.0} MiB", peak / f64::from(1 << 20)), "of this session's process".to_owned());
     }
     format!(r#"<div class="tiles">{}</div>"#, tiles.concat())
-}
-
-/// `45 s`, `3.5 min`, `2.1 h`.
-pub(super) fn duration(seconds: f64) -> String {
-    match seconds {
-        s if s < 10.0 => format!("{s:.1} s"),
-        s if s < 120.0 => format!("{s:.0} s"),
-        s if s < 7200.0 => format!("{:.1} min", s / 60.0),
-        s => format!("{:.1} h", s / 3600.0),
-    }
 }
 
 /// A chart for every name: a reward in training batches, on samples and held out shares one.
@@ -177,7 +165,7 @@ fn charts(metrics: &[Metric]) -> String {
     let constants: Vec<String> = metrics
         .iter()
         .filter(|m| levels.contains(&m.base()))
-        .map(|m| format!("{} {}", escape(&m.key), short(m.first())))
+        .map(|m| format!("{} {}", escape(m.key), short(m.first())))
         .collect();
     let note = if constants.is_empty() { String::new() } else { format!(" Constant: {}.", constants.join(", ")) };
     format!(r#"<h2>Curves</h2><p class="soft">Against optimizer steps.{note}</p><div class="charts">{cards}</div>"#)
@@ -209,13 +197,16 @@ fn chart_card(base: &str, metrics: &[Metric]) -> String {
 }
 
 /// The first and the last sample grid.
-fn grids(run: &RunFolder) -> Result<String> {
-    let steps = run.sample_steps();
-    let (Some(first), Some(last)) = (steps.first(), steps.last()) else { return Ok(String::new()) };
+fn grids(grids: &[(usize, PathBuf)]) -> Result<String> {
+    let shown = match grids {
+        [] => return Ok(String::new()),
+        [only] => vec![only],
+        [first, .., last] => vec![first, last],
+    };
     let mut cards = String::new();
-    for step in if first == last { vec![*first] } else { vec![*first, *last] } {
-        let png = std::fs::read(run.samples(step))?;
-        let name = if step == 0 { "Before: step 0".to_owned() } else { format!("After: step {step}") };
+    for (step, path) in shown {
+        let png = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let name = if *step == 0 { "Before: step 0".to_owned() } else { format!("After: step {step}") };
         let _ = write!(
             cards,
             r#"<div class="card"><h3>{name}</h3><div class="scroll"><img alt="samples of step {step}" src="data:image/png;base64,{}"></div></div>"#,
@@ -262,23 +253,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("a <b> & 'c'");
         let config = Config::parse("prompts.list = ['<script>']", "test", &[]).unwrap();
-        let run = RunFolder::create(&dir, &config.to_toml().unwrap()).unwrap();
-        write_report(&run, &config).unwrap();
-        assert!(std::fs::read_to_string(dir.join("report.html")).unwrap().contains("Nothing is measured yet"));
+        std::fs::create_dir(&dir).unwrap();
+        let mut metrics = Metrics::read(&dir.join("metrics.jsonl")).unwrap();
+        let page = |metrics: &Metrics, grids: &[(usize, PathBuf)]| {
+            let (config, config_file) = (&config, &dir.join("config.toml"));
+            let resident_peak = Some(3e6);
+            super::page(&Contents { dir: &dir, config, config_file, metrics, grids, resident_peak }).unwrap()
+        };
+        assert!(page(&metrics, &[]).contains("Nothing is measured yet"));
 
         for step in 0..4 {
             let line = serde_json::json!({ "step": step, "loss": 0.5 - f64::from(step), "reward/hps": 0.1 * f64::from(step), "reward/hps_std": 0.1,
                 "guard/held_out": 0.2 + f64::from(step), "lr": 0.001, "sample/hps": 0.3, "seconds": 30.0, "cause": "text" });
-            run.log(line.as_object().unwrap()).unwrap();
+            metrics.append(line.as_object().unwrap()).unwrap();
         }
-        image::RgbImage::new(2, 2)
-            .save({
-                std::fs::create_dir(dir.join("samples")).unwrap();
-                run.samples(0)
-            })
-            .unwrap();
-        write_report(&run, &config).unwrap();
-        let page = std::fs::read_to_string(dir.join("report.html")).unwrap();
+        let picture = dir.join("step-000000.png");
+        image::RgbImage::new(2, 2).save(&picture).unwrap();
+        let page = page(&metrics, &[(0, picture)]);
         for part in [
             "<h3>hps</h3>",
             "<h3>loss</h3>",
@@ -287,6 +278,8 @@ mod tests {
             "samples: fixed",
             "step 3 of 100",
             "2.0 min",
+            "3 MiB",
+            "-again'",
             "data:image/png;base64,iVBOR",
         ] {
             assert!(page.contains(part), "{part}");

@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 /// One line of a chart.
-pub(super) struct Series {
+pub struct Series {
+    /// What the legend says.
     pub label: String,
     /// (step, value), finite, in order.
     pub points: Vec<(f64, f64)>,
@@ -53,7 +54,7 @@ impl Axes {
 }
 
 /// The chart of some series, each with at least one point.
-pub(super) fn chart(series: &[Series]) -> String {
+pub fn chart(series: &[Series]) -> String {
     let axes = Axes::around(series);
     let mut svg = format!(r#"<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">"#);
     for value in ticks(axes.y) {
@@ -94,7 +95,7 @@ pub(super) fn chart(series: &[Series]) -> String {
 }
 
 /// A number with four significant digits, without zeros at its end.
-pub(super) fn short(value: f64) -> String {
+pub fn short(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return format!("{value}");
     }
@@ -104,6 +105,16 @@ pub(super) fn short(value: f64) -> String {
     }
     let text = format!("{value:.*}", (3 - magnitude).max(0) as usize);
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+/// `45 s`, `3.5 min`, `2.1 h`.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.1} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
 }
 
 fn tick_text(value: f64) -> String {

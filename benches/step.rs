@@ -5,6 +5,8 @@
 use alignprop::allocator::{Allocator, keep_pages};
 use alignprop::cli::{Cli, Command};
 use alignprop::commands::bench::Work;
+use alignprop::config::Prompt;
+use alignprop::nn::Value;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, flops};
@@ -48,7 +50,8 @@ fn measure<T>(bencher: Bencher, mut part: impl FnMut() -> T) {
 fn unet_forward(bencher: Bencher, name: &str) {
     let work = load(name);
     let (x, t) = (work.latents(0).unwrap(), work.plan.steps[0].timestep);
-    measure(bencher, || work.prompting.predict(&work.subject.unet, &x, t, &work.adapters).unwrap());
+    let denoiser = work.denoiser();
+    measure(bencher, || denoiser.predict(&x, t).unwrap());
 }
 
 /// The same, recorded and pulled back.
@@ -56,10 +59,10 @@ fn unet_forward(bencher: Bencher, name: &str) {
 fn unet_forward_and_backward(bencher: Bencher, name: &str) {
     let work = load(name);
     let (x, t) = (work.latents(0).unwrap(), work.plan.steps[0].timestep);
-    let checkpointing = Default::default();
+    let denoiser = work.denoiser();
     measure(bencher, || {
-        let mut sum = LoraGradients::new(&work.adapters);
-        work.prompting.vjp(&work.subject.unet, &x, t, &work.adapters, &x, checkpointing, &mut sum).unwrap()
+        let mut gradients = LoraGradients::new(&work.adapters);
+        denoiser.record(&x, t).unwrap().pull(&x, &mut gradients).unwrap()
     });
 }
 
@@ -85,7 +88,8 @@ fn vae_forward_and_backward(bencher: Bencher, name: &str) {
 fn reward_forward(bencher: Bencher, name: &str) {
     let work = load(name);
     let image = work.subject.vae.decode(&work.latents(0).unwrap().narrow(0, 0, 1).unwrap()).unwrap();
-    measure(bencher, || work.subject.rewards.scores(&image, "").unwrap());
+    let prompts = [Prompt::from("")];
+    measure(bencher, || work.subject.rewards.scores(&Value::constant(&image).into(), &prompts).unwrap());
 }
 
 /// The score of one image and its gradient.
@@ -93,7 +97,11 @@ fn reward_forward(bencher: Bencher, name: &str) {
 fn reward_forward_and_backward(bencher: Bencher, name: &str) {
     let work = load(name);
     let image = work.subject.vae.decode(&work.latents(0).unwrap().narrow(0, 0, 1).unwrap()).unwrap();
-    measure(bencher, || work.subject.rewards.scores_and_gradient(&image, "", 1.0, &mut Ledger::default()).unwrap());
+    let prompts = [Prompt::from("")];
+    measure(bencher, || {
+        let judged = work.subject.rewards.judge(&image, &prompts, &mut Ledger::default()).unwrap();
+        judged.pull(1.0).unwrap()
+    });
 }
 
 /// Rollout, VAE, reward, backward, AdamW.

@@ -49,6 +49,36 @@ pub struct ConfigArgs {
     pub set: Vec<String>,
 }
 
+/// What it runs on, instead of what the config's `[run]` says.
+#[derive(Args, Debug)]
+pub struct DeviceArgs {
+    /// cpu, cuda or cuda:N; instead of run.device
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
+    pub device: Option<String>,
+
+    /// Format of weights and activations; instead of run.precision
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
+}
+
+impl DeviceArgs {
+    /// As settings of the config.
+    fn settings(&self) -> Vec<String> {
+        let device = self.device.iter().map(|device| set("run.device", device.as_str()));
+        device.chain(self.precision.map(|precision| set("run.precision", value_name(precision)))).collect()
+    }
+}
+
+/// `key=value`, as `--set` takes it.
+fn set(key: &str, value: impl Into<toml::Value>) -> String {
+    format!("{key}={}", value.into())
+}
+
+/// As the command line spells it.
+fn value_name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -72,17 +102,24 @@ pub struct TrainArgs {
     #[arg(long)]
     pub dry_run: bool,
 
-    /// cpu, cuda or cuda:N; instead of run.device
-    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
-    pub device: Option<String>,
-
-    /// Format of weights and activations; instead of run.precision
-    #[arg(long, value_name = "PRECISION")]
-    pub precision: Option<Precision>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 
     /// Format of the rewards' towers; instead of run.reward_precision, and without both that of the rest
     #[arg(long, value_name = "PRECISION")]
     pub reward_precision: Option<Precision>,
+}
+
+impl TrainArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        let mut settings = self.config.set.clone();
+        settings.extend(self.device.settings());
+        settings.extend(self.reward_precision.map(|precision| set("run.reward_precision", value_name(precision))));
+        // a run's folder may have been moved
+        settings.extend(self.resume.as_ref().map(|dir| set("run.dir", dir.display().to_string())));
+        settings
+    }
 }
 
 #[derive(Args, Debug)]
@@ -135,17 +172,22 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 
-    /// cpu, cuda or cuda:N; instead of run.device
-    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
-    pub device: Option<String>,
-
-    /// Format of weights and activations; instead of run.precision
-    #[arg(long, value_name = "PRECISION")]
-    pub precision: Option<Precision>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 
     /// Format of the rewards' towers; instead of run.reward_precision, and without both that of the rest
     #[arg(long, value_name = "PRECISION")]
     pub reward_precision: Option<Precision>,
+}
+
+impl EvalArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        let mut settings = self.config.set.clone();
+        settings.extend(self.device.settings());
+        settings.extend(self.reward_precision.map(|precision| set("run.reward_precision", value_name(precision))));
+        settings
+    }
 }
 
 #[derive(Args, Debug)]
@@ -313,13 +355,30 @@ pub struct SampleArgs {
     #[arg(long, value_name = "FILE")]
     pub save_tensors: Option<PathBuf>,
 
-    /// cpu, cuda or cuda:N; instead of run.device
-    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
-    pub device: Option<String>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
 
-    /// Format of weights and activations; instead of run.precision
-    #[arg(long, value_name = "PRECISION")]
-    pub precision: Option<Precision>,
+impl SampleArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        let whole = |key, value: Option<usize>| value.map(|value| set(key, value as i64));
+        let real = |key, value: Option<f64>| value.map(|value| set(key, value));
+        let text = |key, value: &Option<String>| value.as_ref().map(|value| set(key, value.as_str()));
+        let given = [
+            text("model.path", &self.model),
+            text("sampler.negative_prompt", &self.negative_prompt),
+            whole("sampler.num_inference_steps", self.steps),
+            real("sampler.guidance_scale", self.guidance_scale),
+            real("sampler.eta", self.eta),
+            whole("sampler.height", self.height),
+            whole("sampler.width", self.width),
+        ];
+        let mut settings = self.config.set.clone();
+        settings.extend(given.into_iter().flatten());
+        settings.extend(self.device.settings());
+        settings
+    }
 }
 
 #[derive(Args, Debug)]
@@ -520,7 +579,7 @@ mod tests {
         let Ok(Command::Train(train)) = parse(line) else { panic!("not train") };
         assert_eq!(train.config.config, Some(PathBuf::from("c.toml")));
         assert_eq!(train.config.set, ["a.b=1", "c=d"]);
-        assert_eq!((train.device.as_deref(), train.precision), (Some("cuda:1"), Some(Precision::Bf16)));
+        assert_eq!((train.device.device.as_deref(), train.device.precision), (Some("cuda:1"), Some(Precision::Bf16)));
         assert!(train.dry_run && train.resume.is_none());
     }
 

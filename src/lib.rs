@@ -45,4 +45,5 @@ pub mod ops;
 pub mod optim;
 pub mod report;
 pub mod rewards;
+pub mod sampling;
 pub mod training;

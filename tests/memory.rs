@@ -4,21 +4,26 @@
 
 mod support;
 
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use alignprop::allocator::{self, Allocator};
-use alignprop::config::{AestheticConfig, Checkpointing, ClipScoreConfig, ModelConfig, RewardsConfig};
+use alignprop::config::{
+    AestheticConfig, Checkpointing, ClipScoreConfig, Config, ModelConfig, Precision, Prompt, RewardsConfig,
+};
 use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::{Pipeline, Source};
-use alignprop::nn::lora::LoraGradients;
+use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, flops};
 use alignprop::rewards::Rewards;
+use alignprop::sampling::{Conditioning, Denoiser, Sampler};
 use alignprop::training::memory::Parts;
-use alignprop::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
+use alignprop::training::step::{Critic, Tally, credit, differentiate, sample};
+use alignprop::training::trainer::begin;
+use alignprop::training::{AlignProp, Plan, RunPlan};
 use candle_core::{DType, Device, Tensor};
-use support::{Experiment, fixture, text};
+use support::{Experiment, fixture, numbers, text};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
@@ -68,34 +73,39 @@ impl Chain {
         Self { pipeline, schedule, adapters, noise }
     }
 
-    fn prompts(count: usize) -> Vec<String> {
-        vec!["a cat".to_owned(); count]
+    fn prompts(count: usize) -> Vec<Prompt> {
+        vec![Prompt::from("a cat"); count]
     }
 
-    fn prompting(&self) -> Prompting {
-        Prompting {
-            prompt_embeds: self.pipeline.encode_prompts(&Self::prompts(1)).unwrap(),
-            negative_prompt_embeds: self.pipeline.encode_prompts(&[String::new()]).unwrap(),
-            guidance_scale: 5.0,
-        }
+    /// Of `batch` images.
+    fn denoiser(&self, batch: usize, checkpointing: Checkpointing) -> Denoiser<'_> {
+        let embeds = |text: &str| self.pipeline.encode_prompts(&[text.to_owned()]).unwrap();
+        let conditioning = Conditioning::new(embeds("a cat"), embeds(""), 5.0, &Compute::cpu());
+        let conditioning = conditioning.select(&Tensor::zeros(batch, DType::U32, &Device::Cpu).unwrap()).unwrap();
+        Denoiser { unet: &self.pipeline.unet, adapters: &self.adapters, conditioning, checkpointing }
+    }
+
+    fn critic<'a>(&'a self, rewards: &'a Rewards, checkpointing: Checkpointing) -> Critic<'a> {
+        Critic { vae: &self.pipeline.vae, rewards, checkpointing }
+    }
+
+    fn parts<'a>(&'a self, rewards: &'a Rewards, latent_shape: (usize, usize, usize)) -> Parts<'a> {
+        let (denoiser, vae) = (self.denoiser(1, Checkpointing::Step), &self.pipeline.vae);
+        Parts { denoiser, vae, rewards, timestep: 500, latent_shape, steps: STEPS }
     }
 
     /// The peak of the backward pass through the last `k` steps.
     fn backward_peak(&self, k: usize, checkpointing: Checkpointing) -> f64 {
         let keep: Vec<bool> = (0..STEPS).map(|i| i + k >= STEPS).collect();
         let plan = Plan::with_mask(&self.schedule, &keep, 1);
-        let prompting = self.prompting();
+        let denoiser = self.denoiser(1, checkpointing);
         let x_t = self.noise.normal_batch(Stream::Latents, 0, 0..1, (4, 24, 20)).unwrap();
-        let unet = &self.pipeline.unet;
-        let ledger = &mut Ledger::default();
+        let mut tally = Tally::new(&self.adapters);
         let no_noise = |_| unreachable!();
-        let mut trajectory =
-            rollout(unet, &plan.steps, x_t.clone(), &prompting, &self.adapters, no_noise, ledger).unwrap();
+        let mut trajectory = sample(&denoiser, &plan, x_t.clone(), no_noise, 0, &mut tally.ledger).unwrap();
         peak(|| {
-            let mut sum = LoraGradients::new(&self.adapters);
-            backprop(unet, &self.adapters, &mut trajectory, &plan, &prompting, &x_t, checkpointing, &mut sum, ledger)
-                .unwrap();
-            assert_eq!(sum.finish(&self.adapters).unwrap().len(), 160);
+            differentiate(&denoiser, &plan, &mut trajectory, Some(&x_t), &mut [], &mut tally).unwrap();
+            assert_eq!(tally.take_gradients(&self.adapters).unwrap().len(), 160);
         })
     }
 }
@@ -140,16 +150,8 @@ fn images_are_decoded_and_scored_one_at_a_time() {
         let latents = chain.noise.normal_batch(Stream::Latents, 0, 0..batch, (4, 9, 5)).unwrap();
         let prompts = Chain::prompts(batch as usize);
         peak(|| {
-            reward_cotangent(
-                &chain.pipeline.vae,
-                &rewards,
-                &latents,
-                &prompts,
-                1.0,
-                checkpointing,
-                &mut Ledger::default(),
-            )
-            .unwrap();
+            let mut tally = Tally::new(&chain.adapters);
+            credit(&chain.critic(&rewards, checkpointing), &latents, &prompts, 1.0, &mut tally).unwrap();
         })
     };
     for checkpointing in [Checkpointing::Step, Checkpointing::Block] {
@@ -167,7 +169,6 @@ fn the_estimate_is_near_the_peak() {
     let _alone = alone();
     let chain = Chain::new();
     let rewards = Rewards::load(&aesthetic(), &chain.pipeline.tokenizer).unwrap();
-    let prompting = chain.prompting();
     for (latent_shape, batch) in [((4, 9, 5), 1), ((4, 9, 5), 4), ((4, 32, 24), 3)] {
         for (checkpointing, stored) in [
             (Checkpointing::Step, 0),
@@ -175,47 +176,22 @@ fn the_estimate_is_near_the_peak() {
             (Checkpointing::Step, STEPS),
             (Checkpointing::Block, 0),
         ] {
-            let parts = Parts {
-                unet: &chain.pipeline.unet,
-                vae: &chain.pipeline.vae,
-                rewards: &rewards,
-                adapters: &chain.adapters,
-                prompting: &prompting,
-                timestep: 500,
-                latent_shape,
-                steps: STEPS,
-            };
+            let parts = chain.parts(&rewards, latent_shape);
             let estimate = parts.estimate(&parts.measure(checkpointing).unwrap(), batch, stored);
             let plan = Plan::with_mask(&chain.schedule, &[true; STEPS], batch);
-            let rows = Tensor::zeros(batch, DType::U32, &Device::Cpu).unwrap();
-            let prompting = prompting.select(&rows).unwrap();
-            let (unet, vae) = (&chain.pipeline.unet, &chain.pipeline.vae);
+            let (denoiser, critic) = (chain.denoiser(batch, checkpointing), chain.critic(&rewards, checkpointing));
             let x_t = chain.noise.normal_batch(Stream::Latents, 0, 0..batch as u64, latent_shape).unwrap();
             let loaded = allocator::live() as f64;
             let peak = loaded
                 + peak(|| {
-                    let (steps, ledger, no_noise) = (&plan.steps, &mut Ledger::default(), |_| unreachable!());
-                    let recorded = plan.recorded(stored);
-                    let (x, adapters, record) = (x_t.clone(), &chain.adapters, |i: usize| recorded[i]);
-                    let mut chain_of =
-                        recorded_rollout(unet, steps, x, &prompting, adapters, no_noise, record, ledger).unwrap();
+                    let mut tally = Tally::new(&chain.adapters);
+                    let no_noise = |_| unreachable!();
+                    let mut trajectory =
+                        sample(&denoiser, &plan, x_t.clone(), no_noise, stored, &mut tally.ledger).unwrap();
                     let prompts = Chain::prompts(batch);
-                    let credit =
-                        reward_cotangent(vae, &rewards, &chain_of.latents, &prompts, 1.0, checkpointing, ledger)
-                            .unwrap();
-                    let (d, mut sum) = (&credit.d_latents, LoraGradients::new(&chain.adapters));
-                    backprop(
-                        unet,
-                        &chain.adapters,
-                        &mut chain_of,
-                        &plan,
-                        &prompting,
-                        d,
-                        checkpointing,
-                        &mut sum,
-                        ledger,
-                    )
-                    .unwrap();
+                    let credit = credit(&critic, trajectory.latents(), &prompts, 1.0, &mut tally).unwrap();
+                    let d = Some(&credit.d_latents);
+                    differentiate(&denoiser, &plan, &mut trajectory, d, &mut [], &mut tally).unwrap();
                 });
             let ratio = estimate.total() / peak;
             eprintln!(
@@ -237,25 +213,16 @@ fn the_estimate_of_an_image_is_near_its_peak_whatever_its_size() {
     let config = RewardsConfig { clip_score: Some(clip_score), ..Default::default() };
     let tokenizer = ClipTokenizer::load(&Source::open("assets/emoji-clip").unwrap()).unwrap();
     let rewards = Rewards::load(&config, &tokenizer.into()).unwrap();
-    let (prompting, prompts, vae) = (chain.prompting(), Chain::prompts(1), &chain.pipeline.vae);
+    let prompts = Chain::prompts(1);
     for side in [8, 16, 32, 64] {
         let latent_shape = (4, side, side);
-        let parts = Parts {
-            unet: &chain.pipeline.unet,
-            vae,
-            rewards: &rewards,
-            adapters: &chain.adapters,
-            prompting: &prompting,
-            timestep: 500,
-            latent_shape,
-            steps: STEPS,
-        };
+        let parts = chain.parts(&rewards, latent_shape);
         let checkpointing = Checkpointing::Step;
         let estimate = parts.estimate(&parts.measure(checkpointing).unwrap(), 1, 0).image;
         let latents = chain.noise.normal_batch(Stream::Latents, 0, 0..1, latent_shape).unwrap();
         let peak = peak(|| {
-            let ledger = &mut Ledger::default();
-            reward_cotangent(vae, &rewards, &latents, &prompts, 1.0, checkpointing, ledger).unwrap();
+            let mut tally = Tally::new(&chain.adapters);
+            credit(&chain.critic(&rewards, checkpointing), &latents, &prompts, 1.0, &mut tally).unwrap();
         });
         eprintln!("{side}: {:.2} MB, estimate {:.2} MB", peak / 1e6, estimate / 1e6);
         assert!((0.95..1.05).contains(&(estimate / peak)), "{side}: {estimate} for {peak}");
@@ -268,17 +235,14 @@ fn stored_steps_are_not_evaluated_again() {
     let _alone = alone();
     let chain = Chain::new();
     let plan = Plan::with_mask(&chain.schedule, &[true; STEPS], 1);
-    let (unet, adapters, prompting) = (&chain.pipeline.unet, &chain.adapters, chain.prompting());
+    let denoiser = chain.denoiser(1, Checkpointing::Step);
     let x_t = chain.noise.normal_batch(Stream::Latents, 0, 0..1, (4, 24, 20)).unwrap();
     let run = |stored: usize| {
-        let (recorded, ledger) = (plan.recorded(stored), &mut Ledger::default());
-        let (no_noise, record, x) = (|_| unreachable!(), |i: usize| recorded[i], x_t.clone());
+        let (mut tally, no_noise) = (Tally::new(&chain.adapters), |_| unreachable!());
         let start = flops();
-        let mut trajectory =
-            recorded_rollout(unet, &plan.steps, x, &prompting, adapters, no_noise, record, ledger).unwrap();
-        let (there, mut sum) = (flops(), LoraGradients::new(adapters));
-        let step = Checkpointing::Step;
-        backprop(unet, adapters, &mut trajectory, &plan, &prompting, &x_t, step, &mut sum, ledger).unwrap();
+        let mut trajectory = sample(&denoiser, &plan, x_t.clone(), no_noise, stored, &mut tally.ledger).unwrap();
+        let there = flops();
+        differentiate(&denoiser, &plan, &mut trajectory, Some(&x_t), &mut [], &mut tally).unwrap();
         (there - start, flops() - there)
     };
     let (_, evaluated) = run(0);
@@ -286,6 +250,84 @@ fn stored_steps_are_not_evaluated_again() {
     assert!(rollout > 0 && stored > 0);
     assert_eq!(evaluated - stored, rollout);
     assert_eq!(evaluated - run(1).1, rollout / STEPS as u64);
+}
+
+/// Two rewards on one CLIP: its tower runs once, there and back, and the gradient is the sum of theirs.
+#[test]
+fn rewards_on_one_tower_run_it_once() {
+    let _alone = alone();
+    let tokenizer = Arc::new(ClipTokenizer::load(&Source::open("assets/emoji-clip").unwrap()).unwrap());
+    let load = |settings: &[&str]| {
+        let settings: Vec<String> = settings.iter().map(|set| (*set).to_owned()).collect();
+        Rewards::load(&Config::parse("", "two rewards", &settings).unwrap().reward, &tokenizer).unwrap()
+    };
+    let (one, other) = (
+        ["reward.clip-score.model='assets/emoji-clip'", "reward.clip-score.weight=2"],
+        ["reward.pickscore.model='assets/emoji-clip'", "reward.pickscore.weight=-0.5"],
+    );
+    let image = Noise::new(3).normal_batch(Stream::Latents, 0, 0..1, (3, 64, 64)).unwrap();
+    let prompts = [Prompt::from("a 3d cat at sunset")];
+    // operations of the scores and of the gradient, and both of them
+    let judge = |rewards: &Rewards| {
+        let run = || {
+            let start = flops();
+            let mut ledger = Ledger::default();
+            let judged = rewards.judge(&image, &prompts, &mut ledger).unwrap();
+            let (there, scores) = (flops(), judged.scores()[0].get(&ledger.read().unwrap()));
+            let gradient = judged.pull(1.0).unwrap();
+            ([there - start, flops() - there], scores, numbers(&gradient))
+        };
+        run(); // text embeddings and resizing matrices are made once and kept
+        run()
+    };
+    let (of_one, of_other) = (judge(&load(&one)), judge(&load(&other)));
+    let both = judge(&load(&[one, other].concat()));
+    eprintln!("operations there and back: {:?}, {:?}, both {:?}", of_one.0, of_other.0, both.0);
+    assert_eq!((of_one.0, of_other.0), (both.0, both.0));
+    assert_eq!(both.1, [of_one.1.as_slice(), &of_other.1].concat());
+    let sum: Vec<f32> = of_one.2.iter().zip(&of_other.2).map(|(x, y)| x + y).collect();
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let error = norm(&mut both.2.iter().zip(&sum).map(|(x, y)| x - y)) / norm(&mut sum.iter().copied());
+    assert!(error < 1e-6, "{error}");
+    // another preparation of the pixels is another evaluation, and so is a reward that is not trained and alone on its tower
+    let squashed = "reward.pickscore.preprocess='squash'";
+    let apart = judge(&load(&[&one[..], &other, &[squashed]].concat()));
+    assert_eq!(apart.0, [2 * of_one.0[0], 2 * of_one.0[1]]);
+    let watched = judge(&load(&[&one[..], &other, &["reward.pickscore.weight=0"]].concat()));
+    assert_eq!((watched.0, watched.2), (of_one.0, of_one.2));
+    let watched = judge(&load(&[&one[..], &other, &["reward.pickscore.weight=0", squashed]].concat()));
+    assert_eq!(watched.0, [2 * of_one.0[0], of_one.0[1]]);
+}
+
+/// In f16 an overflow costs a backward pass and not the rollout, of which there are many steps here to one that is
+/// differentiated.
+#[test]
+fn an_overflow_in_f16_repeats_the_backward_pass_alone() {
+    let _alone = alone();
+    let compute = Compute::open_any("cpu", Some(Precision::F16), false).unwrap();
+    let settings = ["truncation.k=1", "train.batch_size=1", "train.steps=1"].map(String::from);
+    let config = &Config::parse(include_str!("../configs/emoji.toml"), "emoji.toml", &settings).unwrap();
+    let sampler = &Sampler::load(&config.model, &config.sampler, &compute).unwrap();
+    let rewards = &Rewards::load_on(&config.reward, &sampler.pipeline.tokenizer, &compute).unwrap();
+    let (prompts, noise) = (&config.prompts.load().unwrap(), Noise::new(1));
+    let start = begin(config, sampler, &noise).unwrap();
+    let plan = &RunPlan::resolve(config, sampler, rewards, &start.adapters).unwrap();
+    let method = AlignProp { config, plan, sampler, rewards, prompts, noise };
+    // the operations of a step that begins with this loss scale, and the scale that it ends with
+    let step = |scale: f64| {
+        let mut state = start.clone();
+        state.loss_scale = serde_json::from_str(&format!("{{\"scale\": {scale:?}, \"good_steps\": 0}}")).unwrap();
+        let before = flops();
+        method.step(&mut state, 1e-3, || ()).unwrap();
+        ((flops() - before) as f64, state.loss_scale.unwrap().get())
+    };
+    let (without, scale) = step(65536.0);
+    assert_eq!(scale, 65536.0);
+    let (with, scale) = step(f64::powi(2.0, 60));
+    let overflows = 60.0 - scale.log2();
+    eprintln!("{:.1} Mflop, {:.1} with {overflows} overflows", without / 1e6, with / 1e6);
+    assert!(overflows >= 5.0, "{overflows}");
+    assert!(with > without && with < without * (1.0 + 0.3 * overflows), "{without}, {with}");
 }
 
 /// The peak of a whole `train`, models included.

@@ -7,22 +7,23 @@ use candle_core::{Device, Tensor};
 use serde::Serialize;
 
 use crate::cli::{Architecture, BenchArgs};
-use crate::config::{Checkpointing, ModelConfig, OptimizerConfig, Precision};
+use crate::config::{Checkpointing, ModelConfig, OptimizerConfig, Precision, Prompt};
 use crate::diffusion::{DdimSchedule, Noise, SchedulerConfig, Stream};
 use crate::lora::Adapters;
 use crate::models::clip::Clip;
 use crate::models::unet::{PerBlock, Unet, UnetConfig};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::models::{Source, Weights};
-use crate::nn::lora::LoraGradients;
 use crate::ops::device::{Compute, upload};
 use crate::ops::linear::{Weight, linear_fwd};
-use crate::ops::{Ledger, flops, matmul_peak};
-use crate::optim::{AdamW, clip_grad_norm};
+use crate::ops::{flops, matmul_peak};
+use crate::optim::AdamW;
 use crate::rewards::Rewards;
-use crate::training::loss_scale::{LossScale, unscale};
+use crate::sampling::{Conditioning, Denoiser};
+use crate::training::Plan;
+use crate::training::loss_scale::LossScale;
 use crate::training::memory::{Meter, Parts};
-use crate::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
+use crate::training::step::{Critic, Tally, credit, differentiate, sample, update};
 
 /// Side of the square product that the CPU's peak is taken from.
 const PEAK_SIDE: usize = 1536;
@@ -213,11 +214,13 @@ fn peak_gflops(compute: &Compute) -> Result<f64> {
 pub struct Work {
     pub subject: Subject,
     pub plan: Plan,
-    pub prompting: Prompting,
+    pub conditioning: Conditioning,
     pub adapters: Adapters,
     optimizer: AdamW,
+    optimizer_config: OptimizerConfig,
     noise: Noise,
-    kept: usize,
+    /// Steps of the chain before the first one that keeps its gradient.
+    first_kept: usize,
     batch: usize,
     checkpointing: Checkpointing,
     stored_steps: usize,
@@ -233,28 +236,27 @@ impl Work {
         );
         let subject = Subject::load(args, compute)?;
         let noise = Noise::new(0);
-        let kept: Vec<bool> = (0..args.steps).map(|i| i + args.backprop_steps >= args.steps).collect();
+        let first_kept = args.steps - args.backprop_steps;
+        let kept: Vec<bool> = (0..args.steps).map(|i| i >= first_kept).collect();
         let plan = Plan::with_mask(&subject.schedule, &kept, args.batch);
+        // text embeddings of any numbers: time and memory do not depend on them
         let embeds = |stream| {
             compute.put(&noise.normal_batch(stream, 0, 0..args.batch as u64, (1, 77, subject.context))?.squeeze(1)?)
         };
-        let prompting = Prompting {
-            prompt_embeds: embeds(Stream::Prompts)?,
-            negative_prompt_embeds: embeds(Stream::Renoise)?,
-            guidance_scale: args.cfg,
-        };
+        let conditioning = Conditioning::new(embeds(Stream::Prompts)?, embeds(Stream::Renoise)?, args.cfg, compute);
         let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);
         let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
         let adapters = Adapters::init(&subject.unet.targets(), &targets, args.rank, args.rank as f64, normal)?;
         let adapters = adapters.to_device(compute.device())?;
-        let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors())?;
+        let optimizer_config = OptimizerConfig::default();
         Ok(Self {
             plan,
-            prompting,
+            conditioning,
+            optimizer: AdamW::new(&optimizer_config, &adapters.tensors())?,
             adapters,
-            optimizer,
+            optimizer_config,
             noise,
-            kept: args.backprop_steps,
+            first_kept,
             batch: args.batch,
             checkpointing: args.checkpointing,
             stored_steps: args.stored_steps.min(args.backprop_steps),
@@ -262,14 +264,28 @@ impl Work {
         })
     }
 
+    /// The UNet with the adapters as they are now.
+    pub fn denoiser(&self) -> Denoiser<'_> {
+        Denoiser {
+            unet: &self.subject.unet,
+            adapters: &self.adapters,
+            conditioning: self.conditioning.clone(),
+            checkpointing: self.checkpointing,
+        }
+    }
+
+    /// The decoder and the reward.
+    pub fn critic(&self) -> Critic<'_> {
+        let Subject { vae, rewards, .. } = &self.subject;
+        Critic { vae, rewards, checkpointing: self.checkpointing }
+    }
+
     /// The memory that `train` would expect, in bytes.
     fn estimate(&self) -> Result<f64> {
         let parts = Parts {
-            unet: &self.subject.unet,
+            denoiser: self.denoiser(),
             vae: &self.subject.vae,
             rewards: &self.subject.rewards,
-            adapters: &self.adapters,
-            prompting: &self.prompting,
             timestep: self.plan.steps[0].timestep,
             latent_shape: self.subject.latent_shape,
             steps: self.plan.steps.len(),
@@ -286,45 +302,27 @@ impl Work {
 
     /// One optimizer step; `mark` is told when a phase (0 to 3, as in the report) has ended.
     pub fn step(&mut self, number: u64, mut mark: impl FnMut(usize) -> Result<()>) -> Result<()> {
-        let Subject { unet, vae, rewards, .. } = &self.subject;
-        let x_t = self.latents(number)?;
-        let prompts = vec![String::new(); self.batch];
-        let (first, kept) = self.plan.steps.split_at(self.plan.steps.len() - self.kept);
+        let OptimizerConfig { loss_coeff, max_grad_norm, lr, .. } = self.optimizer_config;
+        let loss_scale = LossScale::new(self.subject.unet.compute().dtype()).map_or(1.0, |scale| scale.get());
+        let mut tally = Tally::scaled(&self.adapters, loss_scale);
         let no_noise = |_| anyhow::bail!("eta is 0");
-        let mut ledger = Ledger::default();
-        let mut trajectory = rollout(unet, first, x_t, &self.prompting, &self.adapters, no_noise, &mut ledger)?;
+        let prompts = vec![Prompt::from(""); self.batch];
+        let denoiser = self.denoiser();
+        // in two parts, so that the steps that keep their gradient have a time of their own
+        let (first, kept) = self.plan.split_at(self.first_kept);
+        let mut trajectory = sample(&denoiser, &first, self.latents(number)?, no_noise, 0, &mut tally.ledger)?;
         mark(0)?;
-        let recorded = self.plan.recorded(self.stored_steps);
-        let record = |i| recorded[first.len() + i];
-        let (prompting, adapters, x) = (&self.prompting, &self.adapters, trajectory.latents);
-        let last = recorded_rollout(unet, kept, x, prompting, adapters, no_noise, record, &mut ledger)?;
-        trajectory.inputs.extend(last.inputs);
-        trajectory.recordings.extend(last.recordings);
-        trajectory.latents = last.latents;
+        let middle = trajectory.latents().clone();
+        trajectory.extend(sample(&denoiser, &kept, middle, no_noise, self.stored_steps, &mut tally.ledger)?);
         mark(1)?;
-        let loss_scale = LossScale::new(unet.compute().dtype()).map_or(1.0, |scale| scale.get());
-        let scale = loss_scale * 0.01 / self.batch as f64;
-        let credit =
-            reward_cotangent(vae, rewards, &trajectory.latents, &prompts, scale, self.checkpointing, &mut ledger)?;
+        let scale = loss_coeff / self.batch as f64;
+        let credit = credit(&self.critic(), trajectory.latents(), &prompts, scale, &mut tally)?;
         mark(2)?;
-        let mut sum = LoraGradients::new(&self.adapters);
-        backprop(
-            unet,
-            &self.adapters,
-            &mut trajectory,
-            &self.plan,
-            &self.prompting,
-            &credit.d_latents,
-            self.checkpointing,
-            &mut sum,
-            &mut ledger,
-        )?;
-        let mut gradients = sum.finish(&self.adapters)?;
-        unscale(&mut gradients, loss_scale)?;
-        ledger.number(&clip_grad_norm(&mut gradients, 5.0)?)?;
-        let updated = self.optimizer.update(&self.adapters.tensors(), &gradients, 1e-3)?;
-        ledger.read()?;
-        self.adapters = self.adapters.with_tensors(updated)?;
+        differentiate(&denoiser, &self.plan, &mut trajectory, Some(&credit.d_latents), &mut [], &mut tally)?;
+        let update = update(&mut tally, &self.adapters, &self.optimizer, max_grad_norm, lr)?;
+        tally.ledger.read()?;
+        drop(trajectory);
+        (self.adapters, self.optimizer) = (update.adapters, update.optimizer);
         mark(3)
     }
 }

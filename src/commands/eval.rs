@@ -7,14 +7,15 @@ use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use super::experiment::{Checkpointed, Model, checkpoint_of};
-use super::open_for_rewards;
+use super::experiment::{Checkpointed, checkpoint_of, compute_of};
 use crate::cli::EvalArgs;
 use crate::config::PromptsConfig;
 use crate::files::write_bytes;
 use crate::lora::Adapters;
+use crate::nn::Value;
 use crate::report::pictures;
 use crate::rewards::Rewards;
+use crate::sampling::Sampler;
 use crate::training::checkpoint::EMA;
 
 /// Pairs in one row of the grid.
@@ -105,17 +106,18 @@ struct ScaleReport {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let Checkpointed { mut config, adapters: adapters_path, run, .. } = checkpoint_of(&args.checkpoint, &args.config)?;
+    let Checkpointed { config, adapters: adapters_path, run, .. } =
+        checkpoint_of(&args.checkpoint, &args.config, &args.settings())?;
     let adapters_path = if args.ema { average(&adapters_path)? } else { adapters_path };
-    let compute = open_for_rewards(&mut config, args.device.as_deref(), args.precision, args.reward_precision)?;
+    let compute = compute_of(&config.run)?.with_rewards_in(config.run.reward_precision)?;
     let prompts = match &args.prompts {
         Some(file) => PromptsConfig { file: Some(file.clone()), ..Default::default() }.load()?,
         None => config.prompts.load()?,
     };
     let reward_config = if args.reward.is_empty() { config.reward.clone() } else { config.reward.select(&args.reward) };
-    let model = Model::load(&config, &compute)?;
-    let tuned = model.load_lora(&adapters_path)?.adapters;
-    let rewards = Rewards::load_on(&reward_config, &model.pipeline.tokenizer, &compute)?;
+    let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
+    let tuned = sampler.load_lora(&adapters_path)?.adapters;
+    let rewards = Rewards::load_on(&reward_config, &sampler.pipeline.tokenizer, &compute)?;
     // the base model, then each scale of the LoRA
     let mut variants = vec![Adapters::default()];
     variants.extend(args.lora_scale.iter().map(|scale| tuned.scaled(*scale)));
@@ -130,9 +132,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         for (number, prompt) in prompts.iter().enumerate() {
             let mut column = Vec::with_capacity(variants.len());
             for (adapters, scores) in variants.iter().zip(&mut all_scores) {
-                let prompt_alone = std::slice::from_ref(prompt);
-                let image = model.gated_images(prompt_alone, number as u64, seed as u64, adapters, args.lora_start)?;
-                for (reward, score) in rewards.scores(&image, prompt)?.into_iter().enumerate() {
+                let prompt = std::slice::from_ref(prompt);
+                let noise = sampler.evaluation_noise(seed as u64, number as u64..number as u64 + 1);
+                let image = sampler.draw(prompt, &noise, adapters, args.lora_start)?.images;
+                for (reward, score) in
+                    rewards.scores(&Value::constant(&image).into(), prompt)?.swap_remove(0).into_iter().enumerate()
+                {
                     scores[reward][number].push(score);
                 }
                 if shown.len() < PICTURES {
@@ -169,7 +174,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             .iter()
             .enumerate()
             .map(|(p, prompt)| PromptReport {
-                prompt: prompt.clone(),
+                prompt: prompt.text.clone(),
                 comparison: Comparison::of(&base_scores[r][p], &tuned_scores[r][p]),
             })
             .collect(),

@@ -16,7 +16,7 @@ use crate::models::Source;
 use crate::models::merge::save_merged;
 
 pub fn run(args: &ExportArgs) -> Result<()> {
-    let found = checkpoint_of(&args.checkpoint, &args.config)?;
+    let found = checkpoint_of(&args.checkpoint, &args.config, &args.config.set)?;
     let loaded = formats::load(&found.adapters)?;
     loaded.warn(&found.adapters);
     let adapters = loaded.adapters.scaled(args.lora_scale);

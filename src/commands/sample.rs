@@ -6,44 +6,32 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
 
-use super::experiment::{DEFAULTS, Drawn, Model, config_of};
-use super::open_device;
+use super::experiment::{DEFAULTS, compute_of, config_of};
 use crate::cli::SampleArgs;
+use crate::config::Prompt;
 use crate::files;
 use crate::lora::Adapters;
 use crate::report::pictures;
+use crate::sampling::{Drawn, Sampler};
 
 pub fn run(args: &SampleArgs) -> Result<()> {
-    let mut config = config_of(args.config.config.as_deref(), &args.config.set, DEFAULTS)?;
-    if let Some(model) = &args.model {
-        config.model.path.clone_from(model);
-    }
-    let sampler = &mut config.sampler;
-    if let Some(negative_prompt) = &args.negative_prompt {
-        sampler.negative_prompt.clone_from(negative_prompt);
-    }
-    sampler.num_inference_steps = args.steps.unwrap_or(sampler.num_inference_steps);
-    sampler.guidance_scale = args.guidance_scale.unwrap_or(sampler.guidance_scale);
-    sampler.eta = args.eta.unwrap_or(sampler.eta);
-    sampler.height = args.height.or(sampler.height);
-    sampler.width = args.width.or(sampler.width);
-    config.validate()?;
-    let compute = open_device(&mut config, args.device.as_deref(), args.precision)?;
-
-    let model = Model::load(&config, &compute)?;
+    let config = config_of(args.config.config.as_deref(), &args.settings(), DEFAULTS)?;
+    let sampler = Sampler::load(&config.model, &config.sampler, &compute_of(&config.run)?)?;
+    let prompts: Vec<Prompt> = args.prompt.iter().map(|text| Prompt::from(text.as_str())).collect();
     let adapters = match &args.lora {
-        Some(path) => model.load_lora(path)?.adapters.scaled(args.lora_scale),
+        Some(path) => sampler.load_lora(path)?.adapters.scaled(args.lora_scale),
         None => Adapters::default(),
     };
-    for (prompt, tokens) in model.truncated_prompts(&args.prompt)? {
+    for (prompt, tokens) in sampler.truncated_prompts(&prompts)? {
         eprintln!(
             "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
-            model.pipeline.tokenizer.max_length()
+            sampler.pipeline.tokenizer.max_length()
         );
     }
-    let (mut images, mut drawn) = (Vec::with_capacity(args.prompt.len()), Vec::new());
-    for (number, prompt) in (0..).zip(&args.prompt) {
-        let one = model.draw(std::slice::from_ref(prompt), number, args.seed, &adapters, args.lora_start)?;
+    let (mut images, mut drawn) = (Vec::with_capacity(prompts.len()), Vec::new());
+    for (number, prompt) in (0..).zip(&prompts) {
+        let noise = sampler.evaluation_noise(args.seed, number..number + 1);
+        let one = sampler.draw(std::slice::from_ref(prompt), &noise, &adapters, args.lora_start)?;
         images.push(pictures::to_rgb(&one.images.get(0)?)?);
         drawn.push(one);
     }
@@ -63,8 +51,8 @@ fn save_tensors(drawn: &[Drawn], path: &Path) -> Result<()> {
         ("images".to_owned(), all(&|one| one.images.clone())?),
         ("initial_latents".to_owned(), all(&|one| one.initial_latents.clone())?),
         ("latents".to_owned(), all(&|one| one.latents.clone())?),
-        ("negative_prompt_embeds".to_owned(), all(&|one| one.prompting.negative_prompt_embeds.clone())?),
-        ("prompt_embeds".to_owned(), all(&|one| one.prompting.prompt_embeds.clone())?),
+        ("negative_prompt_embeds".to_owned(), all(&|one| one.conditioning.negative_prompt_embeds.clone())?),
+        ("prompt_embeds".to_owned(), all(&|one| one.conditioning.prompt_embeds.clone())?),
     ];
     files::save_tensors(path, &BTreeMap::new(), &tensors, DType::F32)
         .with_context(|| format!("writing the tensors {}", path.display()))

@@ -6,26 +6,28 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::VerifyArgs;
 use crate::config::{
-    AestheticConfig, Checkpointing, ClipScoreConfig, HpsConfig, ModelConfig, OptimizerConfig, Preprocess, RewardsConfig,
+    AestheticConfig, Checkpointing, ClipScoreConfig, HpsConfig, ModelConfig, OptimizerConfig, Preprocess, Prompt,
+    RewardsConfig,
 };
 use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
 use crate::models::Pipeline;
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Tape, Value};
-use crate::ops::Ledger;
 use crate::ops::device::Compute;
-use crate::optim::{AdamW, clip_grad_norm};
-use crate::rewards::{Objective, Preprocessor, Rewards};
-use crate::training::loss_scale::{LossScale, unscale};
-use crate::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
+use crate::optim::AdamW;
+use crate::rewards::{Judge, Objective, Preprocessor, Rewards};
+use crate::sampling::{Conditioning, Denoiser};
+use crate::training::Plan;
+use crate::training::loss_scale::LossScale;
+use crate::training::step::{Critic, Tally, credit, differentiate, sample, update};
 
 /// Relative errors (L2) that a computation must stay below.
 struct Bounds {
@@ -390,13 +392,24 @@ impl Subject<'_> {
         Rewards::load_on(&config, &self.pipeline.tokenizer, self.compute).map(Some)
     }
 
-    fn prompting(&self, guidance_scale: f64) -> Result<Prompting> {
+    fn conditioning(&self, guidance_scale: f64) -> Result<Conditioning> {
         let prompts = &self.reference.prompts;
-        Ok(Prompting {
-            prompt_embeds: self.pipeline.encode_prompts(prompts)?,
-            negative_prompt_embeds: self.pipeline.encode_prompts(&vec![String::new(); prompts.len()])?,
-            guidance_scale,
-        })
+        let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
+        let negative_prompt_embeds = self.pipeline.encode_prompts(&vec![String::new(); prompts.len()])?;
+        Ok(Conditioning::new(prompt_embeds, negative_prompt_embeds, guidance_scale, self.compute))
+    }
+
+    fn prompts(&self) -> Vec<Prompt> {
+        self.reference.prompts.iter().map(|text| Prompt::from(text.as_str())).collect()
+    }
+
+    fn denoiser<'a>(&'a self, adapters: &'a Adapters, conditioning: &Conditioning) -> Denoiser<'a> {
+        let checkpointing = Checkpointing::Step;
+        Denoiser { unet: &self.pipeline.unet, adapters, conditioning: conditioning.clone(), checkpointing }
+    }
+
+    fn critic<'a>(&'a self, rewards: &'a Rewards) -> Critic<'a> {
+        Critic { vae: &self.pipeline.vae, rewards, checkpointing: Checkpointing::Step }
     }
 
     /// The pipeline's parts by themselves.
@@ -417,18 +430,18 @@ impl Subject<'_> {
             let ids: Vec<f64> = ids.into_iter().flatten().map(f64::from).collect();
             report.push("tokenizer", name, unequal(&ids, part(name)?)?, 0.0);
         }
-        let prompting = self.prompting(1.0)?;
+        let conditioning = self.conditioning(1.0)?;
         report.compare(
             "text encoder",
             "text_embeds",
-            &prompting.prompt_embeds,
+            &conditioning.prompt_embeds,
             part("text_embeds")?,
             self.bounds.parts,
         )?;
         report.compare(
             "text encoder",
             "uncond_embeds",
-            &prompting.negative_prompt_embeds,
+            &conditioning.negative_prompt_embeds,
             part("uncond_embeds")?,
             self.bounds.parts,
         )?;
@@ -441,13 +454,13 @@ impl Subject<'_> {
             part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0] as usize;
         let (x, dy) = (part("unet_x")?, part("unet_dy")?);
         let none = Adapters::default();
-        let y = unet.forward(x, t, &prompting.prompt_embeds, &none)?;
+        let y = unet.forward(x, t, &conditioning.prompt_embeds, &none)?;
         report.compare("UNet", "output", &y, part("unet_y")?, self.bounds.parts)?;
         for (checkpointing, what) in
             [(Checkpointing::Step, "gradient of x"), (Checkpointing::Block, "gradient of x, per block")]
         {
-            let dx =
-                unet.vjp(x, t, &prompting.prompt_embeds, &none, dy, checkpointing, &mut LoraGradients::new(&none))?;
+            let trace = unet.trace(x, t, &conditioning.prompt_embeds, &none, checkpointing)?;
+            let dx = trace.pull(dy, &mut LoraGradients::new(&none))?;
             report.compare("UNet", what, &dx, part("unet_dx")?, self.bounds.parts)?;
         }
         let decoded = vae.trace(part("vae_z")?, Checkpointing::Step)?;
@@ -478,12 +491,14 @@ impl Subject<'_> {
                 ));
                 continue;
             };
-            let reward = rewards.iter().next().context("one reward")?;
+            let Some(Judge::Differentiable(reward)) = rewards.iter().next().map(|reward| &reward.judge) else {
+                bail!("the reward `{kind}` has no gradient");
+            };
             let tape = Tape::new();
             let leaf = tape.leaf(images);
-            let score = reward.reward.score(&leaf, prompts)?;
+            let score = reward.on_tape(&leaf.clone().into(), &self.prompts())?;
             let distance = Distance::between(score.tensor(), expected_scores)?;
-            let cosine = reward.reward.objective() == Objective::OneMinus;
+            let cosine = reward.objective() == Objective::OneMinus;
             let (what, error) = match self.compute.for_rewards().dtype() {
                 DType::BF16 | DType::F16 if cosine => ("score, absolute", distance.difference.sqrt()),
                 _ => ("score", distance.relative()),
@@ -511,37 +526,28 @@ impl Subject<'_> {
         let x_t = inputs.get("x_T").context("chain_inputs.safetensors has no `x_T`")?;
         let noises = inputs.get("noises").context("chain_inputs.safetensors has no `noises`")?;
         let batch = x_t.dims()[0];
-        let prompts = &self.reference.prompts;
         let schedule = DdimSchedule::load(&self.pipeline.source, self.reference.steps, case.eta)?;
         let plan = Plan::with_mask(&schedule, &case.keep, batch);
-        let prompting = self.prompting(case.guidance_scale)?;
+        let denoiser = self.denoiser(start, &self.conditioning(case.guidance_scale)?);
         self.pipeline.latent_shape(self.reference.size[0], self.reference.size[1])?;
 
-        let unet = &self.pipeline.unet;
-        let mut ledger = Ledger::default();
+        let mut tally = Tally::scaled(start, self.loss_scale());
         let noise = |i: usize| Ok(noises.get(i)?);
-        let mut trajectory = rollout(unet, &plan.steps, x_t.clone(), &prompting, start, noise, &mut ledger)?;
+        let mut trajectory = sample(&denoiser, &plan, x_t.clone(), noise, 0, &mut tally.ledger)?;
         report.compare(
             name,
             "latents",
-            &trajectory.latents,
+            trajectory.latents(),
             expected.get("latents").context("no `latents`")?,
             self.bounds.parts,
         )?;
-        let image = self.pipeline.vae.decode(&trajectory.latents)?;
+        let image = self.pipeline.vae.decode(trajectory.latents())?;
         report.compare(name, "image", &image, expected.get("image").context("no `image`")?, self.bounds.parts)?;
-        let credit = reward_cotangent(
-            &self.pipeline.vae,
-            &rewards,
-            &trajectory.latents,
-            prompts,
-            self.loss_scale() / batch as f64,
-            Checkpointing::Step,
-            &mut ledger,
-        )?;
-        let (d, mut sum) = (&credit.d_latents, LoraGradients::new(start));
-        backprop(unet, start, &mut trajectory, &plan, &prompting, d, Checkpointing::Step, &mut sum, &mut ledger)?;
-        let readings = ledger.read()?;
+        let (critic, prompts, scale) = (self.critic(&rewards), self.prompts(), 1.0 / batch as f64);
+        let credit = credit(&critic, trajectory.latents(), &prompts, scale, &mut tally)?;
+        differentiate(&denoiser, &plan, &mut trajectory, Some(&credit.d_latents), &mut [], &mut tally)?;
+        let gradients = tally.take_gradients(start)?;
+        let readings = tally.ledger.read()?;
         let scores: Vec<f32> = credit.scores.iter().map(|s| s.get(&readings)[0] as f32).collect();
         report.compare(
             name,
@@ -553,8 +559,6 @@ impl Subject<'_> {
         let loss = credit.scores.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() / batch as f64;
         report.push(name, "loss", (loss / case.loss - 1.0).abs(), self.bounds.parts);
 
-        let mut gradients = sum.finish(start)?;
-        unscale(&mut gradients, self.loss_scale())?;
         let mut distances = Vec::with_capacity(gradients.len());
         for ((tensor, _), gradient) in start.named_tensors().iter().zip(&gradients) {
             let expected = expected
@@ -590,7 +594,7 @@ impl Subject<'_> {
             let (x, dy) = (part("unet_x")?.to_device(device)?, part("unet_dy")?.to_device(device)?);
             let (context, adapters) = (pipeline.encode_prompts(&self.reference.prompts)?, start.to_device(device)?);
             let mut sum = LoraGradients::new(&adapters);
-            pipeline.unet.vjp(&x, t as usize, &context, &adapters, &dy, Checkpointing::Step, &mut sum)?;
+            pipeline.unet.trace(&x, t as usize, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
             sum.finish(&adapters)
         };
         let reference = Pipeline::load(&ModelConfig::at(self.dir.join("model").to_string_lossy()))?;
@@ -615,47 +619,26 @@ impl Subject<'_> {
         let schedule = DdimSchedule::load(&self.pipeline.source, steps, train.eta)?;
         let keep: Vec<bool> = (0..steps).map(|i| i + train.backprop_steps >= steps).collect();
         let plan = Plan::with_mask(&schedule, &keep, batch);
-        let prompting = self.prompting(train.guidance_scale)?;
-        let unet = &self.pipeline.unet;
+        let conditioning = self.conditioning(train.guidance_scale)?;
+        let (critic, prompts) = (self.critic(&rewards), self.prompts());
 
         let mut adapters = start.clone();
         let config = OptimizerConfig { lr: train.lr, weight_decay: train.weight_decay, ..Default::default() };
         let mut optimizer = AdamW::new(&config, &adapters.tensors())?;
         for (i, log) in train.log.iter().enumerate() {
-            let mut ledger = Ledger::default();
+            let mut tally = Tally::scaled(&adapters, self.loss_scale());
             let no_noise = |_| anyhow::bail!("no noise is recorded for these steps");
-            // with every step stored, where the cases above evaluate each again
-            let (steps, x_t, all) = (&plan.steps, x_t.get(i)?, |_| true);
-            let mut trajectory = recorded_rollout(unet, steps, x_t, &prompting, &adapters, no_noise, all, &mut ledger)?;
-            let scale = self.loss_scale() * train.loss_coeff / batch as f64;
-            let credit = reward_cotangent(
-                &self.pipeline.vae,
-                &rewards,
-                &trajectory.latents,
-                &self.reference.prompts,
-                scale,
-                Checkpointing::Step,
-                &mut ledger,
-            )?;
-            let mut sum = LoraGradients::new(&adapters);
-            backprop(
-                unet,
-                &adapters,
-                &mut trajectory,
-                &plan,
-                &prompting,
-                &credit.d_latents,
-                Checkpointing::Step,
-                &mut sum,
-                &mut ledger,
-            )?;
+            let denoiser = self.denoiser(&adapters, &conditioning);
+            // with every kept step stored, where the cases above evaluate each again
+            let mut trajectory = sample(&denoiser, &plan, x_t.get(i)?, no_noise, steps, &mut tally.ledger)?;
+            let scale = train.loss_coeff / batch as f64;
+            let credit = credit(&critic, trajectory.latents(), &prompts, scale, &mut tally)?;
+            differentiate(&denoiser, &plan, &mut trajectory, Some(&credit.d_latents), &mut [], &mut tally)?;
             drop(trajectory);
-            let mut gradients = sum.finish(&adapters)?;
-            unscale(&mut gradients, self.loss_scale())?;
-            let norm = ledger.number(&clip_grad_norm(&mut gradients, train.max_grad_norm)?)?;
-            let updated = optimizer.update(&adapters.tensors(), &gradients, train.lr)?;
-            adapters = adapters.with_tensors(updated)?;
-            let readings = ledger.read()?;
+            let update = update(&mut tally, &adapters, &optimizer, train.max_grad_norm, train.lr)?;
+            let readings = tally.ledger.read()?;
+            let norm = update.grad_norm;
+            (adapters, optimizer) = (update.adapters, update.optimizer);
 
             let case = format!("train3, step {i}");
             let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / batch as f64;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
 
 /// The prompt lists inside the program, by the name that `prompts.builtin` gives them.
 const BUILTIN: [(&str, &str); 1] = [("animals", include_str!("../../assets/prompts/animals.txt"))];
@@ -11,12 +12,30 @@ const BUILTIN: [(&str, &str); 1] = [("animals", include_str!("../../assets/promp
 /// The builtin that stands in when a config names no prompts.
 const DEFAULT_BUILTIN: &str = "animals";
 
+/// What an image is asked to show.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Prompt {
+    /// What the text encoder reads.
+    #[serde(rename = "prompt")]
+    pub text: String,
+    /// What a score may read beside it: a number, an object, an answer.
+    #[serde(flatten)]
+    pub fields: Map<String, Json>,
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        Self { text: text.to_owned(), fields: Map::new() }
+    }
+}
+
 super::table! {
     /// `[prompts]`: at most one of the three; with none, `builtin = "animals"`.
     pub struct PromptsConfig {
         /// The prompts themselves; at least one.
         list: Option<Vec<String>> = None,
-        /// A text file with one prompt per line. Empty lines and lines that start with `#` are skipped.
+        /// A text file with one prompt per line; empty lines and lines that start with `#` are skipped. Or a `.jsonl` file
+        /// with one object per line: `prompt`, and other fields for scores that read them.
         file: Option<PathBuf> = None,
         /// A list inside the program: `animals`, the 45 simple animals of DDPO.
         builtin: Option<String> = None,
@@ -25,13 +44,13 @@ super::table! {
 
 impl PromptsConfig {
     /// The prompts, in order; at least one.
-    pub fn load(&self) -> Result<Vec<String>> {
+    pub fn load(&self) -> Result<Vec<Prompt>> {
         self.validate()?;
         if let Some(list) = &self.list {
-            return Ok(list.clone());
+            return Ok(list.iter().map(|text| Prompt::from(text.as_str())).collect());
         }
         if let Some(path) = &self.file {
-            return read_lines(path);
+            return read(path);
         }
         Ok(prompts_of(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?))
     }
@@ -73,10 +92,11 @@ fn builtin(name: &str) -> Result<&'static str> {
     }
 }
 
-fn read_lines(path: &Path) -> Result<Vec<String>> {
+fn read(path: &Path) -> Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("reading the prompts from {} (prompts.file)", path.display()))?;
-    let prompts = prompts_of(&text);
+    let is_json = path.extension().is_some_and(|extension| extension == "jsonl");
+    let prompts = if is_json { records(&text, path)? } else { prompts_of(&text) };
     ensure!(
         !prompts.is_empty(),
         "{} (prompts.file) has no prompt: put one on each line; empty lines and lines that start with # are skipped",
@@ -85,9 +105,21 @@ fn read_lines(path: &Path) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-fn prompts_of(text: &str) -> Vec<String> {
+/// The records of a JSON-lines file.
+fn records(text: &str, path: &Path) -> Result<Vec<Prompt>> {
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+    let record = |(number, line): (usize, &str)| {
+        serde_json::from_str(line).with_context(|| {
+            let example = r#"{"prompt": "three cats", "count": 3}"#;
+            format!("line {number} of {} (prompts.file) is no record such as {example}", path.display())
+        })
+    };
+    lines.map(record).collect()
+}
+
+fn prompts_of(text: &str) -> Vec<Prompt> {
     let lines = text.lines().map(str::trim);
-    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(String::from).collect()
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(Prompt::from).collect()
 }
 
 #[cfg(test)]
@@ -96,8 +128,9 @@ mod tests {
 
     #[test]
     fn the_animals_are_45_and_distinct() {
-        let mut animals = PromptsConfig::default().load().unwrap();
-        assert_eq!((animals.len(), animals[0].as_str(), animals[44].as_str()), (45, "cat", "kangaroo"));
+        let animals = PromptsConfig::default().load().unwrap();
+        let mut animals: Vec<&str> = animals.iter().map(|prompt| prompt.text.as_str()).collect();
+        assert_eq!((animals.len(), animals[0], animals[44]), (45, "cat", "kangaroo"));
         animals.sort();
         animals.dedup();
         assert_eq!(animals.len(), 45);
@@ -109,11 +142,37 @@ mod tests {
         let path = folder.path().join("prompts.txt");
         std::fs::write(&path, "# mine\na cat\r\n\n  a dog  \n").unwrap();
         let prompts = PromptsConfig { file: Some(path.clone()), ..Default::default() };
-        assert_eq!(prompts.load().unwrap(), ["a cat", "a dog"]);
+        assert_eq!(prompts.load().unwrap(), ["a cat", "a dog"].map(Prompt::from));
         std::fs::write(&path, "# nothing\n\n").unwrap();
         assert!(prompts.load().unwrap_err().to_string().contains("prompts.txt (prompts.file) has no prompt"));
         std::fs::remove_file(&path).unwrap();
         assert!(prompts.load().unwrap_err().to_string().starts_with("reading the prompts from "));
+    }
+
+    #[test]
+    fn a_file_of_records_gives_their_fields_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("prompts.jsonl");
+        let prompts = PromptsConfig { file: Some(path.clone()), ..Default::default() };
+        std::fs::write(
+            &path,
+            "{\"prompt\": \"# three cats\", \"count\": 3, \"of\": [\"cat\"]}\r\n\n{\"prompt\":\"a dog\"}",
+        )
+        .unwrap();
+        let read = prompts.load().unwrap();
+        assert_eq!(
+            (read[0].text.as_str(), &read[0].fields["count"], read[0].fields.len()),
+            ("# three cats", &3.into(), 2)
+        );
+        assert_eq!(read[1], Prompt::from("a dog"));
+        for (bad, cause) in [("{\"count\": 3}", "missing field `prompt`"), ("a dog", "expected"), ("[1]", "invalid")] {
+            std::fs::write(&path, format!("{{\"prompt\": \"a cat\"}}\n{bad}\n")).unwrap();
+            let error = format!("{:#}", prompts.load().unwrap_err());
+            assert!(
+                error.contains("line 2 of ") && error.contains("prompts.jsonl") && error.contains(cause),
+                "{error}"
+            );
+        }
     }
 
     #[test]

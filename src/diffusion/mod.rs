@@ -5,4 +5,4 @@ pub mod guidance;
 pub mod noise;
 
 pub use ddim::{DdimSchedule, DdimStep, SchedulerConfig};
-pub use noise::{Noise, Stream};
+pub use noise::{Noise, Stream, place};

@@ -29,6 +29,11 @@ pub enum Stream {
     GuardVariance = 10,
 }
 
+/// One number for (optimizer step, place within it); a chain has fewer than 2¹⁶ steps. Part of the file format of a run.
+pub fn place(step: u64, within: usize) -> u64 {
+    step << 16 | within as u64
+}
+
 /// The source of all randomness of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Noise {

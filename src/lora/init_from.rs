@@ -12,13 +12,13 @@ use crate::config::LoraConfig;
 /// The ends of the names of all layers that can be adapted.
 const LAYERS: [&str; 8] = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"];
 
-/// Compares `[lora]` with the adapters of a file, and fills in the keys that are absent. A rank or alpha that is not the
-/// same for all layers has no key: it stays absent.
+/// `[lora]` with the keys that are absent filled in from the adapters of a file. A rank or alpha that is not the same for all
+/// layers has no key: it stays absent.
 ///
 /// # Errors
 /// `lora.rank`, `lora.alpha` or `lora.target_modules` is given and says something else than the file: names both.
-pub fn take_over(config: &mut LoraConfig, adapters: &Adapters, targets: &[Target], file: &Path) -> Result<()> {
-    let file = file.display();
+pub fn take_over(config: &LoraConfig, adapters: &Adapters, targets: &[Target], file: &Path) -> Result<LoraConfig> {
+    let (mut filled, file) = (config.clone(), file.display());
     for factor in adapters.factors() {
         let module = &factor.module;
         if let Some(rank) = config.rank.filter(|rank| *rank != factor.rank()) {
@@ -60,7 +60,7 @@ pub fn take_over(config: &mut LoraConfig, adapters: &Adapters, targets: &[Target
             let named = |end: &String| adapted.iter().any(|module| module.ends_with(&format!(".{end}")));
             let ends: Vec<String> = ends.into_iter().filter(named).collect();
             let whole = adapted.iter().map(|module| (*module).to_owned());
-            config.target_modules = Some(if modules(&ends) == adapted { ends } else { whole.collect() });
+            filled.target_modules = Some(if modules(&ends) == adapted { ends } else { whole.collect() });
         }
     }
     let (mut ranks, mut alphas): (Vec<usize>, Vec<f64>) =
@@ -68,12 +68,12 @@ pub fn take_over(config: &mut LoraConfig, adapters: &Adapters, targets: &[Target
     ranks.dedup();
     alphas.dedup();
     if let [rank] = ranks[..] {
-        config.rank = Some(rank);
+        filled.rank = Some(rank);
     }
     if let [alpha] = alphas[..] {
-        config.alpha = Some(alpha);
+        filled.alpha = Some(alpha);
     }
-    Ok(())
+    Ok(filled)
 }
 
 #[cfg(test)]
@@ -96,11 +96,7 @@ mod tests {
     }
 
     fn take(config: LoraConfig, layers: &[(&str, usize, f64)]) -> Result<LoraConfig, String> {
-        let mut config = config;
-        match take_over(&mut config, &adapters(layers), &targets(), Path::new("x.safetensors")) {
-            Ok(()) => Ok(config),
-            Err(error) => Err(error.to_string()),
-        }
+        take_over(&config, &adapters(layers), &targets(), Path::new("x.safetensors")).map_err(|error| error.to_string())
     }
 
     fn names(list: &[&str]) -> Option<Vec<String>> {

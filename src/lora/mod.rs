@@ -233,6 +233,12 @@ impl Adapters {
         Ok(self)
     }
 
+    /// Whether the same layers are adapted with the same ranks and alphas.
+    pub fn same_shape(&self, other: &Self) -> bool {
+        let shape = |factor: &Factor| (factor.module.clone(), factor.rank(), factor.alpha);
+        self.factors.iter().map(shape).eq(other.factors.iter().map(shape))
+    }
+
     /// Checks that every adapter belongs to a layer of this UNet and has its shape.
     ///
     /// # Errors

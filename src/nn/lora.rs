@@ -76,6 +76,13 @@ pub struct LoraGradients {
     sums: Vec<Option<Tensor>>,
 }
 
+impl From<Vec<Tensor>> for LoraGradients {
+    /// Gradients of all tensors, in their order.
+    fn from(gradients: Vec<Tensor>) -> Self {
+        Self { sums: gradients.into_iter().map(Some).collect() }
+    }
+}
+
 impl LoraGradients {
     pub fn new(adapters: &Adapters) -> Self {
         Self { sums: vec![None; 2 * adapters.factors().len()] }

@@ -5,21 +5,23 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 
-use super::{Objective, Preprocessor, Reward, Towers};
-use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess};
+use super::images::{Images, Tower, Towers};
+use super::{Differentiable, Objective, Score, noted};
+use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Prompt};
 use crate::models::Weights;
-use crate::models::clip::Clip;
 use crate::models::hub::resolve_file;
 use crate::nn::layers::{activation, unit_norm};
 use crate::nn::{Linear, Value};
 use crate::ops::activation::Activation;
+use crate::ops::{Ledger, Number};
 
 /// A multilayer perceptron on the embedding of an image.
 struct ClipHead {
-    clip: Arc<Clip>,
+    /// For messages.
+    name: &'static str,
+    tower: Arc<Tower>,
     /// In f32.
     head: Vec<Layer>,
-    preprocessor: Preprocessor,
     /// Whether the head reads unit-norm embeddings.
     normalize: bool,
     objective: Objective,
@@ -30,9 +32,19 @@ enum Layer {
     Activation(Activation),
 }
 
-impl Reward for ClipHead {
-    fn score(&self, images: &Value, _prompts: &[String]) -> Result<Value> {
-        let mut x = self.clip.vision.forward(&self.preprocessor.apply(images)?)?;
+impl Score for ClipHead {
+    fn scores(&self, images: &Images, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        noted(self.name, &self.on_tape(images, prompts)?, images, ledger)
+    }
+
+    fn embedding(&self, images: &Images) -> Result<Option<Tensor>> {
+        Ok(Some(unit_norm(&images.embedding(&self.tower)?)?.into_tensor()))
+    }
+}
+
+impl Differentiable for ClipHead {
+    fn on_tape(&self, images: &Images, _prompts: &[Prompt]) -> Result<Value> {
+        let mut x = images.embedding(&self.tower)?;
         if self.normalize {
             x = unit_norm(&x)?;
         }
@@ -42,23 +54,17 @@ impl Reward for ClipHead {
                 Layer::Activation(function) => activation(&x, *function)?,
             };
         }
-        let batch = x.dims()[0];
-        Ok(x.reshape(batch)?)
+        Ok(x.reshape(images.count())?)
     }
 
     fn objective(&self) -> Objective {
         self.objective
     }
-
-    fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
-        let pixels = self.preprocessor.apply(&Value::constant(images))?;
-        Ok(Some(unit_norm(&self.clip.vision.forward(&pixels)?)?.into_tensor()))
-    }
 }
 
 /// The LAION aesthetic predictor: linear layers without activations between them (dropout is off), as published in
 /// `sac+logos+ava1-l14-linearMSE.pth`.
-pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
+pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Box<dyn Differentiable>> {
     let file = resolve_file(&config.head, "aesthetic-model.pth")?;
     let weights = Weights::open_file(&file)?.on(&towers.compute.in_f32());
     let mut layers: Vec<(usize, String)> = weights
@@ -74,40 +80,33 @@ pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result
         weights.file()
     );
     let layers: Vec<HeadLayer> = layers.into_iter().map(|(_, name)| HeadLayer::Linear(name)).collect();
-    let clip = towers.get(&config.clip)?;
-    let head = head(&weights, &layers, clip.vision.embed_dim())?;
-    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
-    Ok(Box::new(ClipHead { clip, head, preprocessor, normalize: true, objective: Objective::of(config.target) }))
+    let tower = towers.get(&config.clip, config.preprocess)?;
+    let head = head(&weights, &layers, tower.clip.vision.embed_dim())?;
+    let objective = Objective::of(config.target);
+    Ok(Box::new(ClipHead { name: "aesthetic", tower, head, normalize: true, objective }))
 }
 
 /// The LAION predictor's shapes on any tower, its numbers from `weights`: for measuring.
-pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) -> Result<Box<dyn Reward>> {
+pub(super) fn aesthetic_shapes(tower: Arc<Tower>, weights: &Weights, target: f64) -> Result<Box<dyn Differentiable>> {
     let mut head = Vec::new();
-    let mut features = clip.vision.embed_dim();
+    let mut features = tower.clip.vision.embed_dim();
     for (place, outputs) in [(0, 1024), (2, 128), (4, 64), (6, 16), (7, 1)] {
         let w = weights.pp(format!("layers.{place}"));
         let bias = w.get("bias", &[outputs])?;
         head.push(Layer::Linear(Linear::new(&w.get("weight", &[outputs, features])?, Some(bias))?));
         features = outputs;
     }
-    let preprocessor = Preprocessor::new(Preprocess::Alignprop, clip.vision.image_size(), weights.compute().device())?;
-    Ok(Box::new(ClipHead { clip, head, preprocessor, normalize: true, objective: Objective::Target(target) }))
+    Ok(Box::new(ClipHead { name: "aesthetic", tower, head, normalize: true, objective: Objective::Target(target) }))
 }
 
 /// Any head that the config describes.
-pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
+pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Differentiable>> {
     ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");
     let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute.in_f32());
-    let clip = towers.get(&config.clip)?;
-    let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
-    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
-    Ok(Box::new(ClipHead {
-        clip,
-        head,
-        preprocessor,
-        normalize: config.normalize,
-        objective: Objective::of(config.target),
-    }))
+    let tower = towers.get(&config.clip, config.preprocess)?;
+    let head = head(&weights, &config.layers, tower.clip.vision.embed_dim())?;
+    let objective = Objective::of(config.target);
+    Ok(Box::new(ClipHead { name: "clip-head", tower, head, normalize: config.normalize, objective }))
 }
 
 /// The layers with their weights, from `features` inputs to one score.

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use jpeg_encoder::{ChromaSubsamplingMethod, ColorType, Encoder, SamplingFactor};
 
-use super::{Objective, Reward};
+use super::{Differentiable, Images, Objective, Score};
+use crate::config::Prompt;
 use crate::nn::Value;
 use crate::nn::layers::{activation, jpeg_size};
 use crate::ops::activation::{Activation, activation_fwd};
@@ -21,30 +22,36 @@ struct Jpeg {
     per_kilobyte: f64,
 }
 
-impl Reward for Jpeg {
-    fn score(&self, images: &Value, _prompts: &[String]) -> Result<Value> {
-        let bytes = jpeg_size(&activation(images, Activation::UnitRange)?)?;
-        Ok(bytes.affine(self.per_kilobyte / 1000.0, 0.0)?)
-    }
-
-    fn exact(&self, image: &Tensor, ledger: &mut Ledger) -> Result<Option<Number>> {
+impl Score for Jpeg {
+    fn scores(&self, images: &Images, _prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
         let per_kilobyte = self.per_kilobyte;
         let size = move |pixels: &Tensor| Ok(per_kilobyte * encode(pixels)?.len() as f64 / 1000.0);
-        ledger.counted(&to_pixels(&image.squeeze(0)?)?, size).map(Some)
+        (0..images.count()).map(|row| ledger.counted(&to_pixels(&images.tensor().get(row)?)?, size)).collect()
+    }
+}
+
+impl Differentiable for Jpeg {
+    fn on_tape(&self, images: &Images, _prompts: &[Prompt]) -> Result<Value> {
+        let bytes = jpeg_size(&activation(images.value(), Activation::UnitRange)?)?;
+        Ok(bytes.affine(self.per_kilobyte / 1000.0, 0.0)?)
     }
 
     fn objective(&self) -> Objective {
         Objective::Maximize
     }
+
+    fn is_stand_in(&self) -> bool {
+        true
+    }
 }
 
 /// Minus the kilobytes.
-pub(super) fn compressibility() -> Box<dyn Reward> {
+pub(super) fn compressibility() -> Box<dyn Differentiable> {
     Box::new(Jpeg { per_kilobyte: -1.0 })
 }
 
 /// The kilobytes.
-pub(super) fn incompressibility() -> Box<dyn Reward> {
+pub(super) fn incompressibility() -> Box<dyn Differentiable> {
     Box::new(Jpeg { per_kilobyte: 1.0 })
 }
 
@@ -115,9 +122,10 @@ mod tests {
     }
 
     /// The reported score.
-    fn exact(reward: &dyn Reward, image: &Tensor) -> f64 {
-        let (score, readings) = Ledger::around(|ledger| Ok(reward.exact(image, ledger)?.unwrap())).unwrap();
-        readings.get(score)
+    fn exact(reward: &dyn Differentiable, image: &Tensor) -> f64 {
+        let images = Images::from(Value::constant(image));
+        let (scores, readings) = Ledger::around(|ledger| reward.scores(&images, &[], ledger)).unwrap();
+        readings.get(scores[0])
     }
 
     fn pearson(pairs: &[(f64, f64)]) -> f64 {
@@ -132,7 +140,7 @@ mod tests {
     fn the_stand_in_follows_the_size_of_the_file() {
         let reward = compressibility();
         let smooth = |x: &Tensor| {
-            f64::from(reward.score(&Value::constant(x), &[]).unwrap().tensor().to_vec1::<f32>().unwrap()[0])
+            f64::from(reward.on_tape(&Value::constant(x).into(), &[]).unwrap().tensor().to_vec1::<f32>().unwrap()[0])
         };
         let pairs: Vec<(f64, f64)> = pictures().iter().map(|x| (exact(&*reward, x), smooth(x))).collect();
         let correlation = pearson(&pairs);
@@ -148,14 +156,14 @@ mod tests {
     #[test]
     fn following_the_gradient_makes_the_file_smaller_or_larger() {
         let (small, large) = (compressibility(), incompressibility());
-        let gradient = |reward: &dyn Reward, x: &Tensor| {
+        let gradient = |reward: &dyn Differentiable, x: &Tensor| {
             let tape = Tape::new();
             let leaf = tape.leaf(x);
-            let score = reward.score(&leaf, &[]).unwrap();
+            let score = reward.on_tape(&leaf.clone().into(), &[]).unwrap();
             tape.backward(&[(&score, &score.tensor().ones_like().unwrap())]).unwrap().take(&leaf, "x").unwrap()
         };
         let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-        let followed = |reward: &dyn Reward, x: &Tensor| {
+        let followed = |reward: &dyn Differentiable, x: &Tensor| {
             (0..20).fold(x.clone(), |x, _| {
                 let d = gradient(reward, &x);
                 (&x + (&d * f64::from(0.01 * norm(&x) / norm(&d))).unwrap()).unwrap()

@@ -1,48 +1,86 @@
-//! Differentiable rewards on images.
+//! Scores of images, and rewards: scores that can be differentiated.
 //!
-//! A reward gives a score; its [`Objective`] turns a score into a loss. Several rewards add their weighted losses, and
-//! each one's scores are reported. A new reward is one file here and one table in the config.
+//! A [`Score`] judges finished images. A [`Differentiable`] one can also be put on a tape; its [`Objective`] turns the score
+//! into a loss. The weighted losses of an experiment's rewards add up, and each one's scores are reported. A score without a
+//! gradient is reported beside them with a weight of 0.
 
 mod clip_head;
+mod images;
 mod jpeg;
 mod preprocess;
 mod text_image;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 
-use crate::config::RewardsConfig;
+use crate::config::{Preprocess, Prompt, RewardsConfig};
+use crate::models::Weights;
 use crate::models::clip::Clip;
 use crate::models::tokenizer::ClipTokenizer;
-use crate::models::{Source, Weights};
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+use images::Towers;
+pub use images::{Images, Tower};
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};
 
-/// A differentiable score of images.
-pub trait Reward: Sync {
-    /// Scores (B) of images (B, 3, H, W) in [-1, 1] for their prompts; higher is better.
-    fn score(&self, images: &Value, prompts: &[String]) -> Result<Value>;
+/// Judges finished images.
+pub trait Score: Send + Sync {
+    /// One score for each image, known when the ledger is read; higher is better. `prompts` has one for each image.
+    ///
+    /// # Errors
+    /// A score that is not finite, here or when the ledger is read.
+    fn scores(&self, images: &Images, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>>;
 
-    /// The exact score of one image (1, 3, H, W), where `score` is a smooth stand-in for it: what is reported, while the
-    /// loss is that of `score`.
-    fn exact(&self, _image: &Tensor, _ledger: &mut Ledger) -> Result<Option<Number>> {
+    /// The embeddings (B, D) that the score is made from, of unit norm; `None` where it is made from none.
+    fn embedding(&self, _images: &Images) -> Result<Option<Tensor>> {
         Ok(None)
     }
+}
+
+/// A score that can be put on a tape.
+pub trait Differentiable: Score {
+    /// Scores (B) of images that may be on a tape.
+    fn on_tape(&self, images: &Images, prompts: &[Prompt]) -> Result<Value>;
 
     fn objective(&self) -> Objective;
 
-    /// The embeddings (B, D) of images (B, 3, H, W) that the score is made from, of unit norm; `None` where the reward
-    /// has none.
-    fn embedding(&self, _images: &Tensor) -> Result<Option<Tensor>> {
-        Ok(None)
+    /// Whether what [`Self::on_tape`] gives is a smooth stand-in for [`Score::scores`], which are reported.
+    fn is_stand_in(&self) -> bool {
+        false
     }
+}
+
+/// How a reward judges.
+pub enum Judge {
+    Differentiable(Box<dyn Differentiable>),
+    /// Without a gradient.
+    Score(Box<dyn Score>),
+}
+
+impl Judge {
+    fn score(&self) -> &dyn Score {
+        match self {
+            Self::Differentiable(reward) => reward.as_ref(),
+            Self::Score(score) => score.as_ref(),
+        }
+    }
+}
+
+/// Notes scores (B), which must be finite.
+fn noted(name: &'static str, scores: &Value, images: &Images, ledger: &mut Ledger) -> Result<Vec<Number>> {
+    let (count, wanted) = (scores.tensor().elem_count(), images.count());
+    ensure!(count == wanted, "`{name}` gave {count} scores for {wanted} images");
+    let note = |row| {
+        let score = scores.tensor().get(row)?;
+        ledger.finite_number(&score, move |score| format!("the reward `{name}` gave {score}"))
+    };
+    (0..count).map(note).collect()
 }
 
 /// From a score to a loss.
@@ -84,20 +122,26 @@ pub struct Weighted {
     pub weight: f64,
     /// The score from which on the loss pulls no more.
     pub cap: Option<f64>,
-    pub reward: Box<dyn Reward>,
+    pub judge: Judge,
 }
 
 impl Weighted {
-    fn loss(&self, score: f64) -> f64 {
-        if self.weight == 0.0 {
-            return 0.0;
+    /// The reward, where it is trained.
+    fn trained(&self) -> Option<&dyn Differentiable> {
+        match &self.judge {
+            Judge::Differentiable(reward) if self.weight != 0.0 => Some(reward.as_ref()),
+            _ => None,
         }
-        self.weight * self.reward.objective().loss(self.cap.map_or(score, |cap| score.min(cap)))
+    }
+
+    fn loss(&self, score: f64) -> f64 {
+        let capped = self.cap.map_or(score, |cap| score.min(cap));
+        self.trained().map_or(0.0, |reward| self.weight * reward.objective().loss(capped))
     }
 
     /// d loss / d score, of scores in f64, on their device.
-    fn slope(&self, scores: &Tensor) -> candle_core::Result<Tensor> {
-        let slope = (self.reward.objective().slope(scores)? * self.weight)?;
+    fn slope(&self, objective: Objective, scores: &Tensor) -> candle_core::Result<Tensor> {
+        let slope = (objective.slope(scores)? * self.weight)?;
         match self.cap {
             // 1 below the cap, 0 from there on
             Some(cap) => slope * (cap - scores)?.sign()?.relu()?,
@@ -109,23 +153,62 @@ impl Weighted {
 /// The rewards of an experiment.
 pub struct Rewards(Vec<Weighted>);
 
-/// What the rewards say of one image, known when the ledger is read: one score for each reward, in order.
-pub struct Scores {
-    /// Exact where the differentiated one is a stand-in.
-    reported: Vec<Number>,
-    /// What the loss is made of; anything where a reward is not trained.
-    differentiated: Vec<Number>,
+/// The scores of one image, known when the ledger is read: one for each reward, in order.
+#[derive(Clone)]
+pub struct ImageScores(Vec<ImageScore>);
+
+#[derive(Clone, Copy)]
+struct ImageScore {
+    reported: Number,
+    /// What the loss is made of, where the reward is trained.
+    differentiated: Option<Number>,
 }
 
-impl Scores {
+impl ImageScores {
     /// The scores as they are reported.
     pub fn get(&self, readings: &Readings) -> Vec<f64> {
-        self.reported.iter().map(|score| readings.get(*score)).collect()
+        self.0.iter().map(|score| readings.get(score.reported)).collect()
     }
 
     /// The weighted sum of the losses.
     pub fn loss(&self, rewards: &Rewards, readings: &Readings) -> f64 {
-        rewards.loss(&self.differentiated.iter().map(|score| readings.get(*score)).collect::<Vec<_>>())
+        let losses = rewards.0.iter().zip(&self.0);
+        losses.filter_map(|(reward, score)| Some(reward.loss(readings.get(score.differentiated?)))).sum()
+    }
+}
+
+/// Images with their scores; the backward pass of their losses can be run once.
+pub struct Judged<'a> {
+    /// One for each image.
+    scores: Vec<ImageScores>,
+    tape: Tape,
+    /// On the tape.
+    images: Value,
+    /// The rewards that are trained, with their scores (B) on the tape.
+    trained: Vec<(&'a Weighted, Objective, Value)>,
+}
+
+impl Judged<'_> {
+    /// One for each image.
+    pub fn scores(&self) -> &[ImageScores] {
+        &self.scores
+    }
+
+    /// d (scale · sum of the images' losses) / d images, (B, 3, H, W); zeros where nothing is trained.
+    ///
+    /// # Errors
+    /// No gradient reached the images.
+    pub fn pull(self, scale: f64) -> Result<Tensor> {
+        if self.trained.is_empty() {
+            return Ok(self.images.tensor().zeros_like()?);
+        }
+        let cotangent = |(reward, objective, score): &(&Weighted, Objective, Value)| {
+            let slope = reward.slope(*objective, &score.tensor().to_dtype(DType::F64)?)?;
+            (slope * scale)?.to_dtype(score.tensor().dtype())
+        };
+        let cotangents = self.trained.iter().map(cotangent).collect::<candle_core::Result<Vec<_>>>()?;
+        let outputs: Vec<_> = self.trained.iter().map(|(.., score)| score).zip(&cotangents).collect();
+        Ok(self.tape.backward(&outputs)?.take(&self.images, "the image from its rewards")?)
     }
 }
 
@@ -148,13 +231,9 @@ impl Rewards {
         let compute = &compute.for_rewards();
         let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
-        let mut push = |name, weight, reward: Result<Box<dyn Reward>>| -> Result<()> {
-            rewards.push(Weighted {
-                name,
-                weight,
-                cap: None,
-                reward: reward.with_context(|| format!("loading the reward `{name}`"))?,
-            });
+        let mut push = |name, weight, reward: Result<Box<dyn Differentiable>>| -> Result<()> {
+            let judge = Judge::Differentiable(reward.with_context(|| format!("loading the reward `{name}`"))?);
+            rewards.push(Weighted { name, weight, cap: None, judge });
             Ok(())
         };
         if let Some(c) = &config.aesthetic {
@@ -170,14 +249,28 @@ impl Rewards {
             push(
                 "clip-score",
                 c.weight,
-                text_image::clip_score(&c.model, c.tokenizer.as_deref(), c.preprocess, &mut towers, tokenizer),
+                text_image::clip_score(
+                    "clip-score",
+                    &c.model,
+                    c.tokenizer.as_deref(),
+                    c.preprocess,
+                    &mut towers,
+                    tokenizer,
+                ),
             )?;
         }
         if let Some(c) = &config.pickscore {
             push(
                 "pickscore",
                 c.weight,
-                text_image::clip_score(&c.model, c.tokenizer.as_deref(), c.preprocess, &mut towers, tokenizer),
+                text_image::clip_score(
+                    "pickscore",
+                    &c.model,
+                    c.tokenizer.as_deref(),
+                    c.preprocess,
+                    &mut towers,
+                    tokenizer,
+                ),
             )?;
         }
         if let Some(c) = &config.compressibility {
@@ -191,13 +284,28 @@ impl Rewards {
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
             );
         }
+        Self::new(rewards)
+    }
+
+    /// These rewards.
+    ///
+    /// # Errors
+    /// One without a gradient has a weight.
+    pub fn new(rewards: Vec<Weighted>) -> Result<Self> {
+        for Weighted { name, weight, judge, .. } in &rewards {
+            ensure!(
+                *weight == 0.0 || matches!(judge, Judge::Differentiable(_)),
+                "reward.{name}.weight = {weight}: this score has no gradient to train with; set it to 0, so that it is reported"
+            );
+        }
         Ok(Self(rewards))
     }
 
     /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights` (f32): for measuring.
     pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
-        let reward = clip_head::aesthetic_shapes(Arc::new(clip), weights, target)?;
-        Ok(Self(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, reward }]))
+        let tower = Tower::new(Arc::new(clip), Preprocess::Alignprop, weights.compute())?;
+        let judge = Judge::Differentiable(clip_head::aesthetic_shapes(tower, weights, target)?);
+        Self::new(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, judge }])
     }
 
     pub fn names(&self) -> Vec<&'static str> {
@@ -226,109 +334,66 @@ impl Rewards {
         self
     }
 
-    /// The first embedding that a reward has for images (B, 3, H, W).
-    pub fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
+    /// The first embedding (B, D) that a reward has for images (B, 3, H, W).
+    pub fn embedding(&self, images: &Images) -> Result<Option<Tensor>> {
         for r in &self.0 {
-            if let Some(embedding) = r.reward.embedding(images)? {
+            if let Some(embedding) = r.judge.score().embedding(images)? {
                 return Ok(Some(embedding));
             }
         }
         Ok(None)
     }
 
-    /// Scores of one image, (1, 3, H, W), without a gradient; exact where the gradient is that of a stand-in. Waits for a
-    /// GPU.
-    pub fn scores(&self, image: &Tensor, prompt: &str) -> Result<Vec<f64>> {
-        let noted =
-            |ledger: &mut Ledger| self.0.iter().map(|r| r.reported(image, prompt, ledger)).collect::<Result<Vec<_>>>();
-        let (scores, readings) = Ledger::around(noted)?;
-        Ok(scores.into_iter().map(|score| readings.get(score)).collect())
-    }
-
-    /// Scores of one image, and the gradient of `scale · loss` with respect to it, (1, 3, H, W).
+    /// The scores of images with their prompts, `[image][reward]`, without a gradient; exact where the gradient is that of a
+    /// stand-in. Waits for a GPU.
     ///
     /// # Errors
-    /// A score that is not finite, here or when the ledger is read.
-    pub fn scores_and_gradient(
-        &self,
-        image: &Tensor,
-        prompt: &str,
-        scale: f64,
-        ledger: &mut Ledger,
-    ) -> Result<(Scores, Tensor)> {
-        let prompts = [prompt.to_owned()];
-        let mut scores = Scores { reported: Vec::new(), differentiated: Vec::new() };
-        let mut d_image: Option<Tensor> = None;
-        for r in &self.0 {
-            if r.weight == 0.0 {
-                scores.reported.push(r.reported(image, prompt, ledger)?);
-                scores.differentiated.push(0.0.into());
-                continue;
-            }
-            let tape = Tape::new();
-            let leaf = tape.leaf(image);
-            let score = r.reward.score(&leaf, &prompts)?;
-            let value = scalar(&score, r.name, ledger)?;
-            let cotangent =
-                (r.slope(&score.tensor().to_dtype(DType::F64)?)? * scale)?.to_dtype(score.tensor().dtype())?;
-            let gradient = tape
-                .backward(&[(&score, &cotangent)])?
-                .take(&leaf, &format!("the image from the reward `{}`", r.name))?;
-            d_image = Some(match d_image {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            });
-            scores.reported.push(r.reward.exact(image, ledger)?.unwrap_or(value));
-            scores.differentiated.push(value);
-        }
-        let d_image = match d_image {
-            Some(d_image) => d_image,
-            None => image.zeros_like()?,
+    /// A score that is not finite.
+    pub fn scores(&self, images: &Images, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
+        let by_reward = |ledger: &mut Ledger| {
+            self.0.iter().map(|r| r.judge.score().scores(images, prompts, ledger)).collect::<Result<Vec<_>>>()
         };
-        Ok((scores, d_image))
+        let (by_reward, readings) = Ledger::around(by_reward)?;
+        let of = |image: usize| by_reward.iter().map(|scores| readings.get(scores[image])).collect();
+        Ok((0..images.count()).map(of).collect())
     }
-}
 
-impl Weighted {
-    /// The score of one image (1, 3, H, W), as it is reported.
-    fn reported(&self, image: &Tensor, prompt: &str, ledger: &mut Ledger) -> Result<Number> {
-        match self.reward.exact(image, ledger)? {
-            Some(score) => Ok(score),
-            None => scalar(&self.reward.score(&Value::constant(image), &[prompt.to_owned()])?, self.name, ledger),
+    /// Scores images (B, 3, H, W) with their prompts, and records what the backward pass of their losses needs: all rewards
+    /// that are trained on one tape.
+    ///
+    /// # Errors
+    /// A score that is not finite, here or when the ledger is read. A reward whose score does not depend on the images.
+    pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged<'_>> {
+        let tape = Tape::new();
+        let leaf = tape.leaf(images);
+        let taped = Images::from(leaf.clone());
+        let (mut trained, mut by_reward) = (Vec::new(), Vec::with_capacity(self.0.len()));
+        // first those that are trained, whose towers then serve the others too
+        for r in &self.0 {
+            by_reward.push(match r.trained() {
+                Some(reward) => {
+                    let score = reward.on_tape(&taped, prompts)?;
+                    ensure!(score.is_on_tape(), "no gradient goes from the reward `{}` to the image", r.name);
+                    let differentiated = noted(r.name, &score, &taped, ledger)?;
+                    trained.push((r, reward.objective(), score));
+                    Some(differentiated)
+                }
+                None => None,
+            });
         }
-    }
-}
-
-/// The one score, which must be finite.
-fn scalar(score: &Value, name: &'static str, ledger: &mut Ledger) -> Result<Number> {
-    let count = score.tensor().elem_count();
-    ensure!(count == 1, "the reward `{name}` gave {count} scores for one image");
-    ledger.finite_number(score.tensor(), move |score| format!("the reward `{name}` gave {score}"))
-}
-
-/// CLIP models by their path, so that two rewards on one model share its weights.
-struct Towers {
-    /// Whether some reward on this model reads text.
-    with_text: Vec<String>,
-    loaded: HashMap<String, Arc<Clip>>,
-    compute: Compute,
-}
-
-impl Towers {
-    fn new(config: &RewardsConfig, compute: &Compute) -> Self {
-        let with_text =
-            [config.clip_score.as_ref().map(|c| c.model.clone()), config.pickscore.as_ref().map(|c| c.model.clone())];
-        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new(), compute: compute.clone() }
-    }
-
-    fn get(&mut self, model: &str) -> Result<Arc<Clip>> {
-        if let Some(clip) = self.loaded.get(model) {
-            return Ok(clip.clone());
+        let detached = taped.detached();
+        let mut scores = vec![ImageScores(Vec::with_capacity(self.0.len())); taped.count()];
+        for (r, differentiated) in self.0.iter().zip(by_reward) {
+            let reported = match (&differentiated, r.trained()) {
+                (Some(scores), Some(reward)) if !reward.is_stand_in() => scores.clone(),
+                _ => r.judge.score().scores(&detached, prompts, ledger)?,
+            };
+            for (image, (of_image, reported)) in scores.iter_mut().zip(reported).enumerate() {
+                let differentiated = differentiated.as_ref().map(|scores| scores[image]);
+                of_image.0.push(ImageScore { reported, differentiated });
+            }
         }
-        let text = self.with_text.iter().any(|wanted| wanted == model);
-        let clip = Arc::new(Clip::load_transformers(&Source::open(model)?, text, &self.compute)?);
-        self.loaded.insert(model.to_owned(), clip.clone());
-        Ok(clip)
+        Ok(Judged { scores, tape, images: leaf, trained })
     }
 }
 
@@ -336,6 +401,7 @@ impl Towers {
 mod tests {
     use super::*;
     use crate::config::{Config, Precision};
+    use crate::models::Source;
     use crate::ops::is_finite;
     use crate::ops::testing::{Case, relative_error};
 
@@ -359,9 +425,9 @@ mod tests {
     }
 
     fn judged(rewards: &Rewards, scale: f64) -> (Vec<f64>, Tensor) {
-        let noted = |ledger: &mut Ledger| rewards.scores_and_gradient(&picture(), PROMPT, scale, ledger);
-        let ((scores, d_image), readings) = Ledger::around(noted).unwrap();
-        (scores.get(&readings), d_image)
+        let (judged, readings) =
+            Ledger::around(|ledger| rewards.judge(&picture(), &[Prompt::from(PROMPT)], ledger)).unwrap();
+        (judged.scores()[0].get(&readings), judged.pull(scale).unwrap())
     }
 
     #[test]
@@ -378,8 +444,9 @@ mod tests {
             let error = relative_error(&d_found, &d_image);
             assert!(error > 1e-4 && error < d_bound, "{precision:?}: {error}");
             // what is reported beside training is scored by the same towers
-            assert_eq!(rewards.scores(&picture(), PROMPT).unwrap(), found);
-            assert_eq!(rewards.embedding(&picture()).unwrap().unwrap().dtype(), DType::F32);
+            let images = Images::from(Value::from(picture()));
+            assert_eq!(rewards.scores(&images, &[Prompt::from(PROMPT)]).unwrap(), [found]);
+            assert_eq!(rewards.embedding(&images).unwrap().unwrap().dtype(), DType::F32);
         }
     }
 

@@ -8,18 +8,19 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 use serde_json::{Map, Value as Json, json};
 
-use crate::config::Config;
+use crate::config::{Config, Prompt};
 use crate::models::tokenizer::ClipTokenizer;
+use crate::nn::Value;
 use crate::ops::device::Compute;
 use crate::report::{Metrics, names};
-use crate::rewards::Rewards;
+use crate::rewards::{Images, Rewards};
 
 /// What a run is watched with.
 pub struct Guard {
     every: usize,
     patience: usize,
     seeds: u64,
-    prompts: Vec<String>,
+    prompts: Vec<Prompt>,
     held_out: Option<Rewards>,
 }
 
@@ -27,7 +28,7 @@ impl Guard {
     /// The guard of a config, if it has one.
     pub fn load(
         config: &Config,
-        prompts: &[String],
+        prompts: &[Prompt],
         tokenizer: &Arc<ClipTokenizer>,
         compute: &Compute,
     ) -> Result<Option<Self>> {
@@ -65,7 +66,7 @@ impl Guard {
     pub fn evaluate(
         &self,
         training: &Rewards,
-        image: impl Fn(&str, u64, u64) -> Result<(Tensor, f64)>,
+        image: impl Fn(&Prompt, u64, u64) -> Result<(Tensor, f64)>,
     ) -> Result<Map<String, Json>> {
         let images = self.prompts.len() as f64 * self.seeds as f64;
         let mut sums = Sums::default();
@@ -73,11 +74,12 @@ impl Guard {
             let mut embeddings = Vec::new();
             for seed in 0..self.seeds {
                 let (image, distance) = image(prompt, number, seed)?;
+                let image = Images::from(Value::from(image));
                 for (key, rewards) in
                     [(names::GUARD_REWARD, Some(training)), (names::GUARD_HELD_OUT, self.held_out.as_ref())]
                 {
                     let Some(rewards) = rewards else { continue };
-                    let scores = rewards.scores(&image, prompt)?;
+                    let scores = rewards.scores(&image, std::slice::from_ref(prompt))?.swap_remove(0);
                     sums.add(key, rewards.total(&scores) / images);
                     for (name, score) in rewards.names().iter().zip(&scores) {
                         sums.add(&names::part(key, name), score / images);

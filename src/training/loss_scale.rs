@@ -6,7 +6,7 @@
 //! function of its number, so nothing is lost but the time. After `GROWTH_INTERVAL` steps without overflow the scale is
 //! doubled (Micikevicius et al. 2018; PyTorch's `GradScaler`).
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 const START: f64 = 65536.0;
@@ -31,6 +31,12 @@ impl LossScale {
         (dtype == DType::F16).then_some(Self { scale: START, good_steps: 0 })
     }
 
+    /// With this scale, a power of two.
+    #[cfg(test)]
+    pub(super) fn starting_at(scale: f64) -> Self {
+        Self { scale, good_steps: 0 }
+    }
+
     pub fn get(&self) -> f64 {
         self.scale
     }
@@ -47,16 +53,6 @@ impl LossScale {
     pub fn smaller(&self) -> Option<Self> {
         (self.scale > LEAST).then_some(Self { scale: self.scale / 2.0, good_steps: 0 })
     }
-}
-
-/// The gradients of the loss from those of `scale` times the loss.
-pub fn unscale(gradients: &mut [Tensor], scale: f64) -> Result<()> {
-    if scale != 1.0 {
-        for gradient in gradients {
-            *gradient = (&*gradient * (1.0 / scale))?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -20,18 +20,16 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use candle_core::{DType, Tensor};
 
-use super::backprop::reward_cotangent;
-use super::rollout::Prompting;
+use super::step::{Critic, Tally, credit};
 use crate::allocator;
-use crate::config::Checkpointing;
+use crate::config::{Checkpointing, Prompt};
 use crate::diffusion::{Noise, Stream};
-use crate::lora::Adapters;
-use crate::models::unet::Unet;
+use crate::models::unet::UnetTrace;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
-use crate::ops::Ledger;
 use crate::ops::device::{Compute, Counts};
 use crate::rewards::Rewards;
+use crate::sampling::Denoiser;
 
 /// Whose memory a run's large blocks are in.
 #[derive(Clone, Copy)]
@@ -98,12 +96,10 @@ impl<'a> Meter<'a> {
 
 /// The parts whose memory is estimated.
 pub struct Parts<'a> {
-    pub unet: &'a Unet,
+    /// Of one image or more.
+    pub denoiser: Denoiser<'a>,
     pub vae: &'a Vae,
     pub rewards: &'a Rewards,
-    pub adapters: &'a Adapters,
-    /// Of one image or more.
-    pub prompting: &'a Prompting,
     /// A timestep of the chain.
     pub timestep: usize,
     /// (channels, h, w) of one image.
@@ -161,56 +157,60 @@ impl Parts<'_> {
     }
 
     fn meter(&self) -> Meter<'_> {
-        Meter::of(self.unet.compute())
+        Meter::of(self.denoiser.unet.compute())
     }
 
     fn latents(&self, (h, w): (usize, usize), batch: u64) -> Result<Tensor> {
         let noise = Noise::new(0).normal_batch(Stream::Latents, 0, 0..batch, (self.latent_shape.0, h, w))?;
-        Ok(noise.to_device(self.unet.compute().device())?)
+        Ok(noise.to_device(self.denoiser.unet.compute().device())?)
     }
 
     /// One differentiated step of one image, both branches of guidance side by side.
     fn evaluate_once(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<()> {
         let x = self.latents(sides, 1)?;
-        let prompting = self.prompting.select(&Tensor::zeros(1, DType::U32, x.device())?)?;
-        let mut sum = LoraGradients::new(self.adapters);
-        prompting.vjp(self.unet, &x, self.timestep, self.adapters, &x, checkpointing, &mut sum).map(|_| ())
+        let denoiser = Denoiser { checkpointing, ..self.denoiser.select(&Tensor::zeros(1, DType::U32, x.device())?)? };
+        let mut gradients = LoraGradients::new(denoiser.adapters);
+        denoiser.record(&x, self.timestep)?.pull(&x, &mut gradients).map(|_| ())
+    }
+
+    /// One branch of guidance alone: how far two overlap is another thing in every measurement.
+    fn branch(&self, x: &Tensor, checkpointing: Checkpointing) -> Result<UnetTrace<'_>> {
+        let Denoiser { unet, adapters, conditioning, .. } = &self.denoiser;
+        let embeds = conditioning.prompt_embeds.narrow(0, 0, 1)?.repeat((x.dims()[0], 1, 1))?;
+        unet.trace(x, self.timestep, &embeds, adapters, checkpointing)
     }
 
     fn unet_peak(&self, sides: (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<Rise> {
         let x = self.latents(sides, batch)?;
-        let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
-        // one branch of guidance alone: how far two overlap is another thing in every measurement
         rise(self.meter(), || {
-            let mut sum = LoraGradients::new(self.adapters);
-            self.unet.vjp(&x, self.timestep, &context, self.adapters, &x, checkpointing, &mut sum)
+            let mut gradients = LoraGradients::new(self.denoiser.adapters);
+            self.branch(&x, checkpointing)?.pull(&x, &mut gradients)
         })
     }
 
     /// What one branch of a recorded step keeps.
     fn stored(&self, sides: (usize, usize), batch: u64, checkpointing: Checkpointing) -> Result<f64> {
         let x = self.latents(sides, batch)?;
-        let context = self.prompting.prompt_embeds.narrow(0, 0, 1)?.repeat((batch as usize, 1, 1))?;
         let before = self.meter().live()?;
-        let trace = self.unet.trace(&x, self.timestep, &context, self.adapters, checkpointing)?;
+        let trace = self.branch(&x, checkpointing)?;
         let kept = self.meter().live()?.saturating_sub(before) as f64;
         drop(trace);
         Ok(kept)
     }
 
-    /// Branches of guidance that are in memory together at most.
+    /// Branches of guidance, which are recorded before the backward pass of either begins.
     fn branches(&self) -> f64 {
-        let together = self.unet.compute().batches_guidance() || rayon::current_num_threads() > 1;
-        if together { self.prompting.branches() } else { 1.0 }
+        self.denoiser.conditioning.branches() as f64
     }
 
     fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
-        let prompt = [String::new()];
+        let critic = Critic { vae: self.vae, rewards: self.rewards, checkpointing };
         rise(self.meter(), || {
-            Ledger::around(|ledger| {
-                reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing, ledger)
-            })
+            let mut tally = Tally::new(self.denoiser.adapters);
+            let credit = credit(&critic, &latents, &[Prompt::from("")], 1.0, &mut tally)?;
+            tally.ledger.read()?;
+            Ok(credit)
         })
     }
 
@@ -232,7 +232,7 @@ impl Parts<'_> {
             loaded: costs.loaded,
             trajectory: 2.0 * self.steps as f64 * latents,
             unet: self.branches() * costs.unet.of(batch, pixels),
-            stored_step: self.prompting.branches() * costs.stored.of(batch, pixels),
+            stored_step: self.branches() * costs.stored.of(batch, pixels),
             stored_steps,
             image: costs.image.of(pixels).max(costs.decoder.of(pixels)),
         }

@@ -1,18 +1,20 @@
-//! The parts of the loop: rollout, reward, backprop, and what a run keeps on disk.
+//! Training: the optimizer step and its parts, the run around it, and what it keeps on disk.
 
-pub mod anchor;
-pub mod backprop;
+pub mod alignprop;
+mod backprop;
 pub mod checkpoint;
 pub mod guard;
 pub mod health;
 pub mod loss_scale;
 pub mod memory;
-pub mod rollout;
+pub mod plan;
 pub mod run_folder;
 pub mod signals;
+pub mod step;
+pub mod terms;
+pub mod trainer;
 pub mod truncation;
 
-pub use anchor::Anchor;
-pub use backprop::{Credit, anchored_backprop, backprop, reward_cotangent};
-pub use rollout::{Prompting, Trajectory, recorded_rollout, rollout};
+pub use alignprop::AlignProp;
+pub use plan::{MemoryPlan, RunPlan};
 pub use truncation::Plan;

@@ -138,6 +138,38 @@ impl Plan {
         }
     }
 
+    /// Two plans, of the first `n` steps and of the others.
+    pub fn split_at(&self, n: usize) -> (Self, Self) {
+        let part = |range: std::ops::Range<usize>| Self {
+            steps: self.steps[range.clone()].to_vec(),
+            keep: self.keep[range].to_vec(),
+            ..self.clone()
+        };
+        (part(0..n), part(n..self.steps.len()))
+    }
+
+    /// The last step alone, which every sample keeps.
+    pub fn last_step_alone(&self) -> Self {
+        let samples = self.keep.first().map_or(0, Vec::len);
+        Self {
+            steps: self.steps.last().copied().into_iter().collect(),
+            keep: vec![vec![true; samples]],
+            detach_input: false,
+            renoise: 0,
+        }
+    }
+
+    /// The samples that keep step `i`, in order.
+    pub fn kept_rows(&self, i: usize) -> Vec<usize> {
+        (0..).zip(&self.keep[i]).filter(|(_, kept)| **kept).map(|(row, _)| row).collect()
+    }
+
+    /// How many steps each sample keeps.
+    pub fn kept_by_sample(&self) -> Vec<usize> {
+        let samples = self.keep.first().map_or(0, Vec::len);
+        (0..samples).map(|sample| self.keep.iter().filter(|kept| kept[sample]).count()).collect()
+    }
+
     /// The earliest step that some sample keeps.
     pub fn first_kept(&self) -> Option<usize> {
         self.keep.iter().position(|kept| kept.iter().any(|k| *k))
@@ -163,8 +195,8 @@ impl Plan {
 
     /// Differentiated steps of all samples together.
     pub fn kept_count(&self) -> usize {
-        let samples = self.keep.first().map_or(0, Vec::len);
-        self.keep.iter().flatten().filter(|k| **k).count() + self.renoise * samples
+        let kept = self.kept_by_sample();
+        kept.iter().sum::<usize>() + self.renoise * kept.len()
     }
 }
 

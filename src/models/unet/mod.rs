@@ -138,22 +138,6 @@ impl Unet {
         Ok(Text { replay: Some(Arc::new(replay)), ..text.clone() })
     }
 
-    /// Pulls the cotangent of [`Self::forward`]'s result back: returns the gradient with respect to x and adds those of
-    /// the adapters to `sum`. The forward is computed here again.
-    #[allow(clippy::too_many_arguments)]
-    pub fn vjp(
-        &self,
-        x: &Tensor,
-        timestep: usize,
-        context: &Tensor,
-        adapters: &Adapters,
-        cotangent: &Tensor,
-        checkpointing: Checkpointing,
-        sum: &mut LoraGradients,
-    ) -> Result<Tensor> {
-        self.trace(x, timestep, context, adapters, checkpointing)?.pull(cotangent, sum)
-    }
-
     /// [`Self::forward`], keeping what its pullback needs.
     pub fn trace<'a>(
         &'a self,

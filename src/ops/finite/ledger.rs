@@ -162,6 +162,15 @@ impl Ledger {
         Ok(Readings { slots, counts })
     }
 
+    /// Reads what was noted so far, and starts again: numbers that were noted are gone.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub fn read_now(&mut self) -> anyhow::Result<()> {
+        let fresh = Self { always_later: self.always_later, ..Self::default() };
+        std::mem::replace(self, fresh).read().map(|_| ())
+    }
+
     /// What `work` gives, and what it noted, read when it is done.
     ///
     /// # Errors

@@ -1,0 +1,185 @@
+//! A pipeline with its schedule, image size and guidance: images of prompts.
+
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Tensor;
+
+use super::{ChainNoise, Conditioning, Denoiser};
+use crate::config::{Checkpointing, ModelConfig, Prompt, SamplerConfig};
+use crate::diffusion::{DdimSchedule, Noise, Stream};
+use crate::lora::Adapters;
+use crate::lora::formats::{self, LoadedLora};
+use crate::models::Pipeline;
+use crate::ops::device::Compute;
+use crate::ops::{Ledger, is_finite, not_a_number};
+
+/// A pipeline as an experiment uses it.
+pub struct Sampler {
+    pub pipeline: Pipeline,
+    pub schedule: DdimSchedule,
+    /// (channels, h, w) of one sample's latents.
+    pub latent_shape: (usize, usize, usize),
+    guidance_scale: f64,
+    /// (1, tokens, D)
+    negative_prompt_embeds: Tensor,
+}
+
+/// Images with what they were made from.
+pub struct Drawn {
+    /// x_T (B, C, h, w).
+    pub initial_latents: Tensor,
+    pub conditioning: Conditioning,
+    /// x_0 (B, C, h, w), in the UNet's scale.
+    pub latents: Tensor,
+    /// (B, 3, H, W), about [-1, 1].
+    pub images: Tensor,
+}
+
+impl Sampler {
+    /// Loads the pipeline of `[model]` for images as `[sampler]` says.
+    ///
+    /// # Errors
+    /// A part that cannot be loaded, a size or a number of steps that the model does not have.
+    pub fn load(model: &ModelConfig, sampler: &SamplerConfig, compute: &Compute) -> Result<Self> {
+        let pipeline = Pipeline::load_on(model, compute)?;
+        let schedule = DdimSchedule::load(&pipeline.source, sampler.num_inference_steps, sampler.eta)?;
+        let (height, width) = pipeline.default_size();
+        let latent_shape = pipeline.latent_shape(sampler.height.unwrap_or(height), sampler.width.unwrap_or(width))?;
+        let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(&sampler.negative_prompt))?;
+        ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
+        Ok(Self { pipeline, schedule, latent_shape, guidance_scale: sampler.guidance_scale, negative_prompt_embeds })
+    }
+
+    /// What it computes on.
+    pub fn compute(&self) -> &Compute {
+        self.pipeline.unet.compute()
+    }
+
+    /// Height and width of the images.
+    pub fn image_size(&self) -> (usize, usize) {
+        let (_, h, w) = self.latent_shape;
+        (h * self.pipeline.vae.factor(), w * self.pipeline.vae.factor())
+    }
+
+    /// The embeddings of prompts, beside those of the negative prompt.
+    ///
+    /// # Errors
+    /// An embedding that is not finite, here or when the ledger is read.
+    pub fn conditioning(&self, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Conditioning> {
+        let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
+        let prompt_embeds = self.pipeline.encode_prompts(&texts)?;
+        ledger.finite(&prompt_embeds, move |_| {
+            format!("the text encoder's output for `{}` is not finite", texts.join("`, `"))
+        })?;
+        let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
+        Ok(Conditioning::new(prompt_embeds, negative_prompt_embeds, self.guidance_scale, self.compute()))
+    }
+
+    /// The UNet with these adapters and prompts.
+    pub fn denoiser<'a>(
+        &'a self,
+        adapters: &'a Adapters,
+        conditioning: Conditioning,
+        checkpointing: Checkpointing,
+    ) -> Denoiser<'a> {
+        Denoiser { unet: &self.pipeline.unet, adapters, conditioning, checkpointing }
+    }
+
+    /// The noise of training chains: samples of the global batch of optimizer step `step`.
+    pub fn training_noise(&self, noise: &Noise, step: u64, samples: Range<u64>) -> ChainNoise {
+        self.noise(*noise, [Stream::Latents, Stream::Variance], step, samples)
+    }
+
+    /// The noise of sample grids and evaluations: the same for the same `seed` and numbers of prompts.
+    pub fn evaluation_noise(&self, seed: u64, prompts: Range<u64>) -> ChainNoise {
+        self.noise(Noise::new(seed), [Stream::Evaluation, Stream::EvaluationVariance], 0, prompts)
+    }
+
+    /// The noise of the guard's images: others than those that [`Self::evaluation_noise`] gives.
+    pub fn guard_noise(&self, seed: u64, prompts: Range<u64>) -> ChainNoise {
+        self.noise(Noise::new(seed), [Stream::Guard, Stream::GuardVariance], 0, prompts)
+    }
+
+    fn noise(&self, noise: Noise, streams: [Stream; 2], step: u64, samples: Range<u64>) -> ChainNoise {
+        let device = self.compute().device().clone();
+        ChainNoise { noise, streams, step, samples, shape: self.latent_shape, device }
+    }
+
+    /// Images of the prompts. With `lora_start` the base model takes the noisy timesteps and the adapted one those below
+    /// that timestep: what is in the picture is then the base model's, how it looks the adapters'.
+    ///
+    /// # Errors
+    /// Latents or an image that are not finite: names the step or the prompt.
+    pub fn draw(
+        &self,
+        prompts: &[Prompt],
+        noise: &ChainNoise,
+        adapters: &Adapters,
+        lora_start: Option<usize>,
+    ) -> Result<Drawn> {
+        let initial_latents = noise.initial_latents()?;
+        let mut ledger = Ledger::default();
+        let conditioning = self.conditioning(prompts, &mut ledger)?;
+        let denoiser = self.denoiser(adapters, conditioning, Checkpointing::Step);
+        let steps = self.schedule.steps();
+        // timesteps fall along the chain
+        let (early, late) =
+            steps.split_at(steps.partition_point(|step| lora_start.is_some_and(|t| step.timestep >= t)));
+        let base = Adapters::default();
+        let of_early = |i| noise.of_step(i);
+        let of_late = |i| noise.of_step(early.len() + i);
+        let (base, start) = (denoiser.with_adapters(&base), initial_latents.clone());
+        let middle = base.rollout(early, start, of_early, |_| false, &mut ledger)?.latents().clone();
+        let latents = denoiser.rollout(late, middle, of_late, |_| false, &mut ledger)?.latents().clone();
+        ledger.read()?;
+        let images = self.decode(&latents).with_context(|| format!("drawing {}", quoted(prompts)))?;
+        Ok(Drawn { initial_latents, conditioning: denoiser.conditioning, latents, images })
+    }
+
+    /// Images (B, 3, H, W) of latents (B, C, h, w), decoded one at a time.
+    ///
+    /// # Errors
+    /// An image that is not finite.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let images = (0..latents.dims4()?.0)
+            .map(|row| self.pipeline.vae.decode(&latents.narrow(0, row, 1)?.contiguous()?))
+            .collect::<Result<Vec<_>>>()?;
+        let images = Tensor::cat(&images, 0)?;
+        if !is_finite(&images)? {
+            return not_a_number("the VAE's image is not finite");
+        }
+        Ok(images)
+    }
+
+    /// Prompts that the text encoder will not read to their end, with the number of their tokens.
+    pub fn truncated_prompts<'a>(&self, prompts: &'a [Prompt]) -> Result<Vec<(&'a str, usize)>> {
+        let tokenizer = &self.pipeline.tokenizer;
+        let mut long = Vec::new();
+        for prompt in prompts {
+            let count = tokenizer.token_count(&prompt.text)?;
+            if count > tokenizer.max_length() {
+                long.push((prompt.text.as_str(), count));
+            }
+        }
+        Ok(long)
+    }
+
+    /// Reads a LoRA and checks that it belongs to this UNet.
+    pub fn load_lora(&self, path: &Path) -> Result<LoadedLora> {
+        let mut loaded = formats::load(path)?;
+        loaded.adapters = loaded
+            .adapters
+            .fitted(&self.pipeline.unet.targets())
+            .with_context(|| format!("{} does not fit {}", path.display(), self.pipeline.source.label()))?
+            .to_device(self.compute().device())?;
+        loaded.warn(path);
+        Ok(loaded)
+    }
+}
+
+/// Prompts for a message.
+fn quoted(prompts: &[Prompt]) -> String {
+    prompts.iter().map(|prompt| format!("`{}`", prompt.text)).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,135 @@
+//! Parts of the loss that are functions of one denoising step's prediction.
+
+use anyhow::Result;
+use candle_core::{DType, Tensor};
+
+use super::Plan;
+use crate::diffusion::DdimStep;
+use crate::lora::Adapters;
+use crate::ops::{Ledger, Number, Readings};
+use crate::sampling::{Denoiser, Trajectory};
+
+/// One denoising step as a term sees it: the samples of the batch that keep its gradient.
+pub struct KeptStep<'a> {
+    /// Its place in the chain.
+    pub index: usize,
+    pub step: &'a DdimStep,
+    /// The rows of the batch that keep it, B' of them, in order.
+    pub rows: &'a [usize],
+    /// For these rows.
+    pub denoiser: &'a Denoiser<'a>,
+    /// x_t, (B', C, h, w).
+    pub input: &'a Tensor,
+    /// x_{t-1} as it was sampled, (B', C, h, w).
+    pub output: &'a Tensor,
+    /// The guided prediction that is differentiated, (B', C, h, w).
+    pub prediction: &'a Tensor,
+}
+
+/// A part of the loss that is a function of each kept step's prediction.
+pub trait StepTerm {
+    /// d term / d prediction, (B', C, h, w).
+    ///
+    /// # Errors
+    /// The term's own.
+    fn cotangent(&mut self, at: &KeptStep, ledger: &mut Ledger) -> Result<Tensor>;
+}
+
+/// The KL term of DRaFT+: how far the adapted model's predictions are from the base model's.
+///
+/// The KL divergence of two Gaussians with one variance is proportional to the squared distance of their means, so with ε
+/// the guided predictions of a DDIM step at the same x_t
+///
+/// ```text
+/// D_i = mean over the elements of (ε_θ(x_i) - ε_base(x_i))²
+/// term of an image = scale · mean of D_i over its kept steps
+/// d D_i / d ε_θ = 2 (ε_θ - ε_base) / elements
+/// ```
+///
+/// As in NVIDIA NeMo-Aligner's DRaFT+, ε_base is a constant: no gradient goes through it into x_i. In a model that predicts
+/// v or x_0, the distance is that of these predictions.
+pub struct KlTerm {
+    scale: f64,
+    /// How many steps each image keeps.
+    kept: Vec<usize>,
+    /// Each image's distance at each of its kept steps, as far as the backward pass has come.
+    distances: Vec<Vec<Distance>>,
+}
+
+impl KlTerm {
+    /// `scale` is the factor of each image's mean distance in the loss.
+    pub fn new(scale: f64, plan: &Plan) -> Self {
+        let kept = plan.kept_by_sample();
+        Self { scale, distances: vec![Vec::new(); kept.len()], kept }
+    }
+
+    /// The mean distance of each image over its kept steps; 0 for an image that keeps none.
+    pub fn distances(&self, readings: &Readings) -> Vec<f64> {
+        let mean = |(distances, kept): (&Vec<Distance>, &usize)| {
+            let share = 1.0 / *kept as f64;
+            distances.iter().fold(0.0, |sum, distance| sum + share * distance.get(readings))
+        };
+        self.distances.iter().zip(&self.kept).map(mean).collect()
+    }
+}
+
+impl StepTerm for KlTerm {
+    fn cotangent(&mut self, at: &KeptStep, ledger: &mut Ledger) -> Result<Tensor> {
+        let difference = from_base(at.denoiser, at.input, at.step.timestep, at.prediction)?;
+        let elements = difference.elem_count() / at.rows.len();
+        let mut factors = Vec::with_capacity(at.rows.len());
+        for (row, distance) in at.rows.iter().zip(Distance::of(&difference, ledger)?) {
+            let share = 1.0 / self.kept[*row] as f64;
+            self.distances[*row].push(distance);
+            factors.push((2.0 * self.scale * share / elements as f64) as f32);
+        }
+        let factors = Tensor::from_vec(factors, (at.rows.len(), 1, 1, 1), difference.device())?;
+        Ok(difference.broadcast_mul(&factors)?)
+    }
+}
+
+/// The mean squared distance of each image's predictions from the base model's, over all steps of a chain. Evaluates the
+/// base model at every step, and waits for a GPU at the end.
+pub fn distances_from_base(denoiser: &Denoiser, steps: &[DdimStep], trajectory: &Trajectory) -> Result<Vec<f64>> {
+    let distances = |ledger: &mut Ledger| -> Result<Vec<_>> {
+        let of_step = |(i, step): (usize, &DdimStep)| {
+            let difference = from_base(denoiser, trajectory.input(i), step.timestep, trajectory.prediction(i))?;
+            Distance::of(&difference, ledger)
+        };
+        steps.iter().enumerate().map(of_step).collect()
+    };
+    let (distances, readings) = Ledger::around(distances)?;
+    let mut sums = vec![0.0; trajectory.latents().dims4()?.0];
+    for distance in distances {
+        let values = distance.into_iter().map(|distance| distance.get(&readings) / steps.len() as f64);
+        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+    }
+    Ok(sums)
+}
+
+/// ε_θ - ε_base at x_t, (B, C, h, w).
+fn from_base(denoiser: &Denoiser, x_t: &Tensor, timestep: usize, prediction: &Tensor) -> Result<Tensor> {
+    let base = Adapters::default();
+    Ok((prediction - denoiser.with_adapters(&base).predict(x_t, timestep)?)?)
+}
+
+/// A mean of squares, once its ledger is read.
+#[derive(Clone, Copy)]
+struct Distance {
+    squares: Number,
+    elements: usize,
+}
+
+impl Distance {
+    /// Of each image of a difference (B, C, h, w).
+    fn of(difference: &Tensor, ledger: &mut Ledger) -> Result<Vec<Self>> {
+        let squares = difference.flatten_from(1)?.to_dtype(DType::F64)?.sqr()?;
+        let (images, elements) = squares.dims2()?;
+        let squares = squares.sum(1)?;
+        (0..images).map(|image| Ok(Self { squares: ledger.number(&squares.get(image)?)?, elements })).collect()
+    }
+
+    fn get(self, readings: &Readings) -> f64 {
+        readings.get(self.squares) / self.elements as f64
+    }
+}

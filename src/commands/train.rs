@@ -32,9 +32,13 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let compute = open_for_rewards(&mut config, args.device.as_deref(), args.precision, args.reward_precision)?;
     config.require_trained()?;
     let prompts = config.prompts.load()?;
-    if args.resume.is_none() {
-        RunFolder::check_free(&config.run.dir)?; // before gigabytes are read
-    }
+    // before gigabytes are read: whoever trains a run has its folder for itself; a dry run writes nothing there
+    let run = match &args.resume {
+        Some(dir) if !args.dry_run => Some(Run::resume(dir)?),
+        None if !args.dry_run => Some(Run::start(&config.run.dir)?),
+        None => RunFolder::check_free(&config.run.dir).map(|()| None)?,
+        Some(_) => None,
+    };
     let model = Model::load(&config, &compute)?;
     let tokenizer = &model.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
@@ -52,15 +56,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     let estimate = budget::plan(&mut config, &model, &rewards, &state.adapters)?;
     let config = config;
-    if args.dry_run {
+    let Some(mut run) = run else {
         println!("dry run: nothing was trained and nothing was written");
         return Ok(());
-    }
-    let interrupt = Interrupt::listen()?;
-    let mut run = match &args.resume {
-        Some(dir) => Run::resume(dir)?,
-        None => Run::start(&config.run.dir)?,
     };
+    let interrupt = Interrupt::listen()?;
     run.save_config(&config.to_toml()?)?;
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;

@@ -236,7 +236,17 @@ fn a_second_process_is_refused_and_the_first_goes_on_undisturbed() {
     // it is refused before it looks for the model
     let elsewhere = ["model.path=no/such/model"];
     for (resume, set) in [(true, &[][..]), (true, &elsewhere), (false, &long[..]), (false, &elsewhere)] {
-        let output = command(&experiment, resume, set).output().unwrap();
+        let mut second = command(&experiment, resume, set).spawn().unwrap();
+        let started = Instant::now();
+        wait_for(&mut second, || started.elapsed() > Duration::from_secs(60));
+        if second.try_wait().unwrap().is_none() {
+            for mut child in [second, first] {
+                child.kill().unwrap();
+                child.wait().unwrap();
+            }
+            panic!("a second process trains the run");
+        }
+        let output = second.wait_with_output().unwrap();
         let message = stderr(&output);
         assert_eq!(output.status.code(), Some(1), "{message}");
         let id = format!("another process (id {})", first.id());

@@ -2,13 +2,15 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use alignprop::diffusion::noise::below;
 use alignprop::diffusion::{Noise, Stream};
+use alignprop::training::lock::RunLock;
 use support::*;
 
 /// All that chance decides, with a moving average, a guard and old checkpoints that go.
@@ -173,6 +175,115 @@ fn a_run_without_a_checkpoint_starts_again() {
     let output = command(&experiment, true, &[]).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert_same_end(&experiment, &whole);
+}
+
+/// What each writer leaves when it is killed in the middle, now and in earlier versions.
+#[test]
+fn what_a_killed_process_leaves_goes_when_the_run_is_resumed() {
+    let whole = whole();
+    let experiment = experiment();
+    let stopped = command(&experiment, false, &SETTINGS).args(["--stop-at", "3"]).output().unwrap();
+    assert!(stopped.status.success(), "{}", stderr(&stopped));
+    let run = experiment.run_folder();
+    for file in [
+        ".unfinished-a1B2c3",
+        ".run-a1B2c3",
+        ".lora-a1B2c3",
+        "samples/.unfinished-a1B2c3",
+        "samples/.picture-a1B2c3",
+        "checkpoints/.unfinished-a1B2c3",
+        "run.lock",
+    ] {
+        fs::write(run.join(file), "half").unwrap();
+    }
+    for folder in [".unfinished-folder", "checkpoints/.unfinished-step-000004", "checkpoints/.removed"] {
+        fs::create_dir_all(run.join(folder).join("folder")).unwrap();
+        fs::write(run.join(folder).join("folder/file"), "half").unwrap();
+    }
+    let events = fs::read_dir(run.join("tensorboard")).unwrap().next().unwrap().unwrap().path();
+    let before = fs::read(&events).unwrap();
+    let output = command(&experiment, true, &[]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_same_end(&experiment, &whole);
+    assert_eq!(listing(&run.join("samples")), listing(&whole.run_folder().join("samples")));
+    assert!(fs::read(events).unwrap() == before);
+}
+
+// ---------------------------------------------------------------------------------------------------- two at once
+
+/// Every file below a folder with its bytes.
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.append(&mut contents(&path)),
+            false => drop(found.insert(path.clone(), fs::read(path).unwrap())),
+        }
+    }
+    found
+}
+
+#[test]
+fn a_second_process_is_refused_and_the_first_goes_on_undisturbed() {
+    let experiment = experiment();
+    // one step that takes long: nothing is written meanwhile
+    let long = ["train.steps=2", "train.gradient_accumulation_steps=100000", "run.sample_every=0"];
+    let mut first = command(&experiment, false, &long).spawn().unwrap();
+    wait_for(&mut first, || experiment.checkpoint(0).is_dir());
+    std::thread::sleep(Duration::from_millis(100));
+    let before = contents(&experiment.run_folder());
+    // it is refused before it looks for the model
+    let elsewhere = ["model.path=no/such/model"];
+    for (resume, set) in [(true, &[][..]), (true, &elsewhere), (false, &long[..]), (false, &elsewhere)] {
+        let mut second = command(&experiment, resume, set).spawn().unwrap();
+        let started = Instant::now();
+        wait_for(&mut second, || started.elapsed() > Duration::from_secs(60));
+        if second.try_wait().unwrap().is_none() {
+            for mut child in [second, first] {
+                child.kill().unwrap();
+                child.wait().unwrap();
+            }
+            panic!("a second process trains the run");
+        }
+        let output = second.wait_with_output().unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        let id = format!("another process (id {})", first.id());
+        for words in [&id, "is training the run in ", "run;", "wait until it has ended"] {
+            assert!(message.contains(words), "`{words}` is not in {message}");
+        }
+    }
+    // whoever only reads is let in
+    for line in [&["runs", "."][..], &["eval", "--checkpoint", "run", "--seeds", "1", "--out", "judged"]] {
+        let mut reader = Command::new(env!("CARGO_BIN_EXE_alignprop"));
+        let output = reader.current_dir(experiment.folder.path()).args(line).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    assert!(first.try_wait().unwrap().is_none(), "the first one goes on");
+    assert!(contents(&experiment.run_folder()) == before);
+
+    // the lock ends with its process
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert!(experiment.run_folder().join("run.lock").exists());
+    let output = command(&experiment, true, &["train.gradient_accumulation_steps=1"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!experiment.run_folder().join("run.lock").exists());
+}
+
+/// Two that start in the same new folder: the second one finds nothing there but the lock.
+#[test]
+fn a_run_is_not_started_in_a_folder_that_another_process_has_just_taken() {
+    let experiment = experiment();
+    let first = RunLock::take_new(&experiment.run_folder()).unwrap();
+    let output = command(&experiment, false, &SETTINGS).output().unwrap();
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains(&format!("another process (id {})", std::process::id())), "{message}");
+    assert_eq!(listing(&experiment.run_folder()), ["run.lock"]);
+    drop(first);
+    assert!(!experiment.run_folder().exists());
 }
 
 // ---------------------------------------------------------------------------------------------------- interrupted

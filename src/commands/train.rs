@@ -27,9 +27,13 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let compute = compute_of(&config.run)?.with_rewards_in(config.run.reward_precision)?;
     config.require_trained()?;
     let prompts = config.prompts.load()?;
-    if args.resume.is_none() {
-        RunFolder::check_free(&config.run.dir)?; // before gigabytes are read
-    }
+    // before gigabytes are read: whoever trains a run has its folder for itself; a dry run writes nothing there
+    let run = match &args.resume {
+        Some(dir) if !args.dry_run => Some(Run::resume(dir)?),
+        None if !args.dry_run => Some(Run::start(&config.run.dir)?),
+        None => RunFolder::check_free(&config.run.dir).map(|()| None)?,
+        Some(_) => None,
+    };
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
@@ -51,16 +55,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             eprintln!("warning: the run may need more memory than is free");
         }
     }
-    if args.dry_run {
+    let Some(mut run) = run else {
         println!("dry run: nothing was trained and nothing was written");
         return Ok(());
-    }
+    };
 
     let interrupt = Interrupt::listen()?;
-    let mut run = match &args.resume {
-        Some(dir) => Run::resume(dir)?,
-        None => Run::start(&config.run.dir)?,
-    };
     run.save_config(&plan.as_config(config).to_toml()?)?;
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;

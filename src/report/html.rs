@@ -13,9 +13,11 @@ use crate::config::Config;
 pub struct Contents<'a> {
     /// The run's folder.
     pub dir: &'a Path,
-    /// The run's config, and the file that it is in.
+    /// The run's config.
     pub config: &'a Config,
+    /// The file that it is in.
     pub config_file: &'a Path,
+    /// What was measured.
     pub metrics: &'a Metrics,
     /// The steps that have a sample grid, in order, and their pictures.
     pub grids: &'a [(usize, PathBuf)],

@@ -5,6 +5,7 @@ mod backprop;
 pub mod checkpoint;
 pub mod guard;
 pub mod health;
+pub mod lock;
 pub mod loss_scale;
 pub mod memory;
 pub mod plan;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 
 use super::checkpoint::{Checkpoint, folder_name};
+use super::lock::RunLock;
 use super::memory;
 use crate::config::Config;
 use crate::files::{UNFINISHED, write_bytes};
@@ -35,6 +36,7 @@ impl RunFolder {
     pub fn check_free(dir: &Path) -> Result<()> {
         let run = Self::at(dir);
         if run.config().exists() || run.metrics_file().exists() {
+            RunLock::check_free(dir)?;
             bail!(
                 "{} already holds a run; go on with it by `--resume {}`, or choose another folder by `--set run.dir=DIR`",
                 dir.display(),
@@ -115,7 +117,7 @@ impl RunFolder {
         steps
     }
 
-    /// Removes what a killed process may have left: what it was writing under another name.
+    /// Removes what a killed process may have left: what it was writing under another name. Only for who holds the lock.
     fn recover(&self) -> Result<()> {
         let folders = [self.dir.clone(), self.dir.join("samples")];
         let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
@@ -135,7 +137,8 @@ impl RunFolder {
     }
 }
 
-/// A run that this process trains. What is measured is kept beside the file that it is written to.
+/// A run that this process trains, and no other one: it holds the folder's lock. What is measured is kept beside the file
+/// that it is written to.
 pub struct Run {
     folder: RunFolder,
     metrics: Metrics,
@@ -143,6 +146,7 @@ pub struct Run {
     events: Option<EventFile>,
     /// The step from which on this session replaces what earlier ones wrote there.
     events_from: Option<usize>,
+    _lock: RunLock,
 }
 
 impl Deref for Run {
@@ -153,29 +157,31 @@ impl Deref for Run {
 }
 
 impl Run {
-    /// Takes a folder for a new run; it is made if it is absent.
+    /// Takes a folder for a new run; it is made if it is absent, and goes again if nothing is written there.
     ///
     /// # Errors
-    /// The folder holds a run.
+    /// The folder holds a run, or another process trains one there.
     pub fn start(dir: &Path) -> Result<Self> {
         RunFolder::check_free(dir)?;
-        fs::create_dir_all(dir).with_context(|| format!("making the run folder {}", dir.display()))?;
-        Self::held(RunFolder::at(dir))
+        let lock = RunLock::take_new(dir)?;
+        RunFolder::check_free(dir)?; // another process may have been faster, and have ended
+        Self::held(RunFolder::at(dir), lock)
     }
 
     /// Takes an existing run, and tidies up what a killed process may have left there.
     ///
     /// # Errors
-    /// No run is there, or its metrics cannot be read.
+    /// No run is there, another process trains it, or its metrics cannot be read.
     pub fn resume(dir: &Path) -> Result<Self> {
         let folder = RunFolder::open(dir)?;
+        let lock = RunLock::take(dir)?;
         folder.recover()?;
-        Self::held(folder)
+        Self::held(folder, lock)
     }
 
-    fn held(folder: RunFolder) -> Result<Self> {
+    fn held(folder: RunFolder, lock: RunLock) -> Result<Self> {
         let metrics = Metrics::read(&folder.metrics_file())?;
-        Ok(Self { folder, metrics, events: None, events_from: None })
+        Ok(Self { folder, metrics, events: None, events_from: None, _lock: lock })
     }
 
     /// What was measured so far.
@@ -264,6 +270,23 @@ mod tests {
         let config = Config::parse("prompts.list = ['a']", "test", &[]).unwrap();
         let optimizer = AdamW::new(&config.optimizer, &adapters.tensors()).unwrap();
         Checkpoint { step, optimizer, adapters, ema: None, loss_scale: None }
+    }
+
+    #[test]
+    fn a_folder_that_was_taken_for_a_run_and_not_used_is_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("runs/one");
+        let run = Run::start(&dir).unwrap();
+        assert!(Run::start(&dir).is_err() && Run::resume(&dir).is_err());
+        drop(run);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+
+        let run = Run::start(&dir).unwrap();
+        run.save_config("").unwrap();
+        drop(run);
+        assert!(Run::start(&dir).err().unwrap().to_string().contains("already holds a run"));
+        Run::resume(&dir).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
     }
 
     #[test]

@@ -2,12 +2,11 @@
 //!
 //! ```text
 //! prompts -> models::{tokenizer, text_encoder} -> prompt embeddings
-//!   -> training::rollout          x_T ... x_0 by DDIM with guidance, no gradient, only the latents are kept
-//!   -> models::vae -> rewards     one image at a time: image, scores, loss
-//!   <- training::reward_cotangent d loss / d x_0
-//!   <- training::backprop         for each step of the plan, newest first: the UNet again, recorded;
-//!                                 the cotangent goes back to x_t and into the LoRA factors
-//!   -> optim                      clip, AdamW -> lora::Adapters -> training::checkpoint
+//!   -> training::step::sample         x_T ... x_0 by DDIM with guidance, no gradient, only the latents are kept
+//!   -> training::step::credit         one image at a time: decoded, scored (judge), and d loss / d x_0
+//!   -> training::step::differentiate  for each step of the plan, newest first: the UNet again, recorded;
+//!                                     the cotangent goes back to x_t and into the LoRA factors
+//!   -> training::step::update         clip, AdamW -> lora::Adapters -> training::checkpoint
 //! ```
 //!
 //! Imports only go down:
@@ -15,9 +14,10 @@
 //! ```text
 //! commands     train, eval, soup, export, sample, runs, verify, bench: recipes, read from top to bottom
 //! cli          the command line
-//! training     rollout, backprop, truncation (which steps keep their gradient), checkpoint, run folder
+//! training     the optimizer step, AlignProp, the run's loop and plan, truncation, checkpoint, run folder
 //! report       metrics, the best of them, charts, a run's page, pictures, TensorBoard's event files
-//! rewards      the trait, CLIP heads, text-image cosines, preprocessing
+//! sampling     the UNet with adapters and prompts, the denoising chain, images of prompts
+//! rewards      scores and differentiable rewards, CLIP heads, text-image cosines, preprocessing
 //! diffusion    DDIM schedule, guidance, counted noise
 //! models       hub, single files, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
 //! nn           the tape, layers over frozen weights, adapters as values
@@ -29,7 +29,7 @@
 //! allocator    where memory comes from, and how much is in use
 //! ```
 //!
-//! The loop is `run` and `Trainer::step` in `commands/train.rs`. Contracts and decisions are in `docs/architecture.md`,
+//! The loop is `Trainer::train` in `training/trainer.rs`, its step `training/alignprop.rs`. Contracts and decisions are in `docs/architecture.md`,
 //! the backward passes in `docs/backward.md`.
 
 pub mod allocator;

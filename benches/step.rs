@@ -5,6 +5,7 @@
 use alignprop::allocator::{Allocator, keep_pages};
 use alignprop::cli::{Cli, Command};
 use alignprop::commands::bench::Work;
+use alignprop::config::Prompt;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, flops};
@@ -85,7 +86,7 @@ fn vae_forward_and_backward(bencher: Bencher, name: &str) {
 fn reward_forward(bencher: Bencher, name: &str) {
     let work = load(name);
     let image = work.subject.vae.decode(&work.latents(0).unwrap().narrow(0, 0, 1).unwrap()).unwrap();
-    measure(bencher, || work.subject.rewards.scores(&image, "").unwrap());
+    measure(bencher, || work.subject.rewards.scores(&image, &[Prompt::default()]).unwrap());
 }
 
 /// The score of one image and its gradient.
@@ -93,7 +94,8 @@ fn reward_forward(bencher: Bencher, name: &str) {
 fn reward_forward_and_backward(bencher: Bencher, name: &str) {
     let work = load(name);
     let image = work.subject.vae.decode(&work.latents(0).unwrap().narrow(0, 0, 1).unwrap()).unwrap();
-    measure(bencher, || work.subject.rewards.scores_and_gradient(&image, "", 1.0, &mut Ledger::default()).unwrap());
+    let judge = || work.subject.rewards.judge(&image, &[Prompt::default()], &mut Ledger::default()).unwrap();
+    measure(bencher, || judge().pull(1.0).unwrap());
 }
 
 /// Rollout, VAE, reward, backward, AdamW.

@@ -7,7 +7,9 @@ mod support;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use alignprop::allocator::{self, Allocator};
-use alignprop::config::{AestheticConfig, Checkpointing, ClipScoreConfig, ModelConfig, RewardsConfig};
+use alignprop::config::{
+    AestheticConfig, Checkpointing, ClipScoreConfig, ModelConfig, Preprocess, Prompt, RewardsConfig,
+};
 use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
 use alignprop::models::tokenizer::ClipTokenizer;
@@ -68,8 +70,8 @@ impl Chain {
         Self { pipeline, schedule, adapters, noise }
     }
 
-    fn prompts(count: usize) -> Vec<String> {
-        vec!["a cat".to_owned(); count]
+    fn prompts(count: usize) -> Vec<Prompt> {
+        vec!["a cat".into(); count]
     }
 
     fn prompting(&self) -> Prompting {
@@ -286,6 +288,63 @@ fn stored_steps_are_not_evaluated_again() {
     assert!(rollout > 0 && stored > 0);
     assert_eq!(evaluated - stored, rollout);
     assert_eq!(evaluated - run(1).1, rollout / STEPS as u64);
+}
+
+/// To the last operation: a cosine multiplies no matrices beyond its tower's, so beside another reward on that tower it costs
+/// nothing, and it would cost all of its own.
+#[test]
+fn two_rewards_on_one_tower_run_it_once_there_and_back() {
+    let _alone = alone();
+    let tokenizer = Pipeline::load(&ModelConfig::at(text(fixture("tiny-sd15/model")))).unwrap().tokenizer;
+    let clip = text(fixture("tiny-sd15/clip"));
+    // the weights of the head and of the cosine; `None`: not there
+    let rewards = |head: Option<f64>, cosine: Option<f64>, cosine_preprocess| {
+        let config = RewardsConfig {
+            aesthetic: head.map(|weight| AestheticConfig { weight, ..aesthetic().aesthetic.unwrap() }),
+            clip_score: cosine.map(|weight| ClipScoreConfig {
+                weight,
+                model: clip.clone(),
+                preprocess: cosine_preprocess,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        Rewards::load(&config, &tokenizer).unwrap()
+    };
+    let blocks = Noise::new(1).normal_batch(Stream::Latents, 0, 0..2, (3, 12, 10)).unwrap();
+    let images = (blocks.upsample_nearest2d(48, 40).unwrap() * 0.4).unwrap();
+    let prompts = Chain::prompts(2);
+    // operations there, back, and of scores alone; the gradient
+    let count = |rewards: &Rewards| {
+        rewards.scores(&images, &prompts).unwrap(); // embeds the prompts, once and for all
+        let start = flops();
+        let judged = rewards.judge(&images, &prompts, &mut Ledger::default()).unwrap();
+        let there = flops();
+        let d_images = judged.pull(2.0).unwrap();
+        let back = flops();
+        rewards.scores(&images, &prompts).unwrap();
+        ([there - start, back - there, flops() - back], d_images)
+    };
+    let same = Preprocess::Alignprop;
+    let (head, d_head) = count(&rewards(Some(0.1), None, same));
+    let (tower, d_cosine) = count(&rewards(None, Some(2.0), same));
+    let (both, d_both) = count(&rewards(Some(0.1), Some(2.0), same));
+    eprintln!("[there, back, scores]: head {head:?}, cosine {tower:?}, both {both:?}");
+    assert!(tower.iter().all(|operations| *operations > 1_000_000), "{tower:?}");
+    assert_eq!(both, head);
+    let sum = (d_head + d_cosine).unwrap();
+    let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    let error = norm(&(&d_both - &sum).unwrap()) / norm(&sum);
+    assert!(error < 1e-5, "{error}"); // sums in another order
+
+    // what is not trained reads the tower's features and is not on the tape
+    assert_eq!(count(&rewards(Some(0.1), Some(0.0), same)).0, head);
+    let untrained_head = count(&rewards(Some(0.0), Some(2.0), same)).0;
+    assert_eq!(untrained_head, [head[0], tower[1], head[2]]);
+    // other pixels are another run of the tower
+    let (apart, _) = count(&rewards(None, Some(2.0), Preprocess::Squash));
+    let (two, _) = count(&rewards(Some(0.1), Some(2.0), Preprocess::Squash));
+    assert_eq!(two, [0, 1, 2].map(|i| head[i] + apart[i]));
 }
 
 /// The peak of a whole `train`, models included.

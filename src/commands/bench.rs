@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use serde::Serialize;
 
 use crate::cli::{Architecture, BenchArgs};
-use crate::config::{Checkpointing, ModelConfig, OptimizerConfig, Precision};
+use crate::config::{Checkpointing, ModelConfig, OptimizerConfig, Precision, Prompt};
 use crate::diffusion::{DdimSchedule, Noise, SchedulerConfig, Stream};
 use crate::lora::Adapters;
 use crate::models::clip::Clip;
@@ -288,7 +288,7 @@ impl Work {
     pub fn step(&mut self, number: u64, mut mark: impl FnMut(usize) -> Result<()>) -> Result<()> {
         let Subject { unet, vae, rewards, .. } = &self.subject;
         let x_t = self.latents(number)?;
-        let prompts = vec![String::new(); self.batch];
+        let prompts = vec![Prompt::default(); self.batch];
         let (first, kept) = self.plan.steps.split_at(self.plan.steps.len() - self.kept);
         let no_noise = |_| anyhow::bail!("eta is 0");
         let mut ledger = Ledger::default();

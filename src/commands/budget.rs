@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use super::experiment::Model;
-use crate::config::{Checkpointing, CheckpointingChoice, Config};
+use crate::config::{Checkpointing, CheckpointingChoice, Config, Prompt};
 use crate::lora::Adapters;
 use crate::ops::Ledger;
 use crate::rewards::Rewards;
@@ -32,7 +32,7 @@ pub(super) fn plan(
         return Ok(None);
     }
     let pipeline = &model.pipeline;
-    let (prompting, _) = Ledger::around(|ledger| model.prompting(&[String::new()], ledger))?;
+    let (prompting, _) = Ledger::around(|ledger| model.prompting(&[Prompt::default()], ledger))?;
     let parts = Parts {
         unet: &pipeline.unet,
         vae: &pipeline.vae,

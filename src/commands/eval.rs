@@ -131,7 +131,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             for (adapters, scores) in variants.iter().zip(&mut all_scores) {
                 let prompt_alone = std::slice::from_ref(prompt);
                 let image = model.gated_images(prompt_alone, number as u64, seed as u64, adapters, args.lora_start)?;
-                for (reward, score) in rewards.scores(&image, prompt)?.into_iter().enumerate() {
+                for (reward, score) in rewards.scores(&image, prompt_alone)?.concat().into_iter().enumerate() {
                     scores[reward][number].push(score);
                 }
                 if shown.len() < PICTURES {
@@ -168,7 +168,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             .iter()
             .enumerate()
             .map(|(p, prompt)| PromptReport {
-                prompt: prompt.clone(),
+                prompt: prompt.text.clone(),
                 comparison: Comparison::of(&base_scores[r][p], &tuned_scores[r][p]),
             })
             .collect(),

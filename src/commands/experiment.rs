@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
 use crate::cli::ConfigArgs;
-use crate::config::Config;
+use crate::config::{Config, Prompt};
 use crate::diffusion::{DdimSchedule, Noise, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
@@ -68,9 +68,9 @@ impl Model {
     }
 
     /// The embeddings of prompts, beside those of the negative prompt.
-    pub fn prompting(&self, prompts: &[String], ledger: &mut Ledger) -> Result<Prompting> {
+    pub fn prompting(&self, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Prompting> {
         let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
-        let of = prompts.join("`, `");
+        let of = joined(prompts);
         ledger.finite(&prompt_embeds, move |_| format!("the text encoder's output for `{of}` is not finite"))?;
         let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
         Ok(Prompting { prompt_embeds, negative_prompt_embeds, guidance_scale: self.guidance_scale })
@@ -82,7 +82,7 @@ impl Model {
     }
 
     /// Images (B, 3, H, W) of the prompts, from the evaluation noise of `seed`; `first` is the first prompt's number.
-    pub fn images(&self, prompts: &[String], first: u64, seed: u64, adapters: &Adapters) -> Result<Tensor> {
+    pub fn images(&self, prompts: &[Prompt], first: u64, seed: u64, adapters: &Adapters) -> Result<Tensor> {
         self.gated_images(prompts, first, seed, adapters, None)
     }
 
@@ -90,7 +90,7 @@ impl Model {
     /// what is in the picture is then the base model's, how it looks the adapters'. `None`: adapted throughout.
     pub fn gated_images(
         &self,
-        prompts: &[String],
+        prompts: &[Prompt],
         first: u64,
         seed: u64,
         adapters: &Adapters,
@@ -102,7 +102,7 @@ impl Model {
     /// As [`Self::gated_images`], with what they were made from.
     pub fn draw(
         &self,
-        prompts: &[String],
+        prompts: &[Prompt],
         first: u64,
         seed: u64,
         adapters: &Adapters,
@@ -128,8 +128,8 @@ impl Model {
     }
 
     /// An image (1, 3, H, W) on the guard's noise, and the mean distance of its noise predictions from the base model's.
-    pub fn watched_image(&self, prompt: &str, number: u64, seed: u64, adapters: &Adapters) -> Result<(Tensor, f64)> {
-        let (noise, sample, prompts) = (Noise::new(seed), number..number + 1, [prompt.to_owned()]);
+    pub fn watched_image(&self, prompt: &Prompt, number: u64, seed: u64, adapters: &Adapters) -> Result<(Tensor, f64)> {
+        let (noise, sample, prompts) = (Noise::new(seed), number..number + 1, [prompt.clone()]);
         let x_t = self.noise(&noise, Stream::Guard, 0, sample.clone())?;
         let mut ledger = Ledger::default();
         let prompting = self.prompting(&prompts, &mut ledger)?;
@@ -142,25 +142,25 @@ impl Model {
     }
 
     /// Images (B, 3, H, W) of latents, decoded one at a time.
-    pub fn decode(&self, latents: &Tensor, prompts: &[String]) -> Result<Tensor> {
+    pub fn decode(&self, latents: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
         let images = (0..prompts.len())
             .map(|row| self.pipeline.vae.decode(&latents.narrow(0, row, 1)?.contiguous()?))
             .collect::<Result<Vec<_>>>()?;
         let images = Tensor::cat(&images, 0)?;
         if !is_finite(&images)? {
-            return not_a_number(format!("the VAE's image of `{}` is not finite", prompts.join("`, `")));
+            return not_a_number(format!("the VAE's image of `{}` is not finite", joined(prompts)));
         }
         Ok(images)
     }
 
     /// Prompts that the text encoder will not read to their end, with the number of their tokens.
-    pub fn truncated_prompts<'a>(&self, prompts: &'a [String]) -> Result<Vec<(&'a str, usize)>> {
+    pub fn truncated_prompts<'a>(&self, prompts: &'a [Prompt]) -> Result<Vec<(&'a str, usize)>> {
         let tokenizer = &self.pipeline.tokenizer;
         let mut long = Vec::new();
         for prompt in prompts {
-            let count = tokenizer.token_count(prompt)?;
+            let count = tokenizer.token_count(&prompt.text)?;
             if count > tokenizer.max_length() {
-                long.push((prompt.as_str(), count));
+                long.push((prompt.text.as_str(), count));
             }
         }
         Ok(long)
@@ -177,6 +177,11 @@ impl Model {
         loaded.warn(path);
         Ok(loaded)
     }
+}
+
+/// The texts of prompts, for a message that puts them between backquotes.
+fn joined(prompts: &[Prompt]) -> String {
+    prompts.iter().map(AsRef::as_ref).collect::<Vec<_>>().join("`, `")
 }
 
 /// One counter of (optimizer step, place within it): a chain has fewer than 2¹⁶ steps.

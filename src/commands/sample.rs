@@ -9,6 +9,7 @@ use candle_core::{DType, Tensor};
 use super::experiment::{DEFAULTS, Drawn, Model, config_of};
 use super::{open_device, pictures};
 use crate::cli::SampleArgs;
+use crate::config::Prompt;
 use crate::files;
 use crate::lora::Adapters;
 
@@ -34,14 +35,15 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         Some(path) => model.load_lora(path)?.adapters.scaled(args.lora_scale),
         None => Adapters::default(),
     };
-    for (prompt, tokens) in model.truncated_prompts(&args.prompt)? {
+    let prompts: Vec<Prompt> = args.prompt.iter().cloned().map(Prompt::from).collect();
+    for (prompt, tokens) in model.truncated_prompts(&prompts)? {
         eprintln!(
             "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
             model.pipeline.tokenizer.max_length()
         );
     }
     let (mut images, mut drawn) = (Vec::with_capacity(args.prompt.len()), Vec::new());
-    for (number, prompt) in (0..).zip(&args.prompt) {
+    for (number, prompt) in (0..).zip(&prompts) {
         let one = model.draw(std::slice::from_ref(prompt), number, args.seed, &adapters, args.lora_start)?;
         images.push(pictures::to_rgb(&one.images.get(0)?)?);
         drawn.push(one);

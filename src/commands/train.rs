@@ -14,7 +14,7 @@ use super::experiment::{EMBEDDED, Model, config_of};
 use super::report::write_report;
 use super::{budget, open_for_rewards, pictures};
 use crate::cli::TrainArgs;
-use crate::config::{Config, RunConfig};
+use crate::config::{Config, Prompt, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::optim::{AdamW, learning_rate};
@@ -155,8 +155,8 @@ struct Trainer<'a> {
     config: &'a Config,
     model: &'a Model,
     rewards: &'a Rewards,
-    prompts: &'a [String],
-    sample_prompts: &'a [String],
+    prompts: &'a [Prompt],
+    sample_prompts: &'a [Prompt],
     noise: &'a Noise,
 }
 
@@ -191,7 +191,7 @@ impl Trainer<'_> {
 
     /// The guard's images of this state, scored, in the metrics.
     fn evaluate(&self, guard: &Guard, run: &RunFolder, state: &Checkpoint) -> Result<()> {
-        let image = |prompt: &str, number, seed| self.model.watched_image(prompt, number, seed, &state.adapters);
+        let image = |prompt: &Prompt, number, seed| self.model.watched_image(prompt, number, seed, &state.adapters);
         let mut line = Map::from_iter([("step".to_owned(), json!(state.step))]);
         line.extend(guard.evaluate(self.rewards, image)?);
         run.log(&line)
@@ -213,16 +213,17 @@ impl Trainer<'_> {
     /// A grid of images on fixed prompts and noise, and their scores in the metrics.
     fn draw_samples(&self, run: &RunFolder, state: &Checkpoint) -> Result<()> {
         let run_config = &self.config.run;
-        let prompts: Vec<String> = self.sample_prompts.iter().cycle().take(run_config.num_samples).cloned().collect();
+        let prompts: Vec<Prompt> = self.sample_prompts.iter().cycle().take(run_config.num_samples).cloned().collect();
         let (mut images, mut scores) = (Vec::new(), Vec::new());
         for (number, prompt) in (0..).zip(&prompts) {
-            let image = self.model.images(std::slice::from_ref(prompt), number, run_config.seed, &state.adapters)?;
-            scores.push(self.rewards.scores(&image, prompt)?);
+            let prompt_alone = std::slice::from_ref(prompt);
+            let image = self.model.images(prompt_alone, number, run_config.seed, &state.adapters)?;
+            scores.extend(self.rewards.scores(&image, prompt_alone)?);
             images.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
         }
         let names = self.rewards.names();
         let captions: Vec<String> =
-            prompts.iter().zip(&scores).map(|(prompt, row)| pictures::caption(prompt, &names, row)).collect();
+            prompts.iter().zip(&scores).map(|(prompt, row)| pictures::caption(&prompt.text, &names, row)).collect();
         let images = pictures::captioned(images, &captions);
         pictures::save_png(&pictures::grid(&images, 4)?, &run.samples(state.step))?;
         run.log_samples(state.step)?;
@@ -348,7 +349,7 @@ fn metadata(config: &Config, rewards: &Rewards, step: usize) -> HashMap<String, 
 }
 
 /// The run's head, on stderr.
-fn describe(config: &Config, model: &Model, rewards: &Rewards, prompts: &[String], state: &Checkpoint) -> Result<()> {
+fn describe(config: &Config, model: &Model, rewards: &Rewards, prompts: &[Prompt], state: &Checkpoint) -> Result<()> {
     let (height, width) = model.image_size();
     let Config { train, sampler, .. } = config;
     let batch = train.batch_size * train.gradient_accumulation_steps;

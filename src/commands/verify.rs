@@ -6,14 +6,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::VerifyArgs;
 use crate::config::{
-    AestheticConfig, Checkpointing, ClipScoreConfig, HpsConfig, ModelConfig, OptimizerConfig, Preprocess, RewardsConfig,
+    AestheticConfig, Checkpointing, ClipScoreConfig, HpsConfig, ModelConfig, OptimizerConfig, Preprocess, Prompt,
+    RewardsConfig,
 };
 use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
@@ -23,7 +24,7 @@ use crate::nn::{Tape, Value};
 use crate::ops::Ledger;
 use crate::ops::device::Compute;
 use crate::optim::{AdamW, clip_grad_norm};
-use crate::rewards::{Objective, Preprocessor, Rewards};
+use crate::rewards::{Judge, Objective, Preprocessor, Rewards, TapedImages};
 use crate::training::loss_scale::{LossScale, unscale};
 use crate::training::{Plan, Prompting, backprop, recorded_rollout, reward_cotangent, rollout};
 
@@ -390,6 +391,10 @@ impl Subject<'_> {
         Rewards::load_on(&config, &self.pipeline.tokenizer, self.compute).map(Some)
     }
 
+    fn prompts(&self) -> Vec<Prompt> {
+        self.reference.prompts.iter().cloned().map(Prompt::from).collect()
+    }
+
     fn prompting(&self, guidance_scale: f64) -> Result<Prompting> {
         let prompts = &self.reference.prompts;
         Ok(Prompting {
@@ -479,11 +484,12 @@ impl Subject<'_> {
                 continue;
             };
             let reward = rewards.iter().next().context("one reward")?;
+            let Judge::Differentiable(reward) = &reward.judge else { bail!("the reward `{kind}` has no gradient") };
             let tape = Tape::new();
             let leaf = tape.leaf(images);
-            let score = reward.reward.score(&leaf, prompts)?;
+            let score = reward.on_tape(&TapedImages::new(leaf.clone()), &self.prompts())?;
             let distance = Distance::between(score.tensor(), expected_scores)?;
-            let cosine = reward.reward.objective() == Objective::OneMinus;
+            let cosine = reward.objective() == Objective::OneMinus;
             let (what, error) = match self.compute.for_rewards().dtype() {
                 DType::BF16 | DType::F16 if cosine => ("score, absolute", distance.difference.sqrt()),
                 _ => ("score", distance.relative()),
@@ -511,7 +517,7 @@ impl Subject<'_> {
         let x_t = inputs.get("x_T").context("chain_inputs.safetensors has no `x_T`")?;
         let noises = inputs.get("noises").context("chain_inputs.safetensors has no `noises`")?;
         let batch = x_t.dims()[0];
-        let prompts = &self.reference.prompts;
+        let prompts = &self.prompts();
         let schedule = DdimSchedule::load(&self.pipeline.source, self.reference.steps, case.eta)?;
         let plan = Plan::with_mask(&schedule, &case.keep, batch);
         let prompting = self.prompting(case.guidance_scale)?;
@@ -632,7 +638,7 @@ impl Subject<'_> {
                 &self.pipeline.vae,
                 &rewards,
                 &trajectory.latents,
-                &self.reference.prompts,
+                &self.prompts(),
                 scale,
                 Checkpointing::Step,
                 &mut ledger,

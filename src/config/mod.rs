@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
-pub use prompts::PromptsConfig;
+pub use prompts::{Prompt, PromptsConfig};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.

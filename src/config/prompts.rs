@@ -4,6 +4,40 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
+
+/// What an image is asked to show.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// What the model is given.
+    pub text: String,
+    /// What a score may read beside the text: a number of things, an object, an answer. From a file of JSON lines.
+    pub fields: Map<String, Json>,
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self { text, fields: Map::new() }
+    }
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl AsRef<str> for Prompt {
+    fn as_ref(&self) -> &str {
+        &self.text
+    }
+}
+
+impl std::fmt::Display for Prompt {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
 
 /// The prompt lists inside the program, by the name that `prompts.builtin` gives them.
 const BUILTIN: [(&str, &str); 1] = [("animals", include_str!("../../assets/prompts/animals.txt"))];
@@ -16,7 +50,8 @@ super::table! {
     pub struct PromptsConfig {
         /// The prompts themselves; at least one.
         list: Option<Vec<String>> = None,
-        /// A text file with one prompt per line. Empty lines and lines that start with `#` are skipped.
+        /// A text file with one prompt per line; empty lines and lines that start with `#` are skipped. Or JSON lines
+        /// (`.jsonl`): one object per line, with the text as `prompt` and any other fields, which scores may read.
         file: Option<PathBuf> = None,
         /// A list inside the program: `animals`, the 45 simple animals of DDPO.
         builtin: Option<String> = None,
@@ -25,10 +60,10 @@ super::table! {
 
 impl PromptsConfig {
     /// The prompts, in order; at least one.
-    pub fn load(&self) -> Result<Vec<String>> {
+    pub fn load(&self) -> Result<Vec<Prompt>> {
         self.validate()?;
         if let Some(list) = &self.list {
-            return Ok(list.clone());
+            return Ok(list.iter().cloned().map(Prompt::from).collect());
         }
         if let Some(path) = &self.file {
             return read_lines(path);
@@ -73,9 +108,22 @@ fn builtin(name: &str) -> Result<&'static str> {
     }
 }
 
-fn read_lines(path: &Path) -> Result<Vec<String>> {
+fn read_lines(path: &Path) -> Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("reading the prompts from {} (prompts.file)", path.display()))?;
+    if path.extension().is_some_and(|extension| extension == "jsonl") {
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        let prompts = lines.map(|(number, line)| {
+            record(line).with_context(|| format!("{}, line {number} (prompts.file)", path.display()))
+        });
+        let prompts = prompts.collect::<Result<Vec<_>>>()?;
+        ensure!(
+            !prompts.is_empty(),
+            "{} (prompts.file) has no prompt: put an object on each line, such as {EXAMPLE}",
+            path.display()
+        );
+        return Ok(prompts);
+    }
     let prompts = prompts_of(&text);
     ensure!(
         !prompts.is_empty(),
@@ -85,9 +133,25 @@ fn read_lines(path: &Path) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-fn prompts_of(text: &str) -> Vec<String> {
+const EXAMPLE: &str = r#"{"prompt": "two cats", "count": 2}"#;
+
+/// One line of JSON.
+fn record(line: &str) -> Result<Prompt> {
+    let mut fields = match serde_json::from_str(line) {
+        Ok(Json::Object(fields)) => fields,
+        Ok(_) => bail!("not an object: write {EXAMPLE}"),
+        Err(error) => bail!("not JSON ({error}): write {EXAMPLE}"),
+    };
+    match fields.shift_remove("prompt") {
+        Some(Json::String(text)) => Ok(Prompt { text, fields }),
+        Some(other) => bail!("`prompt` is {other}: it must be a text, as in {EXAMPLE}"),
+        None => bail!("no `prompt`: it is the text of the prompt, as in {EXAMPLE}"),
+    }
+}
+
+fn prompts_of(text: &str) -> Vec<Prompt> {
     let lines = text.lines().map(str::trim);
-    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(String::from).collect()
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(Prompt::from).collect()
 }
 
 #[cfg(test)]
@@ -96,7 +160,8 @@ mod tests {
 
     #[test]
     fn the_animals_are_45_and_distinct() {
-        let mut animals = PromptsConfig::default().load().unwrap();
+        let animals = PromptsConfig::default().load().unwrap();
+        let mut animals: Vec<String> = animals.into_iter().map(|prompt| prompt.text).collect();
         assert_eq!((animals.len(), animals[0].as_str(), animals[44].as_str()), (45, "cat", "kangaroo"));
         animals.sort();
         animals.dedup();
@@ -109,11 +174,40 @@ mod tests {
         let path = folder.path().join("prompts.txt");
         std::fs::write(&path, "# mine\na cat\r\n\n  a dog  \n").unwrap();
         let prompts = PromptsConfig { file: Some(path.clone()), ..Default::default() };
-        assert_eq!(prompts.load().unwrap(), ["a cat", "a dog"]);
+        assert_eq!(prompts.load().unwrap(), ["a cat", "a dog"].map(Prompt::from));
         std::fs::write(&path, "# nothing\n\n").unwrap();
         assert!(prompts.load().unwrap_err().to_string().contains("prompts.txt (prompts.file) has no prompt"));
         std::fs::remove_file(&path).unwrap();
         assert!(prompts.load().unwrap_err().to_string().starts_with("reading the prompts from "));
+    }
+
+    #[test]
+    fn json_lines_give_texts_with_fields() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("counts.jsonl");
+        let prompts = PromptsConfig { file: Some(path.clone()), ..Default::default() };
+        std::fs::write(
+            &path,
+            "{\"count\": 2, \"prompt\": \"two cats\", \"of\": [\"cat\"]}\n\n{\"prompt\": \"# a dog\"}\r\n",
+        )
+        .unwrap();
+        let loaded = prompts.load().unwrap();
+        assert_eq!(loaded.iter().map(Prompt::to_string).collect::<Vec<_>>(), ["two cats", "# a dog"]);
+        assert_eq!(Json::Object(loaded[0].fields.clone()), serde_json::json!({ "count": 2, "of": ["cat"] }));
+        assert_eq!(loaded[1], "# a dog".into());
+        for (line, problem) in [
+            ("{\"prompt\": \"a", "not JSON (EOF while parsing a string"),
+            ("\"a cat\"", "not an object: write {\"prompt\": "),
+            ("{\"text\": \"a cat\"}", "no `prompt`: it is the text of the prompt"),
+            ("{\"prompt\": 2}", "`prompt` is 2: it must be a text"),
+        ] {
+            std::fs::write(&path, format!("{{\"prompt\": \"good\"}}\n\n{line}\n")).unwrap();
+            let error = format!("{:#}", prompts.load().unwrap_err());
+            let start = format!("{}, line 3 (prompts.file): {problem}", path.display());
+            assert!(error.starts_with(&start), "{error}");
+        }
+        std::fs::write(&path, "\n").unwrap();
+        assert!(prompts.load().unwrap_err().to_string().contains("counts.jsonl (prompts.file) has no prompt"));
     }
 
     #[test]

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 
-use super::{Objective, Preprocessor, Reward, Towers};
-use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess};
+use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
+use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess, Prompt};
 use crate::models::Weights;
 use crate::models::clip::Clip;
 use crate::models::hub::resolve_file;
 use crate::nn::layers::{activation, unit_norm};
 use crate::nn::{Linear, Value};
 use crate::ops::activation::Activation;
+use crate::ops::{Ledger, Number};
 
 /// A multilayer perceptron on the embedding of an image.
 struct ClipHead {
@@ -30,9 +31,19 @@ enum Layer {
     Activation(Activation),
 }
 
-impl Reward for ClipHead {
-    fn score(&self, images: &Value, _prompts: &[String]) -> Result<Value> {
-        let mut x = self.clip.vision.forward(&self.preprocessor.apply(images)?)?;
+impl Score for ClipHead {
+    fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
+    }
+
+    fn embedding(&self, images: &TapedImages) -> Result<Option<Tensor>> {
+        Ok(Some(unit_norm(&images.features(&self.clip, &self.preprocessor)?)?.into_tensor()))
+    }
+}
+
+impl Differentiable for ClipHead {
+    fn on_tape(&self, images: &TapedImages, _prompts: &[Prompt]) -> Result<Value> {
+        let mut x = images.features(&self.clip, &self.preprocessor)?;
         if self.normalize {
             x = unit_norm(&x)?;
         }
@@ -49,16 +60,11 @@ impl Reward for ClipHead {
     fn objective(&self) -> Objective {
         self.objective
     }
-
-    fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
-        let pixels = self.preprocessor.apply(&Value::constant(images))?;
-        Ok(Some(unit_norm(&self.clip.vision.forward(&pixels)?)?.into_tensor()))
-    }
 }
 
 /// The LAION aesthetic predictor: linear layers without activations between them (dropout is off), as published in
 /// `sac+logos+ava1-l14-linearMSE.pth`.
-pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
+pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Judge> {
     let file = resolve_file(&config.head, "aesthetic-model.pth")?;
     let weights = Weights::open_file(&file)?.on(&towers.compute.in_f32());
     let mut layers: Vec<(usize, String)> = weights
@@ -77,11 +83,12 @@ pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result
     let clip = towers.get(&config.clip)?;
     let head = head(&weights, &layers, clip.vision.embed_dim())?;
     let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
-    Ok(Box::new(ClipHead { clip, head, preprocessor, normalize: true, objective: Objective::of(config.target) }))
+    let objective = Objective::of(config.target);
+    Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize: true, objective }))
 }
 
 /// The LAION predictor's shapes on any tower, its numbers from `weights`: for measuring.
-pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) -> Result<Box<dyn Reward>> {
+pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) -> Result<Judge> {
     let mut head = Vec::new();
     let mut features = clip.vision.embed_dim();
     for (place, outputs) in [(0, 1024), (2, 128), (4, 64), (6, 16), (7, 1)] {
@@ -91,17 +98,18 @@ pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) 
         features = outputs;
     }
     let preprocessor = Preprocessor::new(Preprocess::Alignprop, clip.vision.image_size(), weights.compute().device())?;
-    Ok(Box::new(ClipHead { clip, head, preprocessor, normalize: true, objective: Objective::Target(target) }))
+    let objective = Objective::Target(target);
+    Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize: true, objective }))
 }
 
 /// Any head that the config describes.
-pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Reward>> {
+pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Judge> {
     ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");
     let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute.in_f32());
     let clip = towers.get(&config.clip)?;
     let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
     let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
-    Ok(Box::new(ClipHead {
+    Ok(Judge::differentiable(ClipHead {
         clip,
         head,
         preprocessor,

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use jpeg_encoder::{ChromaSubsamplingMethod, ColorType, Encoder, SamplingFactor};
 
-use super::{Objective, Reward};
+use super::{Differentiable, Judge, Objective, Score, TapedImages};
+use crate::config::Prompt;
 use crate::nn::Value;
 use crate::nn::layers::{activation, jpeg_size};
 use crate::ops::activation::{Activation, activation_fwd};
@@ -21,16 +22,26 @@ struct Jpeg {
     per_kilobyte: f64,
 }
 
-impl Reward for Jpeg {
-    fn score(&self, images: &Value, _prompts: &[String]) -> Result<Value> {
-        let bytes = jpeg_size(&activation(images, Activation::UnitRange)?)?;
+impl Score for Jpeg {
+    fn scores(&self, images: &TapedImages, _prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        let images = images.tensor();
+        let score = |row: usize| {
+            let per_kilobyte = self.per_kilobyte;
+            let size = move |pixels: &Tensor| Ok(per_kilobyte * encode(pixels)?.len() as f64 / 1000.0);
+            ledger.counted(&to_pixels(&images.get(row)?)?, size)
+        };
+        (0..images.dims4()?.0).map(score).collect()
+    }
+}
+
+impl Differentiable for Jpeg {
+    fn on_tape(&self, images: &TapedImages, _prompts: &[Prompt]) -> Result<Value> {
+        let bytes = jpeg_size(&activation(images.value(), Activation::UnitRange)?)?;
         Ok(bytes.affine(self.per_kilobyte / 1000.0, 0.0)?)
     }
 
-    fn exact(&self, image: &Tensor, ledger: &mut Ledger) -> Result<Option<Number>> {
-        let per_kilobyte = self.per_kilobyte;
-        let size = move |pixels: &Tensor| Ok(per_kilobyte * encode(pixels)?.len() as f64 / 1000.0);
-        ledger.counted(&to_pixels(&image.squeeze(0)?)?, size).map(Some)
+    fn is_stand_in(&self) -> bool {
+        true
     }
 
     fn objective(&self) -> Objective {
@@ -39,13 +50,13 @@ impl Reward for Jpeg {
 }
 
 /// Minus the kilobytes.
-pub(super) fn compressibility() -> Box<dyn Reward> {
-    Box::new(Jpeg { per_kilobyte: -1.0 })
+pub(super) fn compressibility() -> Judge {
+    Judge::differentiable(Jpeg { per_kilobyte: -1.0 })
 }
 
 /// The kilobytes.
-pub(super) fn incompressibility() -> Box<dyn Reward> {
-    Box::new(Jpeg { per_kilobyte: 1.0 })
+pub(super) fn incompressibility() -> Judge {
+    Judge::differentiable(Jpeg { per_kilobyte: 1.0 })
 }
 
 /// One image (3, H, W) in [-1, 1] as a JPEG file of quality 95: 4:2:0, the standard's tables, as PIL writes it.
@@ -115,9 +126,18 @@ mod tests {
     }
 
     /// The reported score.
-    fn exact(reward: &dyn Reward, image: &Tensor) -> f64 {
-        let (score, readings) = Ledger::around(|ledger| Ok(reward.exact(image, ledger)?.unwrap())).unwrap();
-        readings.get(score)
+    fn exact(reward: &Jpeg, image: &Tensor) -> f64 {
+        let images = TapedImages::new(Value::constant(image));
+        let (scores, readings) = Ledger::around(|ledger| reward.scores(&images, &[], ledger)).unwrap();
+        readings.get(scores[0])
+    }
+
+    const SMALL: Jpeg = Jpeg { per_kilobyte: -1.0 };
+    const LARGE: Jpeg = Jpeg { per_kilobyte: 1.0 };
+
+    /// The differentiated score, (1).
+    fn stand_in(reward: &Jpeg, image: &Value) -> Value {
+        reward.on_tape(&TapedImages::new(image.clone()), &[]).unwrap()
     }
 
     fn pearson(pairs: &[(f64, f64)]) -> f64 {
@@ -130,11 +150,9 @@ mod tests {
 
     #[test]
     fn the_stand_in_follows_the_size_of_the_file() {
-        let reward = compressibility();
-        let smooth = |x: &Tensor| {
-            f64::from(reward.score(&Value::constant(x), &[]).unwrap().tensor().to_vec1::<f32>().unwrap()[0])
-        };
-        let pairs: Vec<(f64, f64)> = pictures().iter().map(|x| (exact(&*reward, x), smooth(x))).collect();
+        let smooth =
+            |x: &Tensor| f64::from(stand_in(&SMALL, &Value::constant(x)).tensor().to_vec1::<f32>().unwrap()[0]);
+        let pairs: Vec<(f64, f64)> = pictures().iter().map(|x| (exact(&SMALL, x), smooth(x))).collect();
         let correlation = pearson(&pairs);
         assert!(correlation > 0.995, "Pearson {correlation}");
         for (exact, smooth) in &pairs {
@@ -147,23 +165,22 @@ mod tests {
 
     #[test]
     fn following_the_gradient_makes_the_file_smaller_or_larger() {
-        let (small, large) = (compressibility(), incompressibility());
-        let gradient = |reward: &dyn Reward, x: &Tensor| {
+        let gradient = |reward: &Jpeg, x: &Tensor| {
             let tape = Tape::new();
             let leaf = tape.leaf(x);
-            let score = reward.score(&leaf, &[]).unwrap();
+            let score = stand_in(reward, &leaf);
             tape.backward(&[(&score, &score.tensor().ones_like().unwrap())]).unwrap().take(&leaf, "x").unwrap()
         };
         let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-        let followed = |reward: &dyn Reward, x: &Tensor| {
+        let followed = |reward: &Jpeg, x: &Tensor| {
             (0..20).fold(x.clone(), |x, _| {
                 let d = gradient(reward, &x);
                 (&x + (&d * f64::from(0.01 * norm(&x) / norm(&d))).unwrap()).unwrap()
             })
         };
-        let kilobytes = |x: &Tensor| exact(&*large, x);
+        let kilobytes = |x: &Tensor| exact(&LARGE, x);
         for x in &pictures()[1..5] {
-            let (less, now, more) = (kilobytes(&followed(&*small, x)), kilobytes(x), kilobytes(&followed(&*large, x)));
+            let (less, now, more) = (kilobytes(&followed(&SMALL, x)), kilobytes(x), kilobytes(&followed(&LARGE, x)));
             assert!(less < 0.98 * now && now < 0.98 * more, "{less}, {now} and {more} kB");
         }
     }

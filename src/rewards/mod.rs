@@ -1,9 +1,11 @@
-//! Differentiable rewards on images.
+//! Scores of images, and rewards, which are scores with a gradient.
 //!
-//! A reward gives a score; its [`Objective`] turns a score into a loss. Several rewards add their weighted losses, and
-//! each one's scores are reported. A new reward is one file here and one table in the config.
+//! A [`Score`] judges finished images for their prompts. A [`Differentiable`] one can be put on the tape too; its
+//! [`Objective`] turns a score into a loss. Several rewards add their weighted losses, on one tape, and each one's scores are
+//! reported. A new one is one file here and one table in the config.
 
 mod clip_head;
+mod images;
 mod jpeg;
 mod preprocess;
 mod text_image;
@@ -14,7 +16,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 
-use crate::config::RewardsConfig;
+use crate::config::{Prompt, RewardsConfig};
 use crate::models::clip::Clip;
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
@@ -22,26 +24,52 @@ use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+pub use images::TapedImages;
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};
 
-/// A differentiable score of images.
-pub trait Reward: Sync {
-    /// Scores (B) of images (B, 3, H, W) in [-1, 1] for their prompts; higher is better.
-    fn score(&self, images: &Value, prompts: &[String]) -> Result<Value>;
+/// Judges a batch of finished images.
+pub trait Score: Send + Sync {
+    /// One score an image, higher is better, for the images' prompts, as many. What several scores ask of the images is
+    /// computed once: [`TapedImages::features`].
+    fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>>;
 
-    /// The exact score of one image (1, 3, H, W), where `score` is a smooth stand-in for it: what is reported, while the
-    /// loss is that of `score`.
-    fn exact(&self, _image: &Tensor, _ledger: &mut Ledger) -> Result<Option<Number>> {
+    /// Embeddings (B, D) of the images, of unit norm; `None` where the score has none.
+    fn embedding(&self, _images: &TapedImages) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+}
+
+/// A score that can also be put on the tape.
+pub trait Differentiable: Score {
+    /// Scores (B) of the images that are being differentiated.
+    fn on_tape(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Value>;
+
+    /// Whether `on_tape` is a smooth stand-in for `scores`, which are then reported while the loss is that of `on_tape`.
+    fn is_stand_in(&self) -> bool {
+        false
     }
 
     fn objective(&self) -> Objective;
+}
 
-    /// The embeddings (B, D) of images (B, 3, H, W) that the score is made from, of unit norm; `None` where the reward
-    /// has none.
-    fn embedding(&self, _images: &Tensor) -> Result<Option<Tensor>> {
-        Ok(None)
+/// What judges images: with a gradient, which can be trained, or without.
+pub enum Judge {
+    Differentiable(Box<dyn Differentiable>),
+    Score(Box<dyn Score>),
+}
+
+impl Judge {
+    fn differentiable(reward: impl Differentiable + 'static) -> Self {
+        Self::Differentiable(Box::new(reward))
+    }
+
+    /// What both kinds can do.
+    pub fn score(&self) -> &dyn Score {
+        match self {
+            Self::Differentiable(reward) => &**reward,
+            Self::Score(score) => &**score,
+        }
     }
 }
 
@@ -84,25 +112,47 @@ pub struct Weighted {
     pub weight: f64,
     /// The score from which on the loss pulls no more.
     pub cap: Option<f64>,
-    pub reward: Box<dyn Reward>,
+    pub judge: Judge,
 }
 
 impl Weighted {
-    fn loss(&self, score: f64) -> f64 {
-        if self.weight == 0.0 {
-            return 0.0;
+    /// The reward that is trained, if it is.
+    fn trained(&self) -> Option<&dyn Differentiable> {
+        match &self.judge {
+            Judge::Differentiable(reward) if self.weight != 0.0 => Some(&**reward),
+            _ => None,
         }
-        self.weight * self.reward.objective().loss(self.cap.map_or(score, |cap| score.min(cap)))
     }
 
-    /// d loss / d score, of scores in f64, on their device.
-    fn slope(&self, scores: &Tensor) -> candle_core::Result<Tensor> {
-        let slope = (self.reward.objective().slope(scores)? * self.weight)?;
+    fn loss(&self, score: f64) -> f64 {
+        let capped = self.cap.map_or(score, |cap| score.min(cap));
+        self.trained().map_or(0.0, |reward| self.weight * reward.objective().loss(capped))
+    }
+
+    /// d loss / d score of `reward`, of scores in f64, on their device.
+    fn slope(&self, reward: &dyn Differentiable, scores: &Tensor) -> candle_core::Result<Tensor> {
+        let slope = (reward.objective().slope(scores)? * self.weight)?;
         match self.cap {
             // 1 below the cap, 0 from there on
             Some(cap) => slope * (cap - scores)?.sign()?.relu()?,
             None => Ok(slope),
         }
+    }
+
+    /// One number an image, each of which must be finite.
+    fn checked(&self, scores: Vec<Number>, batch: usize, ledger: &mut Ledger) -> Result<Vec<Number>> {
+        let name = self.name;
+        ensure!(scores.len() == batch, "the reward `{name}` gave {} scores for {batch} images", scores.len());
+        for score in &scores {
+            ledger.finite_number(*score, move |score| format!("the reward `{name}` gave {score}"))?;
+        }
+        Ok(scores)
+    }
+
+    /// The scores as they are reported.
+    fn reported(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        let scores = self.judge.score().scores(images, prompts, ledger)?;
+        self.checked(scores, prompts.len(), ledger)
     }
 }
 
@@ -110,14 +160,15 @@ impl Weighted {
 pub struct Rewards(Vec<Weighted>);
 
 /// What the rewards say of one image, known when the ledger is read: one score for each reward, in order.
-pub struct Scores {
+#[derive(Clone)]
+pub struct ImageScores {
     /// Exact where the differentiated one is a stand-in.
     reported: Vec<Number>,
     /// What the loss is made of; anything where a reward is not trained.
     differentiated: Vec<Number>,
 }
 
-impl Scores {
+impl ImageScores {
     /// The scores as they are reported.
     pub fn get(&self, readings: &Readings) -> Vec<f64> {
         self.reported.iter().map(|score| readings.get(*score)).collect()
@@ -126,6 +177,57 @@ impl Scores {
     /// The weighted sum of the losses.
     pub fn loss(&self, rewards: &Rewards, readings: &Readings) -> f64 {
         rewards.loss(&self.differentiated.iter().map(|score| readings.get(*score)).collect::<Vec<_>>())
+    }
+
+    /// Keeps what its ledger's readings say, so that the scores can be read with those of any later ledger.
+    pub fn settle(&mut self, readings: &Readings) {
+        for score in self.reported.iter_mut().chain(&mut self.differentiated) {
+            *score = readings.get(*score).into();
+        }
+    }
+}
+
+/// A batch of images with its scores, whose losses can be pulled back to the images.
+pub struct Judged {
+    tape: Tape,
+    /// The images, (B, 3, H, W).
+    images: Value,
+    /// What is trained: scores (B), and d loss / d score in f64.
+    trained: Vec<(Value, Tensor)>,
+    scores: Vec<ImageScores>,
+}
+
+impl Judged {
+    /// One an image.
+    pub fn scores(&self) -> &[ImageScores] {
+        &self.scores
+    }
+
+    /// The gradient of `scale · (sum of the images' losses)` with respect to the images, (B, 3, H, W).
+    /// Zeros where nothing is trained.
+    ///
+    /// # Errors
+    /// None reached the images.
+    pub fn pull(self, scale: f64) -> Result<Tensor> {
+        if self.trained.is_empty() {
+            return Ok(self.images.tensor().zeros_like()?);
+        }
+        let mut outputs = Vec::with_capacity(self.trained.len());
+        for (score, slope) in &self.trained {
+            outputs.push((score, (slope * scale)?.to_dtype(score.tensor().dtype())?));
+        }
+        let outputs: Vec<(&Value, &Tensor)> = outputs.iter().map(|(score, cotangent)| (*score, cotangent)).collect();
+        Ok(self.tape.backward(&outputs)?.take(&self.images, "the images from the rewards")?)
+    }
+}
+
+impl IntoIterator for Rewards {
+    type Item = Weighted;
+    type IntoIter = std::vec::IntoIter<Weighted>;
+
+    /// For putting loaded rewards together with others.
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
     }
 }
 
@@ -148,13 +250,9 @@ impl Rewards {
         let compute = &compute.for_rewards();
         let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
-        let mut push = |name, weight, reward: Result<Box<dyn Reward>>| -> Result<()> {
-            rewards.push(Weighted {
-                name,
-                weight,
-                cap: None,
-                reward: reward.with_context(|| format!("loading the reward `{name}`"))?,
-            });
+        let mut push = |name, weight, judge: Result<Judge>| -> Result<()> {
+            let judge = judge.with_context(|| format!("loading the reward `{name}`"))?;
+            rewards.push(Weighted { name, weight, cap: None, judge });
             Ok(())
         };
         if let Some(c) = &config.aesthetic {
@@ -191,13 +289,26 @@ impl Rewards {
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
             );
         }
+        Self::new(rewards)
+    }
+
+    /// # Errors
+    /// One without a gradient has a weight.
+    pub fn new(rewards: Vec<Weighted>) -> Result<Self> {
+        for Weighted { name, weight, judge, .. } in &rewards {
+            ensure!(
+                *weight == 0.0 || matches!(judge, Judge::Differentiable(_)),
+                "the reward `{name}` has no gradient, and a weight of {weight}: set reward.{name}.weight to 0, and it is scored \
+                 and not trained; or choose a method that needs no gradient"
+            );
+        }
         Ok(Self(rewards))
     }
 
     /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights` (f32): for measuring.
     pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
-        let reward = clip_head::aesthetic_shapes(Arc::new(clip), weights, target)?;
-        Ok(Self(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, reward }]))
+        let judge = clip_head::aesthetic_shapes(Arc::new(clip), weights, target)?;
+        Self::new(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, judge }])
     }
 
     pub fn names(&self) -> Vec<&'static str> {
@@ -228,82 +339,82 @@ impl Rewards {
 
     /// The first embedding that a reward has for images (B, 3, H, W).
     pub fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
+        let images = TapedImages::new(Value::constant(images));
         for r in &self.0 {
-            if let Some(embedding) = r.reward.embedding(images)? {
+            if let Some(embedding) = r.judge.score().embedding(&images)? {
                 return Ok(Some(embedding));
             }
         }
         Ok(None)
     }
 
-    /// Scores of one image, (1, 3, H, W), without a gradient; exact where the gradient is that of a stand-in. Waits for a
-    /// GPU.
-    pub fn scores(&self, image: &Tensor, prompt: &str) -> Result<Vec<f64>> {
-        let noted =
-            |ledger: &mut Ledger| self.0.iter().map(|r| r.reported(image, prompt, ledger)).collect::<Result<Vec<_>>>();
+    /// Scores of images (B, 3, H, W) without a gradient, `[image][reward]`; exact where the gradient is that of a stand-in.
+    /// Waits for a GPU.
+    ///
+    /// # Errors
+    /// A score that is not finite.
+    pub fn scores(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
+        as_many(images, prompts)?;
+        let images = TapedImages::new(Value::constant(images));
+        let noted = |ledger: &mut Ledger| {
+            self.0.iter().map(|r| r.reported(&images, prompts, ledger)).collect::<Result<Vec<_>>>()
+        };
         let (scores, readings) = Ledger::around(noted)?;
-        Ok(scores.into_iter().map(|score| readings.get(score)).collect())
+        let row = |image: usize| scores.iter().map(|reward| readings.get(reward[image])).collect();
+        Ok((0..prompts.len()).map(row).collect())
     }
 
-    /// Scores of one image, and the gradient of `scale · loss` with respect to it, (1, 3, H, W).
+    /// Scores of images (B, 3, H, W) in [-1, 1], recorded for [`Judged::pull`]. What is trained shares one tape; what is not
+    /// is not on it.
     ///
     /// # Errors
     /// A score that is not finite, here or when the ledger is read.
-    pub fn scores_and_gradient(
-        &self,
-        image: &Tensor,
-        prompt: &str,
-        scale: f64,
-        ledger: &mut Ledger,
-    ) -> Result<(Scores, Tensor)> {
-        let prompts = [prompt.to_owned()];
-        let mut scores = Scores { reported: Vec::new(), differentiated: Vec::new() };
-        let mut d_image: Option<Tensor> = None;
+    pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
+        as_many(images, prompts)?;
+        let batch = prompts.len();
+        let (tape, mut trained) = (Tape::new(), Vec::new());
+        let leaf = tape.leaf(images);
+        let on_tape = TapedImages::new(leaf.clone());
+        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(self.0.len());
         for r in &self.0 {
-            if r.weight == 0.0 {
-                scores.reported.push(r.reported(image, prompt, ledger)?);
-                scores.differentiated.push(0.0.into());
+            let Some(reward) = r.trained() else {
+                differentiated.push(None);
                 continue;
+            };
+            let score = reward.on_tape(&on_tape, prompts)?;
+            ensure!(
+                score.is_on_tape(),
+                "no gradient can reach the images from the reward `{}`: its score is cut off",
+                r.name
+            );
+            let numbers = ledger.numbers(score.tensor())?;
+            differentiated.push(Some(r.checked(numbers, batch, ledger)?));
+            let slope = r.slope(reward, &score.tensor().to_dtype(DType::F64)?)?;
+            trained.push((score, slope));
+        }
+        // the others come second: then the features of the towers that they share are known
+        let constant = on_tape.off_tape();
+        let mut scores: Vec<ImageScores> =
+            (0..batch).map(|_| ImageScores { reported: Vec::new(), differentiated: Vec::new() }).collect();
+        for (r, differentiated) in self.0.iter().zip(differentiated) {
+            let reported = match &differentiated {
+                Some(numbers) if !r.trained().is_some_and(|reward| reward.is_stand_in()) => numbers.clone(),
+                _ => r.reported(&constant, prompts, ledger)?,
+            };
+            let differentiated = differentiated.unwrap_or_else(|| vec![0.0.into(); batch]);
+            for (image, (reported, differentiated)) in scores.iter_mut().zip(reported.into_iter().zip(differentiated)) {
+                image.reported.push(reported);
+                image.differentiated.push(differentiated);
             }
-            let tape = Tape::new();
-            let leaf = tape.leaf(image);
-            let score = r.reward.score(&leaf, &prompts)?;
-            let value = scalar(&score, r.name, ledger)?;
-            let cotangent =
-                (r.slope(&score.tensor().to_dtype(DType::F64)?)? * scale)?.to_dtype(score.tensor().dtype())?;
-            let gradient = tape
-                .backward(&[(&score, &cotangent)])?
-                .take(&leaf, &format!("the image from the reward `{}`", r.name))?;
-            d_image = Some(match d_image {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            });
-            scores.reported.push(r.reward.exact(image, ledger)?.unwrap_or(value));
-            scores.differentiated.push(value);
         }
-        let d_image = match d_image {
-            Some(d_image) => d_image,
-            None => image.zeros_like()?,
-        };
-        Ok((scores, d_image))
+        Ok(Judged { tape, images: leaf, trained, scores })
     }
 }
 
-impl Weighted {
-    /// The score of one image (1, 3, H, W), as it is reported.
-    fn reported(&self, image: &Tensor, prompt: &str, ledger: &mut Ledger) -> Result<Number> {
-        match self.reward.exact(image, ledger)? {
-            Some(score) => Ok(score),
-            None => scalar(&self.reward.score(&Value::constant(image), &[prompt.to_owned()])?, self.name, ledger),
-        }
-    }
-}
-
-/// The one score, which must be finite.
-fn scalar(score: &Value, name: &'static str, ledger: &mut Ledger) -> Result<Number> {
-    let count = score.tensor().elem_count();
-    ensure!(count == 1, "the reward `{name}` gave {count} scores for one image");
-    ledger.finite_number(score.tensor(), move |score| format!("the reward `{name}` gave {score}"))
+fn as_many(images: &Tensor, prompts: &[Prompt]) -> Result<()> {
+    let batch = images.dims4()?.0;
+    ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
+    Ok(())
 }
 
 /// CLIP models by their path, so that two rewards on one model share its weights.
@@ -359,9 +470,9 @@ mod tests {
     }
 
     fn judged(rewards: &Rewards, scale: f64) -> (Vec<f64>, Tensor) {
-        let noted = |ledger: &mut Ledger| rewards.scores_and_gradient(&picture(), PROMPT, scale, ledger);
-        let ((scores, d_image), readings) = Ledger::around(noted).unwrap();
-        (scores.get(&readings), d_image)
+        let noted = |ledger: &mut Ledger| rewards.judge(&picture(), &[PROMPT.into()], ledger);
+        let (judged, readings) = Ledger::around(noted).unwrap();
+        (judged.scores()[0].get(&readings), judged.pull(scale).unwrap())
     }
 
     #[test]
@@ -378,7 +489,7 @@ mod tests {
             let error = relative_error(&d_found, &d_image);
             assert!(error > 1e-4 && error < d_bound, "{precision:?}: {error}");
             // what is reported beside training is scored by the same towers
-            assert_eq!(rewards.scores(&picture(), PROMPT).unwrap(), found);
+            assert_eq!(rewards.scores(&picture(), &[PROMPT.into()]).unwrap()[0], found);
             assert_eq!(rewards.embedding(&picture()).unwrap().unwrap().dtype(), DType::F32);
         }
     }

@@ -7,13 +7,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-use super::{Objective, Preprocessor, Reward, Towers};
-use crate::config::{HpsConfig, Preprocess};
+use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
+use crate::config::{HpsConfig, Preprocess, Prompt};
 use crate::models::clip::{Clip, OpenClipConfig};
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::Value;
+use crate::nn::layers::unit_norm;
 use crate::ops::device::Compute;
+use crate::ops::{Ledger, Number};
 
 /// Cosine of image and prompt.
 struct TextImage {
@@ -57,21 +59,26 @@ impl TextImage {
     }
 }
 
-impl Reward for TextImage {
-    fn score(&self, images: &Value, prompts: &[String]) -> Result<Value> {
-        let image = self.clip.image_embeds(&self.preprocessor.apply(images)?)?;
-        let text = prompts.iter().map(|prompt| self.text(prompt)).collect::<Result<Vec<_>>>()?;
+impl Score for TextImage {
+    fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
+    }
+
+    fn embedding(&self, images: &TapedImages) -> Result<Option<Tensor>> {
+        Ok(Some(unit_norm(&images.features(&self.clip, &self.preprocessor)?)?.into_tensor()))
+    }
+}
+
+impl Differentiable for TextImage {
+    fn on_tape(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Value> {
+        let image = unit_norm(&images.features(&self.clip, &self.preprocessor)?)?;
+        let text = prompts.iter().map(|prompt| self.text(&prompt.text)).collect::<Result<Vec<_>>>()?;
         let text = Tensor::cat(&text, 0)?;
         Ok(row_dots(&image, &text)?)
     }
 
     fn objective(&self) -> Objective {
         Objective::OneMinus
-    }
-
-    fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
-        let pixels = self.preprocessor.apply(&Value::constant(images))?;
-        Ok(Some(self.clip.image_embeds(&pixels)?.into_tensor()))
     }
 }
 
@@ -83,11 +90,7 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 }
 
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
-pub(super) fn hps(
-    config: &HpsConfig,
-    pipeline_tokenizer: &Arc<ClipTokenizer>,
-    compute: &Compute,
-) -> Result<Box<dyn Reward>> {
+pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Judge> {
     let source = Source::open(&config.model)?;
     let weights = Weights::open_file(&source.require(&config.file)?)?.on(compute);
     let architecture = match &config.config {
@@ -103,7 +106,7 @@ pub(super) fn hps(
     };
     let clip = Arc::new(Clip::load_open_clip(&weights, &architecture)?);
     let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
-    Ok(Box::new(TextImage::new(clip, tokenizer, true, config.preprocess, compute)?))
+    Ok(Judge::differentiable(TextImage::new(clip, tokenizer, true, config.preprocess, compute)?))
 }
 
 /// A transformers CLIPModel: CLIP score, PickScore.
@@ -113,10 +116,10 @@ pub(super) fn clip_score(
     preprocess: Preprocess,
     towers: &mut Towers,
     pipeline_tokenizer: &Arc<ClipTokenizer>,
-) -> Result<Box<dyn Reward>> {
+) -> Result<Judge> {
     let clip = towers.get(model)?;
     let tokenizer = tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?;
-    Ok(Box::new(TextImage::new(clip, tokenizer, false, preprocess, &towers.compute)?))
+    Ok(Judge::differentiable(TextImage::new(clip, tokenizer, false, preprocess, &towers.compute)?))
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.

@@ -6,18 +6,18 @@ use candle_core::Tensor;
 use super::anchor::Anchor;
 use super::rollout::{Prompting, Trajectory};
 use super::truncation::Plan;
-use crate::config::Checkpointing;
+use crate::config::{Checkpointing, Prompt};
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
 use crate::ops::Ledger;
-use crate::rewards::{Rewards, Scores};
+use crate::rewards::{ImageScores, Rewards};
 
 /// What the rewards say of a batch, and which way the latents should move.
 pub struct Credit {
     /// Of each image; known when the ledger is read.
-    pub scores: Vec<Scores>,
+    pub scores: Vec<ImageScores>,
     /// d (scale · sum of losses) / d x_0, (B, C, h, w).
     pub d_latents: Tensor,
 }
@@ -31,7 +31,7 @@ pub fn reward_cotangent(
     vae: &Vae,
     rewards: &Rewards,
     latents: &Tensor,
-    prompts: &[String],
+    prompts: &[Prompt],
     scale: f64,
     checkpointing: Checkpointing,
     ledger: &mut Ledger,
@@ -43,9 +43,11 @@ pub fn reward_cotangent(
         let decoded = vae.trace(&latents.narrow(0, row, 1)?.contiguous()?, checkpointing)?;
         let of = prompt.clone();
         ledger.finite(decoded.image(), move |_| format!("the VAE's image of `{of}` is not finite"))?;
-        let (image_scores, d_image) = rewards
-            .scores_and_gradient(decoded.image(), prompt, scale, ledger)
+        let judged = rewards
+            .judge(decoded.image(), std::slice::from_ref(prompt), ledger)
             .with_context(|| format!("scoring the image of `{prompt}`"))?;
+        scores.extend(judged.scores().iter().cloned());
+        let d_image = judged.pull(scale)?;
         let d_latents = decoded.pull(&d_image)?;
         for (room, gradient) in [("reward", &d_image), ("VAE", &d_latents)] {
             let of = prompt.clone();
@@ -53,7 +55,6 @@ pub fn reward_cotangent(
                 format!("the gradient that comes back from the {room} for `{of}` is not finite")
             })?;
         }
-        scores.push(image_scores);
         rows.push(d_latents);
     }
     Ok(Credit { scores, d_latents: Tensor::cat(&rows, 0)? })

@@ -10,7 +10,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::checkpoint::Checkpoint;
 use super::run_folder::RunFolder;
-use crate::config::Config;
+use crate::config::{Config, Prompt};
 use crate::models::tokenizer::ClipTokenizer;
 use crate::ops::device::Compute;
 use crate::rewards::Rewards;
@@ -24,7 +24,7 @@ pub struct Guard {
     every: usize,
     patience: usize,
     seeds: u64,
-    prompts: Vec<String>,
+    prompts: Vec<Prompt>,
     held_out: Option<Rewards>,
 }
 
@@ -32,7 +32,7 @@ impl Guard {
     /// The guard of a config, if it has one.
     pub fn load(
         config: &Config,
-        prompts: &[String],
+        prompts: &[Prompt],
         tokenizer: &Arc<ClipTokenizer>,
         compute: &Compute,
     ) -> Result<Option<Self>> {
@@ -70,7 +70,7 @@ impl Guard {
     pub fn evaluate(
         &self,
         training: &Rewards,
-        image: impl Fn(&str, u64, u64) -> Result<(Tensor, f64)>,
+        image: impl Fn(&Prompt, u64, u64) -> Result<(Tensor, f64)>,
     ) -> Result<Map<String, Json>> {
         let images = self.prompts.len() as f64 * self.seeds as f64;
         let mut line = Map::new();
@@ -84,9 +84,9 @@ impl Guard {
                 let (image, distance) = image(prompt, number, seed)?;
                 for (key, rewards) in [(REWARD, Some(training)), (HELD_OUT, self.held_out.as_ref())] {
                     let Some(rewards) = rewards else { continue };
-                    let scores = rewards.scores(&image, prompt)?;
-                    add(key.to_owned(), rewards.total(&scores) / images);
-                    for (name, score) in rewards.names().iter().zip(&scores) {
+                    let scores = &rewards.scores(&image, std::slice::from_ref(prompt))?[0];
+                    add(key.to_owned(), rewards.total(scores) / images);
+                    for (name, score) in rewards.names().iter().zip(scores) {
                         add(format!("{key}/{name}"), score / images);
                     }
                 }

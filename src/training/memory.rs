@@ -23,7 +23,7 @@ use candle_core::{DType, Tensor};
 use super::backprop::reward_cotangent;
 use super::rollout::Prompting;
 use crate::allocator;
-use crate::config::Checkpointing;
+use crate::config::{Checkpointing, Prompt};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::Adapters;
 use crate::models::unet::Unet;
@@ -206,7 +206,7 @@ impl Parts<'_> {
 
     fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
-        let prompt = [String::new()];
+        let prompt = [Prompt::default()];
         rise(self.meter(), || {
             Ledger::around(|ledger| {
                 reward_cotangent(self.vae, self.rewards, &latents, &prompt, 1.0, checkpointing, ledger)

@@ -8,13 +8,13 @@ use serde_json::{Map, Value as Json, json};
 
 use super::Trainer;
 use crate::commands::experiment::{Model, counter};
-use crate::config::Config;
+use crate::config::{Config, Prompt};
 use crate::diffusion::Stream;
 use crate::lora::Adapters;
 use crate::nn::lora::LoraGradients;
 use crate::ops::{Ledger, Number, Readings};
 use crate::optim::{AdamW, clip_grad_norm, moving_average};
-use crate::rewards::{Rewards, Scores};
+use crate::rewards::{ImageScores, Rewards};
 use crate::training::checkpoint::Checkpoint;
 use crate::training::health;
 use crate::training::loss_scale::{LossScale, unscale};
@@ -24,14 +24,14 @@ use crate::training::{Anchor, Plan, Prompting, Trajectory, anchored_backprop, re
 struct Batch<'a> {
     plan: &'a Plan,
     prompting: &'a Prompting,
-    prompts: &'a [String],
+    prompts: &'a [Prompt],
     /// What the loss is a mean over.
     images: f64,
 }
 
 /// What a way back found of its images, known when the ledger is read.
 struct Judged {
-    scores: Vec<Scores>,
+    scores: Vec<ImageScores>,
     /// Where the loss has the KL term.
     anchor: Option<Anchor>,
 }
@@ -47,7 +47,7 @@ struct Verdict {
 impl Judged {
     fn verdicts(&self, trainer: &Trainer, readings: &Readings) -> Vec<Verdict> {
         let distances = self.anchor.as_ref().map(|anchor| anchor.distances(readings));
-        let verdict = |(image, scores): (usize, &Scores)| {
+        let verdict = |(image, scores): (usize, &ImageScores)| {
             let distance = distances.as_ref().map_or(0.0, |distances| distances[image]);
             let mut loss = scores.loss(trainer.rewards, readings);
             if self.anchor.is_some() {
@@ -118,7 +118,7 @@ impl Trainer<'_> {
         for micro_batch in 0..train.gradient_accumulation_steps as u64 {
             let size = train.batch_size as u64;
             let samples = micro_batch * size..(micro_batch + 1) * size;
-            let prompts: Vec<String> = samples
+            let prompts: Vec<Prompt> = samples
                 .clone()
                 .map(|sample| self.prompts[noise.below(Stream::Prompts, step, sample, self.prompts.len())].clone())
                 .collect();

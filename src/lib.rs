@@ -16,7 +16,7 @@
 //! commands     train, eval, soup, export, sample, runs, verify, bench: recipes, read from top to bottom
 //! cli          the command line
 //! training     rollout, backprop, truncation (which steps keep their gradient), checkpoint, run folder
-//! rewards      the trait, CLIP heads, text-image cosines, preprocessing
+//! rewards      scores, and rewards, which have a gradient: CLIP heads, text-image cosines, preprocessing
 //! diffusion    DDIM schedule, guidance, counted noise
 //! models       hub, single files, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
 //! nn           the tape, layers over frozen weights, adapters as values

@@ -31,7 +31,7 @@ fn three_rewards() -> Rewards {
     let config = RewardsConfig {
         aesthetic: Some(AestheticConfig { clip: clip.clone(), head, weight: 0.5, ..Default::default() }),
         clip_score: Some(ClipScoreConfig { model: clip, weight: 2.0, ..Default::default() }),
-        compressibility: Some(CompressibilityConfig { weight: 0.25, ..Default::default() }),
+        compressibility: Some(CompressibilityConfig { weight: 0.25 }),
         ..Default::default()
     };
     Rewards::load(&config, &tokenizer()).unwrap()

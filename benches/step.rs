@@ -6,7 +6,6 @@ use alignprop::allocator::{Allocator, keep_pages};
 use alignprop::cli::{Cli, Command};
 use alignprop::commands::bench::Work;
 use alignprop::config::Prompt;
-use alignprop::nn::Value;
 use alignprop::nn::lora::LoraGradients;
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, flops};
@@ -89,7 +88,7 @@ fn reward_forward(bencher: Bencher, name: &str) {
     let work = load(name);
     let image = work.subject.vae.decode(&work.latents(0).unwrap().narrow(0, 0, 1).unwrap()).unwrap();
     let prompts = [Prompt::from("")];
-    measure(bencher, || work.subject.rewards.scores(&Value::constant(&image).into(), &prompts).unwrap());
+    measure(bencher, || work.subject.rewards.scores(&image, &prompts).unwrap());
 }
 
 /// The score of one image and its gradient.

@@ -4,11 +4,11 @@
 
 mod support;
 
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use alignprop::allocator::{self, Allocator};
 use alignprop::config::{
-    AestheticConfig, Checkpointing, ClipScoreConfig, Config, ModelConfig, Precision, Prompt, RewardsConfig,
+    AestheticConfig, Checkpointing, ClipScoreConfig, Config, ModelConfig, Precision, Preprocess, Prompt, RewardsConfig,
 };
 use alignprop::diffusion::{DdimSchedule, Noise, Stream};
 use alignprop::lora::Adapters;
@@ -23,7 +23,7 @@ use alignprop::training::step::{Critic, Tally, credit, differentiate, sample};
 use alignprop::training::trainer::begin;
 use alignprop::training::{AlignProp, Plan, RunPlan};
 use candle_core::{DType, Device, Tensor};
-use support::{Experiment, fixture, numbers, text};
+use support::{Experiment, fixture, text};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
@@ -252,51 +252,61 @@ fn stored_steps_are_not_evaluated_again() {
     assert_eq!(evaluated - run(1).1, rollout / STEPS as u64);
 }
 
-/// Two rewards on one CLIP: its tower runs once, there and back, and the gradient is the sum of theirs.
+/// To the last operation: a cosine multiplies no matrices beyond its tower's, so beside another reward on that tower it costs
+/// nothing, and it would cost all of its own.
 #[test]
-fn rewards_on_one_tower_run_it_once() {
+fn two_rewards_on_one_tower_run_it_once_there_and_back() {
     let _alone = alone();
-    let tokenizer = Arc::new(ClipTokenizer::load(&Source::open("assets/emoji-clip").unwrap()).unwrap());
-    let load = |settings: &[&str]| {
-        let settings: Vec<String> = settings.iter().map(|set| (*set).to_owned()).collect();
-        Rewards::load(&Config::parse("", "two rewards", &settings).unwrap().reward, &tokenizer).unwrap()
-    };
-    let (one, other) = (
-        ["reward.clip-score.model='assets/emoji-clip'", "reward.clip-score.weight=2"],
-        ["reward.pickscore.model='assets/emoji-clip'", "reward.pickscore.weight=-0.5"],
-    );
-    let image = Noise::new(3).normal_batch(Stream::Latents, 0, 0..1, (3, 64, 64)).unwrap();
-    let prompts = [Prompt::from("a 3d cat at sunset")];
-    // operations of the scores and of the gradient, and both of them
-    let judge = |rewards: &Rewards| {
-        let run = || {
-            let start = flops();
-            let mut ledger = Ledger::default();
-            let judged = rewards.judge(&image, &prompts, &mut ledger).unwrap();
-            let (there, scores) = (flops(), judged.scores()[0].get(&ledger.read().unwrap()));
-            let gradient = judged.pull(1.0).unwrap();
-            ([there - start, flops() - there], scores, numbers(&gradient))
+    let tokenizer = Pipeline::load(&ModelConfig::at(text(fixture("tiny-sd15/model")))).unwrap().tokenizer;
+    let clip = text(fixture("tiny-sd15/clip"));
+    // the weights of the head and of the cosine; `None`: not there
+    let rewards = |head: Option<f64>, cosine: Option<f64>, cosine_preprocess| {
+        let config = RewardsConfig {
+            aesthetic: head.map(|weight| AestheticConfig { weight, ..aesthetic().aesthetic.unwrap() }),
+            clip_score: cosine.map(|weight| ClipScoreConfig {
+                weight,
+                model: clip.clone(),
+                preprocess: cosine_preprocess,
+                ..Default::default()
+            }),
+            ..Default::default()
         };
-        run(); // text embeddings and resizing matrices are made once and kept
-        run()
+        Rewards::load(&config, &tokenizer).unwrap()
     };
-    let (of_one, of_other) = (judge(&load(&one)), judge(&load(&other)));
-    let both = judge(&load(&[one, other].concat()));
-    eprintln!("operations there and back: {:?}, {:?}, both {:?}", of_one.0, of_other.0, both.0);
-    assert_eq!((of_one.0, of_other.0), (both.0, both.0));
-    assert_eq!(both.1, [of_one.1.as_slice(), &of_other.1].concat());
-    let sum: Vec<f32> = of_one.2.iter().zip(&of_other.2).map(|(x, y)| x + y).collect();
-    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-    let error = norm(&mut both.2.iter().zip(&sum).map(|(x, y)| x - y)) / norm(&mut sum.iter().copied());
-    assert!(error < 1e-6, "{error}");
-    // another preparation of the pixels is another evaluation, and so is a reward that is not trained and alone on its tower
-    let squashed = "reward.pickscore.preprocess='squash'";
-    let apart = judge(&load(&[&one[..], &other, &[squashed]].concat()));
-    assert_eq!(apart.0, [2 * of_one.0[0], 2 * of_one.0[1]]);
-    let watched = judge(&load(&[&one[..], &other, &["reward.pickscore.weight=0"]].concat()));
-    assert_eq!((watched.0, watched.2), (of_one.0, of_one.2));
-    let watched = judge(&load(&[&one[..], &other, &["reward.pickscore.weight=0", squashed]].concat()));
-    assert_eq!(watched.0, [2 * of_one.0[0], of_one.0[1]]);
+    let blocks = Noise::new(1).normal_batch(Stream::Latents, 0, 0..2, (3, 12, 10)).unwrap();
+    let images = (blocks.upsample_nearest2d(48, 40).unwrap() * 0.4).unwrap();
+    let prompts = Chain::prompts(2);
+    // operations there, back, and of scores alone; the gradient
+    let count = |rewards: &Rewards| {
+        rewards.scores(&images, &prompts).unwrap(); // embeds the prompts, once and for all
+        let start = flops();
+        let judged = rewards.judge(&images, &prompts, &mut Ledger::default()).unwrap();
+        let there = flops();
+        let d_images = judged.pull(2.0).unwrap();
+        let back = flops();
+        rewards.scores(&images, &prompts).unwrap();
+        ([there - start, back - there, flops() - back], d_images)
+    };
+    let same = Preprocess::Alignprop;
+    let (head, d_head) = count(&rewards(Some(0.1), None, same));
+    let (tower, d_cosine) = count(&rewards(None, Some(2.0), same));
+    let (both, d_both) = count(&rewards(Some(0.1), Some(2.0), same));
+    eprintln!("[there, back, scores]: head {head:?}, cosine {tower:?}, both {both:?}");
+    assert!(tower.iter().all(|operations| *operations > 1_000_000), "{tower:?}");
+    assert_eq!(both, head);
+    let sum = (d_head + d_cosine).unwrap();
+    let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    let error = norm(&(&d_both - &sum).unwrap()) / norm(&sum);
+    assert!(error < 1e-5, "{error}"); // sums in another order
+
+    // what is not trained reads the tower's features and is not on the tape
+    assert_eq!(count(&rewards(Some(0.1), Some(0.0), same)).0, head);
+    let untrained_head = count(&rewards(Some(0.0), Some(2.0), same)).0;
+    assert_eq!(untrained_head, [head[0], tower[1], head[2]]);
+    // other pixels are another run of the tower
+    let (apart, _) = count(&rewards(None, Some(2.0), Preprocess::Squash));
+    let (two, _) = count(&rewards(Some(0.1), Some(2.0), Preprocess::Squash));
+    assert_eq!(two, [0, 1, 2].map(|i| head[i] + apart[i]));
 }
 
 /// In f16 an overflow costs a backward pass and not the rollout, of which there are many steps here to one that is

@@ -12,7 +12,6 @@ use crate::cli::EvalArgs;
 use crate::config::PromptsConfig;
 use crate::files::write_bytes;
 use crate::lora::Adapters;
-use crate::nn::Value;
 use crate::report::pictures;
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
@@ -135,9 +134,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
                 let prompt = std::slice::from_ref(prompt);
                 let noise = sampler.evaluation_noise(seed as u64, number as u64..number as u64 + 1);
                 let image = sampler.draw(prompt, &noise, adapters, args.lora_start)?.images;
-                for (reward, score) in
-                    rewards.scores(&Value::constant(&image).into(), prompt)?.swap_remove(0).into_iter().enumerate()
-                {
+                for (reward, score) in rewards.scores(&image, prompt)?.swap_remove(0).into_iter().enumerate() {
                     scores[reward][number].push(score);
                 }
                 if shown.len() < PICTURES {

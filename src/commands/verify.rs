@@ -23,7 +23,7 @@ use crate::nn::lora::LoraGradients;
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::optim::AdamW;
-use crate::rewards::{Judge, Objective, Preprocessor, Rewards};
+use crate::rewards::{Judge, Objective, Preprocessor, Rewards, TapedImages};
 use crate::sampling::{Conditioning, Denoiser};
 use crate::training::Plan;
 use crate::training::loss_scale::LossScale;
@@ -496,7 +496,7 @@ impl Subject<'_> {
             };
             let tape = Tape::new();
             let leaf = tape.leaf(images);
-            let score = reward.on_tape(&leaf.clone().into(), &self.prompts())?;
+            let score = reward.on_tape(&TapedImages::new(leaf.clone()), &self.prompts())?;
             let distance = Distance::between(score.tensor(), expected_scores)?;
             let cosine = reward.objective() == Objective::OneMinus;
             let (what, error) = match self.compute.for_rewards().dtype() {

@@ -6,36 +6,52 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
+/// What an image is asked to show.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// What the model is given.
+    pub text: String,
+    /// What a score may read beside the text: a number of things, an object, an answer. From a file of JSON lines.
+    pub fields: Map<String, Json>,
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self { text, fields: Map::new() }
+    }
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl AsRef<str> for Prompt {
+    fn as_ref(&self) -> &str {
+        &self.text
+    }
+}
+
+impl std::fmt::Display for Prompt {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 /// The prompt lists inside the program, by the name that `prompts.builtin` gives them.
 const BUILTIN: [(&str, &str); 1] = [("animals", include_str!("../../assets/prompts/animals.txt"))];
 
 /// The builtin that stands in when a config names no prompts.
 const DEFAULT_BUILTIN: &str = "animals";
 
-/// What an image is asked to show.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-pub struct Prompt {
-    /// What the text encoder reads.
-    #[serde(rename = "prompt")]
-    pub text: String,
-    /// What a score may read beside it: a number, an object, an answer.
-    #[serde(flatten)]
-    pub fields: Map<String, Json>,
-}
-
-impl From<&str> for Prompt {
-    fn from(text: &str) -> Self {
-        Self { text: text.to_owned(), fields: Map::new() }
-    }
-}
-
 super::table! {
     /// `[prompts]`: at most one of the three; with none, `builtin = "animals"`.
     pub struct PromptsConfig {
         /// The prompts themselves; at least one.
         list: Option<Vec<String>> = None,
-        /// A text file with one prompt per line; empty lines and lines that start with `#` are skipped. Or a `.jsonl` file
-        /// with one object per line: `prompt`, and other fields for scores that read them.
+        /// A text file with one prompt per line; empty lines and lines that start with `#` are skipped. Or JSON lines
+        /// (`.jsonl`): one object per line, with the text as `prompt` and any other fields, which scores may read.
         file: Option<PathBuf> = None,
         /// A list inside the program: `animals`, the 45 simple animals of DDPO.
         builtin: Option<String> = None,
@@ -47,10 +63,10 @@ impl PromptsConfig {
     pub fn load(&self) -> Result<Vec<Prompt>> {
         self.validate()?;
         if let Some(list) = &self.list {
-            return Ok(list.iter().map(|text| Prompt::from(text.as_str())).collect());
+            return Ok(list.iter().cloned().map(Prompt::from).collect());
         }
         if let Some(path) = &self.file {
-            return read(path);
+            return read_lines(path);
         }
         Ok(prompts_of(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?))
     }
@@ -92,11 +108,23 @@ fn builtin(name: &str) -> Result<&'static str> {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<Prompt>> {
+fn read_lines(path: &Path) -> Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("reading the prompts from {} (prompts.file)", path.display()))?;
-    let is_json = path.extension().is_some_and(|extension| extension == "jsonl");
-    let prompts = if is_json { records(&text, path)? } else { prompts_of(&text) };
+    if path.extension().is_some_and(|extension| extension == "jsonl") {
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        let prompts = lines.map(|(number, line)| {
+            record(line).with_context(|| format!("{}, line {number} (prompts.file)", path.display()))
+        });
+        let prompts = prompts.collect::<Result<Vec<_>>>()?;
+        ensure!(
+            !prompts.is_empty(),
+            "{} (prompts.file) has no prompt: put an object on each line, such as {EXAMPLE}",
+            path.display()
+        );
+        return Ok(prompts);
+    }
+    let prompts = prompts_of(&text);
     ensure!(
         !prompts.is_empty(),
         "{} (prompts.file) has no prompt: put one on each line; empty lines and lines that start with # are skipped",
@@ -105,16 +133,20 @@ fn read(path: &Path) -> Result<Vec<Prompt>> {
     Ok(prompts)
 }
 
-/// The records of a JSON-lines file.
-fn records(text: &str, path: &Path) -> Result<Vec<Prompt>> {
-    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-    let record = |(number, line): (usize, &str)| {
-        serde_json::from_str(line).with_context(|| {
-            let example = r#"{"prompt": "three cats", "count": 3}"#;
-            format!("line {number} of {} (prompts.file) is no record such as {example}", path.display())
-        })
+const EXAMPLE: &str = r#"{"prompt": "two cats", "count": 2}"#;
+
+/// One line of JSON.
+fn record(line: &str) -> Result<Prompt> {
+    let mut fields = match serde_json::from_str(line) {
+        Ok(Json::Object(fields)) => fields,
+        Ok(_) => bail!("not an object: write {EXAMPLE}"),
+        Err(error) => bail!("not JSON ({error}): write {EXAMPLE}"),
     };
-    lines.map(record).collect()
+    match fields.shift_remove("prompt") {
+        Some(Json::String(text)) => Ok(Prompt { text, fields }),
+        Some(other) => bail!("`prompt` is {other}: it must be a text, as in {EXAMPLE}"),
+        None => bail!("no `prompt`: it is the text of the prompt, as in {EXAMPLE}"),
+    }
 }
 
 fn prompts_of(text: &str) -> Vec<Prompt> {
@@ -129,8 +161,8 @@ mod tests {
     #[test]
     fn the_animals_are_45_and_distinct() {
         let animals = PromptsConfig::default().load().unwrap();
-        let mut animals: Vec<&str> = animals.iter().map(|prompt| prompt.text.as_str()).collect();
-        assert_eq!((animals.len(), animals[0], animals[44]), (45, "cat", "kangaroo"));
+        let mut animals: Vec<String> = animals.into_iter().map(|prompt| prompt.text).collect();
+        assert_eq!((animals.len(), animals[0].as_str(), animals[44].as_str()), (45, "cat", "kangaroo"));
         animals.sort();
         animals.dedup();
         assert_eq!(animals.len(), 45);
@@ -150,29 +182,32 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_records_gives_their_fields_too() {
+    fn json_lines_give_texts_with_fields() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("prompts.jsonl");
+        let path = folder.path().join("counts.jsonl");
         let prompts = PromptsConfig { file: Some(path.clone()), ..Default::default() };
         std::fs::write(
             &path,
-            "{\"prompt\": \"# three cats\", \"count\": 3, \"of\": [\"cat\"]}\r\n\n{\"prompt\":\"a dog\"}",
+            "{\"count\": 2, \"prompt\": \"two cats\", \"of\": [\"cat\"]}\n\n{\"prompt\": \"# a dog\"}\r\n",
         )
         .unwrap();
-        let read = prompts.load().unwrap();
-        assert_eq!(
-            (read[0].text.as_str(), &read[0].fields["count"], read[0].fields.len()),
-            ("# three cats", &3.into(), 2)
-        );
-        assert_eq!(read[1], Prompt::from("a dog"));
-        for (bad, cause) in [("{\"count\": 3}", "missing field `prompt`"), ("a dog", "expected"), ("[1]", "invalid")] {
-            std::fs::write(&path, format!("{{\"prompt\": \"a cat\"}}\n{bad}\n")).unwrap();
+        let loaded = prompts.load().unwrap();
+        assert_eq!(loaded.iter().map(Prompt::to_string).collect::<Vec<_>>(), ["two cats", "# a dog"]);
+        assert_eq!(Json::Object(loaded[0].fields.clone()), serde_json::json!({ "count": 2, "of": ["cat"] }));
+        assert_eq!(loaded[1], "# a dog".into());
+        for (line, problem) in [
+            ("{\"prompt\": \"a", "not JSON (EOF while parsing a string"),
+            ("\"a cat\"", "not an object: write {\"prompt\": "),
+            ("{\"text\": \"a cat\"}", "no `prompt`: it is the text of the prompt"),
+            ("{\"prompt\": 2}", "`prompt` is 2: it must be a text"),
+        ] {
+            std::fs::write(&path, format!("{{\"prompt\": \"good\"}}\n\n{line}\n")).unwrap();
             let error = format!("{:#}", prompts.load().unwrap_err());
-            assert!(
-                error.contains("line 2 of ") && error.contains("prompts.jsonl") && error.contains(cause),
-                "{error}"
-            );
+            let start = format!("{}, line 3 (prompts.file): {problem}", path.display());
+            assert!(error.starts_with(&start), "{error}");
         }
+        std::fs::write(&path, "\n").unwrap();
+        assert!(prompts.load().unwrap_err().to_string().contains("counts.jsonl (prompts.file) has no prompt"));
     }
 
     #[test]

@@ -543,7 +543,7 @@ mod tests {
         assert_eq!(config.run.precision, Some(Precision::Bf16));
         assert_eq!(config.optimizer.betas, [0.8, 0.9]);
         assert_eq!(config.reward.hps, Some(HpsConfig { weight: 0.5, ..Default::default() }));
-        assert_eq!(config.prompts.load().unwrap(), [crate::config::Prompt::from("a=b")]);
+        assert_eq!(config.prompts.load().unwrap(), ["a=b".into()]);
         assert_eq!(config.truncation, Truncation::Uniform { per: Per::Batch });
     }
 

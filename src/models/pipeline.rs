@@ -84,8 +84,8 @@ impl Pipeline {
     }
 
     /// Prompt embeddings (B, 77, D).
-    pub fn encode_prompts(&self, prompts: &[String]) -> Result<Tensor> {
-        let ids = prompts.iter().map(|prompt| self.tokenizer.encode(prompt)).collect::<Result<Vec<_>>>()?;
+    pub fn encode_prompts(&self, prompts: &[impl AsRef<str>]) -> Result<Tensor> {
+        let ids = prompts.iter().map(|prompt| self.tokenizer.encode(prompt.as_ref())).collect::<Result<Vec<_>>>()?;
         self.text_encoder.forward(&ids)
     }
 

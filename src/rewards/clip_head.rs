@@ -5,10 +5,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 
-use super::images::{Images, Tower, Towers};
-use super::{Differentiable, Objective, Score, noted};
-use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Prompt};
+use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
+use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess, Prompt};
 use crate::models::Weights;
+use crate::models::clip::Clip;
 use crate::models::hub::resolve_file;
 use crate::nn::layers::{activation, unit_norm};
 use crate::nn::{Linear, Value};
@@ -17,11 +17,10 @@ use crate::ops::{Ledger, Number};
 
 /// A multilayer perceptron on the embedding of an image.
 struct ClipHead {
-    /// For messages.
-    name: &'static str,
-    tower: Arc<Tower>,
+    clip: Arc<Clip>,
     /// In f32.
     head: Vec<Layer>,
+    preprocessor: Preprocessor,
     /// Whether the head reads unit-norm embeddings.
     normalize: bool,
     objective: Objective,
@@ -33,18 +32,18 @@ enum Layer {
 }
 
 impl Score for ClipHead {
-    fn scores(&self, images: &Images, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
-        noted(self.name, &self.on_tape(images, prompts)?, images, ledger)
+    fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
     }
 
-    fn embedding(&self, images: &Images) -> Result<Option<Tensor>> {
-        Ok(Some(unit_norm(&images.embedding(&self.tower)?)?.into_tensor()))
+    fn embedding(&self, images: &TapedImages) -> Result<Option<Tensor>> {
+        Ok(Some(unit_norm(&images.features(&self.clip, &self.preprocessor)?)?.into_tensor()))
     }
 }
 
 impl Differentiable for ClipHead {
-    fn on_tape(&self, images: &Images, _prompts: &[Prompt]) -> Result<Value> {
-        let mut x = images.embedding(&self.tower)?;
+    fn on_tape(&self, images: &TapedImages, _prompts: &[Prompt]) -> Result<Value> {
+        let mut x = images.features(&self.clip, &self.preprocessor)?;
         if self.normalize {
             x = unit_norm(&x)?;
         }
@@ -54,7 +53,8 @@ impl Differentiable for ClipHead {
                 Layer::Activation(function) => activation(&x, *function)?,
             };
         }
-        Ok(x.reshape(images.count())?)
+        let batch = x.dims()[0];
+        Ok(x.reshape(batch)?)
     }
 
     fn objective(&self) -> Objective {
@@ -64,7 +64,7 @@ impl Differentiable for ClipHead {
 
 /// The LAION aesthetic predictor: linear layers without activations between them (dropout is off), as published in
 /// `sac+logos+ava1-l14-linearMSE.pth`.
-pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Box<dyn Differentiable>> {
+pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Judge> {
     let file = resolve_file(&config.head, "aesthetic-model.pth")?;
     let weights = Weights::open_file(&file)?.on(&towers.compute.in_f32());
     let mut layers: Vec<(usize, String)> = weights
@@ -80,33 +80,42 @@ pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result
         weights.file()
     );
     let layers: Vec<HeadLayer> = layers.into_iter().map(|(_, name)| HeadLayer::Linear(name)).collect();
-    let tower = towers.get(&config.clip, config.preprocess)?;
-    let head = head(&weights, &layers, tower.clip.vision.embed_dim())?;
+    let clip = towers.get(&config.clip)?;
+    let head = head(&weights, &layers, clip.vision.embed_dim())?;
+    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
     let objective = Objective::of(config.target);
-    Ok(Box::new(ClipHead { name: "aesthetic", tower, head, normalize: true, objective }))
+    Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize: true, objective }))
 }
 
 /// The LAION predictor's shapes on any tower, its numbers from `weights`: for measuring.
-pub(super) fn aesthetic_shapes(tower: Arc<Tower>, weights: &Weights, target: f64) -> Result<Box<dyn Differentiable>> {
+pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) -> Result<Judge> {
     let mut head = Vec::new();
-    let mut features = tower.clip.vision.embed_dim();
+    let mut features = clip.vision.embed_dim();
     for (place, outputs) in [(0, 1024), (2, 128), (4, 64), (6, 16), (7, 1)] {
         let w = weights.pp(format!("layers.{place}"));
         let bias = w.get("bias", &[outputs])?;
         head.push(Layer::Linear(Linear::new(&w.get("weight", &[outputs, features])?, Some(bias))?));
         features = outputs;
     }
-    Ok(Box::new(ClipHead { name: "aesthetic", tower, head, normalize: true, objective: Objective::Target(target) }))
+    let preprocessor = Preprocessor::new(Preprocess::Alignprop, clip.vision.image_size(), weights.compute().device())?;
+    let objective = Objective::Target(target);
+    Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize: true, objective }))
 }
 
 /// Any head that the config describes.
-pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Box<dyn Differentiable>> {
+pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Judge> {
     ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");
     let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute.in_f32());
-    let tower = towers.get(&config.clip, config.preprocess)?;
-    let head = head(&weights, &config.layers, tower.clip.vision.embed_dim())?;
-    let objective = Objective::of(config.target);
-    Ok(Box::new(ClipHead { name: "clip-head", tower, head, normalize: config.normalize, objective }))
+    let clip = towers.get(&config.clip)?;
+    let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
+    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
+    Ok(Judge::differentiable(ClipHead {
+        clip,
+        head,
+        preprocessor,
+        normalize: config.normalize,
+        objective: Objective::of(config.target),
+    }))
 }
 
 /// The layers with their weights, from `features` inputs to one score.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use jpeg_encoder::{ChromaSubsamplingMethod, ColorType, Encoder, SamplingFactor};
 
-use super::{Differentiable, Images, Objective, Score};
+use super::{Differentiable, Judge, Objective, Score, TapedImages};
 use crate::config::Prompt;
 use crate::nn::Value;
 use crate::nn::layers::{activation, jpeg_size};
@@ -23,36 +23,40 @@ struct Jpeg {
 }
 
 impl Score for Jpeg {
-    fn scores(&self, images: &Images, _prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
-        let per_kilobyte = self.per_kilobyte;
-        let size = move |pixels: &Tensor| Ok(per_kilobyte * encode(pixels)?.len() as f64 / 1000.0);
-        (0..images.count()).map(|row| ledger.counted(&to_pixels(&images.tensor().get(row)?)?, size)).collect()
+    fn scores(&self, images: &TapedImages, _prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        let images = images.tensor();
+        let score = |row: usize| {
+            let per_kilobyte = self.per_kilobyte;
+            let size = move |pixels: &Tensor| Ok(per_kilobyte * encode(pixels)?.len() as f64 / 1000.0);
+            ledger.counted(&to_pixels(&images.get(row)?)?, size)
+        };
+        (0..images.dims4()?.0).map(score).collect()
     }
 }
 
 impl Differentiable for Jpeg {
-    fn on_tape(&self, images: &Images, _prompts: &[Prompt]) -> Result<Value> {
+    fn on_tape(&self, images: &TapedImages, _prompts: &[Prompt]) -> Result<Value> {
         let bytes = jpeg_size(&activation(images.value(), Activation::UnitRange)?)?;
         Ok(bytes.affine(self.per_kilobyte / 1000.0, 0.0)?)
-    }
-
-    fn objective(&self) -> Objective {
-        Objective::Maximize
     }
 
     fn is_stand_in(&self) -> bool {
         true
     }
+
+    fn objective(&self) -> Objective {
+        Objective::Maximize
+    }
 }
 
 /// Minus the kilobytes.
-pub(super) fn compressibility() -> Box<dyn Differentiable> {
-    Box::new(Jpeg { per_kilobyte: -1.0 })
+pub(super) fn compressibility() -> Judge {
+    Judge::differentiable(Jpeg { per_kilobyte: -1.0 })
 }
 
 /// The kilobytes.
-pub(super) fn incompressibility() -> Box<dyn Differentiable> {
-    Box::new(Jpeg { per_kilobyte: 1.0 })
+pub(super) fn incompressibility() -> Judge {
+    Judge::differentiable(Jpeg { per_kilobyte: 1.0 })
 }
 
 /// One image (3, H, W) in [-1, 1] as a JPEG file of quality 95: 4:2:0, the standard's tables, as PIL writes it.
@@ -122,10 +126,18 @@ mod tests {
     }
 
     /// The reported score.
-    fn exact(reward: &dyn Differentiable, image: &Tensor) -> f64 {
-        let images = Images::from(Value::constant(image));
+    fn exact(reward: &Jpeg, image: &Tensor) -> f64 {
+        let images = TapedImages::new(Value::constant(image));
         let (scores, readings) = Ledger::around(|ledger| reward.scores(&images, &[], ledger)).unwrap();
         readings.get(scores[0])
+    }
+
+    const SMALL: Jpeg = Jpeg { per_kilobyte: -1.0 };
+    const LARGE: Jpeg = Jpeg { per_kilobyte: 1.0 };
+
+    /// The differentiated score, (1).
+    fn stand_in(reward: &Jpeg, image: &Value) -> Value {
+        reward.on_tape(&TapedImages::new(image.clone()), &[]).unwrap()
     }
 
     fn pearson(pairs: &[(f64, f64)]) -> f64 {
@@ -138,11 +150,9 @@ mod tests {
 
     #[test]
     fn the_stand_in_follows_the_size_of_the_file() {
-        let reward = compressibility();
-        let smooth = |x: &Tensor| {
-            f64::from(reward.on_tape(&Value::constant(x).into(), &[]).unwrap().tensor().to_vec1::<f32>().unwrap()[0])
-        };
-        let pairs: Vec<(f64, f64)> = pictures().iter().map(|x| (exact(&*reward, x), smooth(x))).collect();
+        let smooth =
+            |x: &Tensor| f64::from(stand_in(&SMALL, &Value::constant(x)).tensor().to_vec1::<f32>().unwrap()[0]);
+        let pairs: Vec<(f64, f64)> = pictures().iter().map(|x| (exact(&SMALL, x), smooth(x))).collect();
         let correlation = pearson(&pairs);
         assert!(correlation > 0.995, "Pearson {correlation}");
         for (exact, smooth) in &pairs {
@@ -155,23 +165,22 @@ mod tests {
 
     #[test]
     fn following_the_gradient_makes_the_file_smaller_or_larger() {
-        let (small, large) = (compressibility(), incompressibility());
-        let gradient = |reward: &dyn Differentiable, x: &Tensor| {
+        let gradient = |reward: &Jpeg, x: &Tensor| {
             let tape = Tape::new();
             let leaf = tape.leaf(x);
-            let score = reward.on_tape(&leaf.clone().into(), &[]).unwrap();
+            let score = stand_in(reward, &leaf);
             tape.backward(&[(&score, &score.tensor().ones_like().unwrap())]).unwrap().take(&leaf, "x").unwrap()
         };
         let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-        let followed = |reward: &dyn Differentiable, x: &Tensor| {
+        let followed = |reward: &Jpeg, x: &Tensor| {
             (0..20).fold(x.clone(), |x, _| {
                 let d = gradient(reward, &x);
                 (&x + (&d * f64::from(0.01 * norm(&x) / norm(&d))).unwrap()).unwrap()
             })
         };
-        let kilobytes = |x: &Tensor| exact(&*large, x);
+        let kilobytes = |x: &Tensor| exact(&LARGE, x);
         for x in &pictures()[1..5] {
-            let (less, now, more) = (kilobytes(&followed(&*small, x)), kilobytes(x), kilobytes(&followed(&*large, x)));
+            let (less, now, more) = (kilobytes(&followed(&SMALL, x)), kilobytes(x), kilobytes(&followed(&LARGE, x)));
             assert!(less < 0.98 * now && now < 0.98 * more, "{less}, {now} and {more} kB");
         }
     }

@@ -1,8 +1,8 @@
-//! Scores of images, and rewards: scores that can be differentiated.
+//! Scores of images, and rewards, which are scores with a gradient.
 //!
-//! A [`Score`] judges finished images. A [`Differentiable`] one can also be put on a tape; its [`Objective`] turns the score
-//! into a loss. The weighted losses of an experiment's rewards add up, and each one's scores are reported. A score without a
-//! gradient is reported beside them with a weight of 0.
+//! A [`Score`] judges finished images for their prompts. A [`Differentiable`] one can be put on the tape too; its
+//! [`Objective`] turns a score into a loss. Several rewards add their weighted losses, on one tape, and each one's scores are
+//! reported. A new one is one file here and one table in the config.
 
 mod clip_head;
 mod images;
@@ -10,77 +10,67 @@ mod jpeg;
 mod preprocess;
 mod text_image;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 
-use crate::config::{Preprocess, Prompt, RewardsConfig};
-use crate::models::Weights;
+use crate::config::{Prompt, RewardsConfig};
 use crate::models::clip::Clip;
 use crate::models::tokenizer::ClipTokenizer;
+use crate::models::{Source, Weights};
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
-use images::Towers;
-pub use images::{Images, Tower};
+pub use images::TapedImages;
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};
 
-/// Judges finished images.
+/// Judges a batch of finished images.
 pub trait Score: Send + Sync {
-    /// One score for each image, known when the ledger is read; higher is better. `prompts` has one for each image.
-    ///
-    /// # Errors
-    /// A score that is not finite, here or when the ledger is read.
-    fn scores(&self, images: &Images, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>>;
+    /// One score an image, higher is better, for the images' prompts, as many. What several scores ask of the images is
+    /// computed once: [`TapedImages::features`].
+    fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>>;
 
-    /// The embeddings (B, D) that the score is made from, of unit norm; `None` where it is made from none.
-    fn embedding(&self, _images: &Images) -> Result<Option<Tensor>> {
+    /// Embeddings (B, D) of the images, of unit norm; `None` where the score has none.
+    fn embedding(&self, _images: &TapedImages) -> Result<Option<Tensor>> {
         Ok(None)
     }
 }
 
-/// A score that can be put on a tape.
+/// A score that can also be put on the tape.
 pub trait Differentiable: Score {
-    /// Scores (B) of images that may be on a tape.
-    fn on_tape(&self, images: &Images, prompts: &[Prompt]) -> Result<Value>;
+    /// Scores (B) of the images that are being differentiated.
+    fn on_tape(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Value>;
 
-    fn objective(&self) -> Objective;
-
-    /// Whether what [`Self::on_tape`] gives is a smooth stand-in for [`Score::scores`], which are reported.
+    /// Whether `on_tape` is a smooth stand-in for `scores`, which are then reported while the loss is that of `on_tape`.
     fn is_stand_in(&self) -> bool {
         false
     }
+
+    fn objective(&self) -> Objective;
 }
 
-/// How a reward judges.
+/// What judges images: with a gradient, which can be trained, or without.
 pub enum Judge {
     Differentiable(Box<dyn Differentiable>),
-    /// Without a gradient.
     Score(Box<dyn Score>),
 }
 
 impl Judge {
-    fn score(&self) -> &dyn Score {
+    fn differentiable(reward: impl Differentiable + 'static) -> Self {
+        Self::Differentiable(Box::new(reward))
+    }
+
+    /// What both kinds can do.
+    pub fn score(&self) -> &dyn Score {
         match self {
-            Self::Differentiable(reward) => reward.as_ref(),
-            Self::Score(score) => score.as_ref(),
+            Self::Differentiable(reward) => &**reward,
+            Self::Score(score) => &**score,
         }
     }
-}
-
-/// Notes scores (B), which must be finite.
-fn noted(name: &'static str, scores: &Value, images: &Images, ledger: &mut Ledger) -> Result<Vec<Number>> {
-    let (count, wanted) = (scores.tensor().elem_count(), images.count());
-    ensure!(count == wanted, "`{name}` gave {count} scores for {wanted} images");
-    let note = |row| {
-        let score = scores.tensor().get(row)?;
-        ledger.finite_number(&score, move |score| format!("the reward `{name}` gave {score}"))
-    };
-    (0..count).map(note).collect()
 }
 
 /// From a score to a loss.
@@ -126,10 +116,10 @@ pub struct Weighted {
 }
 
 impl Weighted {
-    /// The reward, where it is trained.
+    /// The reward that is trained, if it is.
     fn trained(&self) -> Option<&dyn Differentiable> {
         match &self.judge {
-            Judge::Differentiable(reward) if self.weight != 0.0 => Some(reward.as_ref()),
+            Judge::Differentiable(reward) if self.weight != 0.0 => Some(&**reward),
             _ => None,
         }
     }
@@ -139,76 +129,105 @@ impl Weighted {
         self.trained().map_or(0.0, |reward| self.weight * reward.objective().loss(capped))
     }
 
-    /// d loss / d score, of scores in f64, on their device.
-    fn slope(&self, objective: Objective, scores: &Tensor) -> candle_core::Result<Tensor> {
-        let slope = (objective.slope(scores)? * self.weight)?;
+    /// d loss / d score of `reward`, of scores in f64, on their device.
+    fn slope(&self, reward: &dyn Differentiable, scores: &Tensor) -> candle_core::Result<Tensor> {
+        let slope = (reward.objective().slope(scores)? * self.weight)?;
         match self.cap {
             // 1 below the cap, 0 from there on
             Some(cap) => slope * (cap - scores)?.sign()?.relu()?,
             None => Ok(slope),
         }
     }
+
+    /// One number an image, each of which must be finite.
+    fn checked(&self, scores: Vec<Number>, batch: usize, ledger: &mut Ledger) -> Result<Vec<Number>> {
+        let name = self.name;
+        ensure!(scores.len() == batch, "the reward `{name}` gave {} scores for {batch} images", scores.len());
+        for score in &scores {
+            ledger.finite_number(*score, move |score| format!("the reward `{name}` gave {score}"))?;
+        }
+        Ok(scores)
+    }
+
+    /// The scores as they are reported.
+    fn reported(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        let scores = self.judge.score().scores(images, prompts, ledger)?;
+        self.checked(scores, prompts.len(), ledger)
+    }
 }
 
 /// The rewards of an experiment.
 pub struct Rewards(Vec<Weighted>);
 
-/// The scores of one image, known when the ledger is read: one for each reward, in order.
+/// What the rewards say of one image, known when the ledger is read: one score for each reward, in order.
 #[derive(Clone)]
-pub struct ImageScores(Vec<ImageScore>);
-
-#[derive(Clone, Copy)]
-struct ImageScore {
-    reported: Number,
-    /// What the loss is made of, where the reward is trained.
-    differentiated: Option<Number>,
+pub struct ImageScores {
+    /// Exact where the differentiated one is a stand-in.
+    reported: Vec<Number>,
+    /// What the loss is made of; anything where a reward is not trained.
+    differentiated: Vec<Number>,
 }
 
 impl ImageScores {
     /// The scores as they are reported.
     pub fn get(&self, readings: &Readings) -> Vec<f64> {
-        self.0.iter().map(|score| readings.get(score.reported)).collect()
+        self.reported.iter().map(|score| readings.get(*score)).collect()
     }
 
     /// The weighted sum of the losses.
     pub fn loss(&self, rewards: &Rewards, readings: &Readings) -> f64 {
-        let losses = rewards.0.iter().zip(&self.0);
-        losses.filter_map(|(reward, score)| Some(reward.loss(readings.get(score.differentiated?)))).sum()
+        rewards.loss(&self.differentiated.iter().map(|score| readings.get(*score)).collect::<Vec<_>>())
+    }
+
+    /// Keeps what its ledger's readings say, so that the scores can be read with those of any later ledger.
+    pub fn settle(&mut self, readings: &Readings) {
+        for score in self.reported.iter_mut().chain(&mut self.differentiated) {
+            *score = readings.get(*score).into();
+        }
     }
 }
 
-/// Images with their scores; the backward pass of their losses can be run once.
-pub struct Judged<'a> {
-    /// One for each image.
-    scores: Vec<ImageScores>,
+/// A batch of images with its scores, whose losses can be pulled back to the images.
+pub struct Judged {
     tape: Tape,
-    /// On the tape.
+    /// The images, (B, 3, H, W).
     images: Value,
-    /// The rewards that are trained, with their scores (B) on the tape.
-    trained: Vec<(&'a Weighted, Objective, Value)>,
+    /// What is trained: scores (B), and d loss / d score in f64.
+    trained: Vec<(Value, Tensor)>,
+    scores: Vec<ImageScores>,
 }
 
-impl Judged<'_> {
-    /// One for each image.
+impl Judged {
+    /// One an image.
     pub fn scores(&self) -> &[ImageScores] {
         &self.scores
     }
 
-    /// d (scale · sum of the images' losses) / d images, (B, 3, H, W); zeros where nothing is trained.
+    /// The gradient of `scale · (sum of the images' losses)` with respect to the images, (B, 3, H, W).
+    /// Zeros where nothing is trained.
     ///
     /// # Errors
-    /// No gradient reached the images.
+    /// None reached the images.
     pub fn pull(self, scale: f64) -> Result<Tensor> {
         if self.trained.is_empty() {
             return Ok(self.images.tensor().zeros_like()?);
         }
-        let cotangent = |(reward, objective, score): &(&Weighted, Objective, Value)| {
-            let slope = reward.slope(*objective, &score.tensor().to_dtype(DType::F64)?)?;
-            (slope * scale)?.to_dtype(score.tensor().dtype())
-        };
-        let cotangents = self.trained.iter().map(cotangent).collect::<candle_core::Result<Vec<_>>>()?;
-        let outputs: Vec<_> = self.trained.iter().map(|(.., score)| score).zip(&cotangents).collect();
-        Ok(self.tape.backward(&outputs)?.take(&self.images, "the image from its rewards")?)
+        let mut outputs = Vec::with_capacity(self.trained.len());
+        for (score, slope) in &self.trained {
+            outputs.push((score, (slope * scale)?.to_dtype(score.tensor().dtype())?));
+        }
+        let outputs: Vec<(&Value, &Tensor)> = outputs.iter().map(|(score, cotangent)| (*score, cotangent)).collect();
+        Ok(self.tape.backward(&outputs)?.take(&self.images, "the images from the rewards")?)
+    }
+}
+
+impl IntoIterator for Rewards {
+    type Item = Weighted;
+    type IntoIter = std::vec::IntoIter<Weighted>;
+
+    /// For putting loaded rewards together with others.
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
     }
 }
 
@@ -231,8 +250,8 @@ impl Rewards {
         let compute = &compute.for_rewards();
         let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
-        let mut push = |name, weight, reward: Result<Box<dyn Differentiable>>| -> Result<()> {
-            let judge = Judge::Differentiable(reward.with_context(|| format!("loading the reward `{name}`"))?);
+        let mut push = |name, weight, judge: Result<Judge>| -> Result<()> {
+            let judge = judge.with_context(|| format!("loading the reward `{name}`"))?;
             rewards.push(Weighted { name, weight, cap: None, judge });
             Ok(())
         };
@@ -249,28 +268,14 @@ impl Rewards {
             push(
                 "clip-score",
                 c.weight,
-                text_image::clip_score(
-                    "clip-score",
-                    &c.model,
-                    c.tokenizer.as_deref(),
-                    c.preprocess,
-                    &mut towers,
-                    tokenizer,
-                ),
+                text_image::clip_score(&c.model, c.tokenizer.as_deref(), c.preprocess, &mut towers, tokenizer),
             )?;
         }
         if let Some(c) = &config.pickscore {
             push(
                 "pickscore",
                 c.weight,
-                text_image::clip_score(
-                    "pickscore",
-                    &c.model,
-                    c.tokenizer.as_deref(),
-                    c.preprocess,
-                    &mut towers,
-                    tokenizer,
-                ),
+                text_image::clip_score(&c.model, c.tokenizer.as_deref(), c.preprocess, &mut towers, tokenizer),
             )?;
         }
         if let Some(c) = &config.compressibility {
@@ -287,15 +292,14 @@ impl Rewards {
         Self::new(rewards)
     }
 
-    /// These rewards.
-    ///
     /// # Errors
     /// One without a gradient has a weight.
     pub fn new(rewards: Vec<Weighted>) -> Result<Self> {
         for Weighted { name, weight, judge, .. } in &rewards {
             ensure!(
                 *weight == 0.0 || matches!(judge, Judge::Differentiable(_)),
-                "reward.{name}.weight = {weight}: this score has no gradient to train with; set it to 0, so that it is reported"
+                "the reward `{name}` has no gradient, and a weight of {weight}: set reward.{name}.weight to 0, and it is scored \
+                 and not trained; or choose a method that needs no gradient"
             );
         }
         Ok(Self(rewards))
@@ -303,8 +307,7 @@ impl Rewards {
 
     /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights` (f32): for measuring.
     pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
-        let tower = Tower::new(Arc::new(clip), Preprocess::Alignprop, weights.compute())?;
-        let judge = Judge::Differentiable(clip_head::aesthetic_shapes(tower, weights, target)?);
+        let judge = clip_head::aesthetic_shapes(Arc::new(clip), weights, target)?;
         Self::new(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, judge }])
     }
 
@@ -334,66 +337,109 @@ impl Rewards {
         self
     }
 
-    /// The first embedding (B, D) that a reward has for images (B, 3, H, W).
-    pub fn embedding(&self, images: &Images) -> Result<Option<Tensor>> {
+    /// The first embedding that a reward has for images (B, 3, H, W).
+    pub fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
+        let images = TapedImages::new(Value::constant(images));
         for r in &self.0 {
-            if let Some(embedding) = r.judge.score().embedding(images)? {
+            if let Some(embedding) = r.judge.score().embedding(&images)? {
                 return Ok(Some(embedding));
             }
         }
         Ok(None)
     }
 
-    /// The scores of images with their prompts, `[image][reward]`, without a gradient; exact where the gradient is that of a
-    /// stand-in. Waits for a GPU.
+    /// Scores of images (B, 3, H, W) without a gradient, `[image][reward]`; exact where the gradient is that of a stand-in.
+    /// Waits for a GPU.
     ///
     /// # Errors
     /// A score that is not finite.
-    pub fn scores(&self, images: &Images, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
-        let by_reward = |ledger: &mut Ledger| {
-            self.0.iter().map(|r| r.judge.score().scores(images, prompts, ledger)).collect::<Result<Vec<_>>>()
+    pub fn scores(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
+        as_many(images, prompts)?;
+        let images = TapedImages::new(Value::constant(images));
+        let noted = |ledger: &mut Ledger| {
+            self.0.iter().map(|r| r.reported(&images, prompts, ledger)).collect::<Result<Vec<_>>>()
         };
-        let (by_reward, readings) = Ledger::around(by_reward)?;
-        let of = |image: usize| by_reward.iter().map(|scores| readings.get(scores[image])).collect();
-        Ok((0..images.count()).map(of).collect())
+        let (scores, readings) = Ledger::around(noted)?;
+        let row = |image: usize| scores.iter().map(|reward| readings.get(reward[image])).collect();
+        Ok((0..prompts.len()).map(row).collect())
     }
 
-    /// Scores images (B, 3, H, W) with their prompts, and records what the backward pass of their losses needs: all rewards
-    /// that are trained on one tape.
+    /// Scores of images (B, 3, H, W) in [-1, 1], recorded for [`Judged::pull`]. What is trained shares one tape; what is not
+    /// is not on it.
     ///
     /// # Errors
-    /// A score that is not finite, here or when the ledger is read. A reward whose score does not depend on the images.
-    pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged<'_>> {
-        let tape = Tape::new();
+    /// A score that is not finite, here or when the ledger is read.
+    pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
+        as_many(images, prompts)?;
+        let batch = prompts.len();
+        let (tape, mut trained) = (Tape::new(), Vec::new());
         let leaf = tape.leaf(images);
-        let taped = Images::from(leaf.clone());
-        let (mut trained, mut by_reward) = (Vec::new(), Vec::with_capacity(self.0.len()));
-        // first those that are trained, whose towers then serve the others too
+        let on_tape = TapedImages::new(leaf.clone());
+        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(self.0.len());
         for r in &self.0 {
-            by_reward.push(match r.trained() {
-                Some(reward) => {
-                    let score = reward.on_tape(&taped, prompts)?;
-                    ensure!(score.is_on_tape(), "no gradient goes from the reward `{}` to the image", r.name);
-                    let differentiated = noted(r.name, &score, &taped, ledger)?;
-                    trained.push((r, reward.objective(), score));
-                    Some(differentiated)
-                }
-                None => None,
-            });
-        }
-        let detached = taped.detached();
-        let mut scores = vec![ImageScores(Vec::with_capacity(self.0.len())); taped.count()];
-        for (r, differentiated) in self.0.iter().zip(by_reward) {
-            let reported = match (&differentiated, r.trained()) {
-                (Some(scores), Some(reward)) if !reward.is_stand_in() => scores.clone(),
-                _ => r.judge.score().scores(&detached, prompts, ledger)?,
+            let Some(reward) = r.trained() else {
+                differentiated.push(None);
+                continue;
             };
-            for (image, (of_image, reported)) in scores.iter_mut().zip(reported).enumerate() {
-                let differentiated = differentiated.as_ref().map(|scores| scores[image]);
-                of_image.0.push(ImageScore { reported, differentiated });
+            let score = reward.on_tape(&on_tape, prompts)?;
+            ensure!(
+                score.is_on_tape(),
+                "no gradient can reach the images from the reward `{}`: its score is cut off",
+                r.name
+            );
+            let numbers = ledger.numbers(score.tensor())?;
+            differentiated.push(Some(r.checked(numbers, batch, ledger)?));
+            let slope = r.slope(reward, &score.tensor().to_dtype(DType::F64)?)?;
+            trained.push((score, slope));
+        }
+        // the others come second: then the features of the towers that they share are known
+        let constant = on_tape.off_tape();
+        let mut scores: Vec<ImageScores> =
+            (0..batch).map(|_| ImageScores { reported: Vec::new(), differentiated: Vec::new() }).collect();
+        for (r, differentiated) in self.0.iter().zip(differentiated) {
+            let reported = match &differentiated {
+                Some(numbers) if !r.trained().is_some_and(|reward| reward.is_stand_in()) => numbers.clone(),
+                _ => r.reported(&constant, prompts, ledger)?,
+            };
+            let differentiated = differentiated.unwrap_or_else(|| vec![0.0.into(); batch]);
+            for (image, (reported, differentiated)) in scores.iter_mut().zip(reported.into_iter().zip(differentiated)) {
+                image.reported.push(reported);
+                image.differentiated.push(differentiated);
             }
         }
-        Ok(Judged { scores, tape, images: leaf, trained })
+        Ok(Judged { tape, images: leaf, trained, scores })
+    }
+}
+
+fn as_many(images: &Tensor, prompts: &[Prompt]) -> Result<()> {
+    let batch = images.dims4()?.0;
+    ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
+    Ok(())
+}
+
+/// CLIP models by their path, so that two rewards on one model share its weights.
+struct Towers {
+    /// Whether some reward on this model reads text.
+    with_text: Vec<String>,
+    loaded: HashMap<String, Arc<Clip>>,
+    compute: Compute,
+}
+
+impl Towers {
+    fn new(config: &RewardsConfig, compute: &Compute) -> Self {
+        let with_text =
+            [config.clip_score.as_ref().map(|c| c.model.clone()), config.pickscore.as_ref().map(|c| c.model.clone())];
+        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new(), compute: compute.clone() }
+    }
+
+    fn get(&mut self, model: &str) -> Result<Arc<Clip>> {
+        if let Some(clip) = self.loaded.get(model) {
+            return Ok(clip.clone());
+        }
+        let text = self.with_text.iter().any(|wanted| wanted == model);
+        let clip = Arc::new(Clip::load_transformers(&Source::open(model)?, text, &self.compute)?);
+        self.loaded.insert(model.to_owned(), clip.clone());
+        Ok(clip)
     }
 }
 
@@ -401,7 +447,6 @@ impl Rewards {
 mod tests {
     use super::*;
     use crate::config::{Config, Precision};
-    use crate::models::Source;
     use crate::ops::is_finite;
     use crate::ops::testing::{Case, relative_error};
 
@@ -425,8 +470,8 @@ mod tests {
     }
 
     fn judged(rewards: &Rewards, scale: f64) -> (Vec<f64>, Tensor) {
-        let (judged, readings) =
-            Ledger::around(|ledger| rewards.judge(&picture(), &[Prompt::from(PROMPT)], ledger)).unwrap();
+        let noted = |ledger: &mut Ledger| rewards.judge(&picture(), &[PROMPT.into()], ledger);
+        let (judged, readings) = Ledger::around(noted).unwrap();
         (judged.scores()[0].get(&readings), judged.pull(scale).unwrap())
     }
 
@@ -444,9 +489,8 @@ mod tests {
             let error = relative_error(&d_found, &d_image);
             assert!(error > 1e-4 && error < d_bound, "{precision:?}: {error}");
             // what is reported beside training is scored by the same towers
-            let images = Images::from(Value::from(picture()));
-            assert_eq!(rewards.scores(&images, &[Prompt::from(PROMPT)]).unwrap(), [found]);
-            assert_eq!(rewards.embedding(&images).unwrap().unwrap().dtype(), DType::F32);
+            assert_eq!(rewards.scores(&picture(), &[PROMPT.into()]).unwrap()[0], found);
+            assert_eq!(rewards.embedding(&picture()).unwrap().unwrap().dtype(), DType::F32);
         }
     }
 

@@ -44,6 +44,11 @@ impl Preprocessor {
         })
     }
 
+    /// With the side of the tower's input, all that decides the pixels.
+    pub fn method(&self) -> Preprocess {
+        self.method
+    }
+
     /// The pixels of images.
     pub fn apply(&self, images: &Value) -> Result<Value> {
         let (x, side) = (activation(images, Activation::UnitRange)?, self.side);

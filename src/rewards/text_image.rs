@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-use super::images::{Images, Tower, Towers};
-use super::{Differentiable, Objective, Score, noted};
+use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{HpsConfig, Preprocess, Prompt};
 use crate::models::clip::{Clip, OpenClipConfig};
 use crate::models::tokenizer::ClipTokenizer;
@@ -20,25 +19,31 @@ use crate::ops::{Ledger, Number};
 
 /// Cosine of image and prompt.
 struct TextImage {
-    /// For messages.
-    name: &'static str,
-    tower: Arc<Tower>,
+    clip: Arc<Clip>,
     tokenizer: Arc<ClipTokenizer>,
     /// open_clip pads with zeros.
     open_clip: bool,
+    preprocessor: Preprocessor,
     /// Embeddings of the prompts seen so far: a run has few prompts and asks for each many times.
     embedded: Mutex<HashMap<String, Tensor>>,
 }
 
 impl TextImage {
-    fn new(name: &'static str, tower: Arc<Tower>, tokenizer: Arc<ClipTokenizer>, open_clip: bool) -> Result<Self> {
-        let vocabulary = tower.clip.text.as_ref().context("the model has no text tower")?.vocab_size();
+    fn new(
+        clip: Arc<Clip>,
+        tokenizer: Arc<ClipTokenizer>,
+        open_clip: bool,
+        preprocess: Preprocess,
+        compute: &Compute,
+    ) -> Result<Self> {
+        let vocabulary = clip.text.as_ref().context("the model has no text tower")?.vocab_size();
         ensure!(
             tokenizer.vocab_size() == vocabulary,
             "the reward model reads {vocabulary} token ids and the tokenizer has {}: set its `tokenizer` to a tokenizer.json of the reward model",
             tokenizer.vocab_size()
         );
-        Ok(Self { name, tower, tokenizer, open_clip, embedded: Mutex::default() })
+        let preprocessor = Preprocessor::new(preprocess, clip.vision.image_size(), compute.device())?;
+        Ok(Self { clip, tokenizer, open_clip, preprocessor, embedded: Mutex::default() })
     }
 
     fn text(&self, prompt: &str) -> Result<Tensor> {
@@ -48,27 +53,28 @@ impl TextImage {
         }
         let ids =
             if self.open_clip { self.tokenizer.encode_open_clip(prompt)? } else { self.tokenizer.encode(prompt)? };
-        let embedding = self.tower.clip.text_embeds(&[ids])?;
+        let embedding = self.clip.text_embeds(&[ids])?;
         embedded.insert(prompt.to_owned(), embedding.clone());
         Ok(embedding)
     }
 }
 
 impl Score for TextImage {
-    fn scores(&self, images: &Images, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
-        noted(self.name, &self.on_tape(images, prompts)?, images, ledger)
+    fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
+        Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
     }
 
-    fn embedding(&self, images: &Images) -> Result<Option<Tensor>> {
-        Ok(Some(unit_norm(&images.embedding(&self.tower)?)?.into_tensor()))
+    fn embedding(&self, images: &TapedImages) -> Result<Option<Tensor>> {
+        Ok(Some(unit_norm(&images.features(&self.clip, &self.preprocessor)?)?.into_tensor()))
     }
 }
 
 impl Differentiable for TextImage {
-    fn on_tape(&self, images: &Images, prompts: &[Prompt]) -> Result<Value> {
-        let image = unit_norm(&images.embedding(&self.tower)?)?;
+    fn on_tape(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Value> {
+        let image = unit_norm(&images.features(&self.clip, &self.preprocessor)?)?;
         let text = prompts.iter().map(|prompt| self.text(&prompt.text)).collect::<Result<Vec<_>>>()?;
-        Ok(row_dots(&image, &Tensor::cat(&text, 0)?)?)
+        let text = Tensor::cat(&text, 0)?;
+        Ok(row_dots(&image, &text)?)
     }
 
     fn objective(&self) -> Objective {
@@ -84,11 +90,7 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 }
 
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
-pub(super) fn hps(
-    config: &HpsConfig,
-    pipeline_tokenizer: &Arc<ClipTokenizer>,
-    compute: &Compute,
-) -> Result<Box<dyn Differentiable>> {
+pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Judge> {
     let source = Source::open(&config.model)?;
     let weights = Weights::open_file(&source.require(&config.file)?)?.on(compute);
     let architecture = match &config.config {
@@ -104,22 +106,20 @@ pub(super) fn hps(
     };
     let clip = Arc::new(Clip::load_open_clip(&weights, &architecture)?);
     let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
-    let tower = Tower::new(clip, config.preprocess, compute)?;
-    Ok(Box::new(TextImage::new("hps", tower, tokenizer, true)?))
+    Ok(Judge::differentiable(TextImage::new(clip, tokenizer, true, config.preprocess, compute)?))
 }
 
-/// A transformers CLIPModel: CLIP score, PickScore (`name` says which).
+/// A transformers CLIPModel: CLIP score, PickScore.
 pub(super) fn clip_score(
-    name: &'static str,
     model: &str,
     own_tokenizer: Option<&str>,
     preprocess: Preprocess,
     towers: &mut Towers,
     pipeline_tokenizer: &Arc<ClipTokenizer>,
-) -> Result<Box<dyn Differentiable>> {
-    let tower = towers.get(model, preprocess)?;
+) -> Result<Judge> {
+    let clip = towers.get(model)?;
     let tokenizer = tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?;
-    Ok(Box::new(TextImage::new(name, tower, tokenizer, false)?))
+    Ok(Judge::differentiable(TextImage::new(clip, tokenizer, false, preprocess, &towers.compute)?))
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.

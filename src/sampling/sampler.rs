@@ -68,11 +68,9 @@ impl Sampler {
     /// # Errors
     /// An embedding that is not finite, here or when the ledger is read.
     pub fn conditioning(&self, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Conditioning> {
-        let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
-        let prompt_embeds = self.pipeline.encode_prompts(&texts)?;
-        ledger.finite(&prompt_embeds, move |_| {
-            format!("the text encoder's output for `{}` is not finite", texts.join("`, `"))
-        })?;
+        let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
+        let of = quoted(prompts);
+        ledger.finite(&prompt_embeds, move |_| format!("the text encoder's output for {of} is not finite"))?;
         let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
         Ok(Conditioning::new(prompt_embeds, negative_prompt_embeds, self.guidance_scale, self.compute()))
     }

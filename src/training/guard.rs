@@ -10,10 +10,9 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::config::{Config, Prompt};
 use crate::models::tokenizer::ClipTokenizer;
-use crate::nn::Value;
 use crate::ops::device::Compute;
 use crate::report::{Metrics, names};
-use crate::rewards::{Images, Rewards};
+use crate::rewards::Rewards;
 
 /// What a run is watched with.
 pub struct Guard {
@@ -74,7 +73,6 @@ impl Guard {
             let mut embeddings = Vec::new();
             for seed in 0..self.seeds {
                 let (image, distance) = image(prompt, number, seed)?;
-                let image = Images::from(Value::from(image));
                 for (key, rewards) in
                     [(names::GUARD_REWARD, Some(training)), (names::GUARD_HELD_OUT, self.held_out.as_ref())]
                 {

@@ -102,7 +102,7 @@ pub struct Critic<'a> {
 /// An image with its scores, whose backward pass can be run once.
 pub struct JudgedImage<'a> {
     decoded: DecodeTrace<'a>,
-    judged: Judged<'a>,
+    judged: Judged,
     /// For messages.
     prompt: String,
 }

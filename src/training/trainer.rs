@@ -18,7 +18,6 @@ use super::terms::distances_from_base;
 use crate::config::{Checkpointing, Config, Prompt, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
-use crate::nn::Value;
 use crate::ops::Ledger;
 use crate::optim::{AdamW, learning_rate};
 use crate::report::{names, pictures};
@@ -213,7 +212,7 @@ impl Trainer<'_> {
         for (number, prompt) in (0..).zip(prompts) {
             let (prompts, noise) = ([prompt.clone()], sampler.evaluation_noise(config.run.seed, number..number + 1));
             let image = sampler.draw(&prompts, &noise, &state.adapters, None)?.images;
-            let of_image = rewards.scores(&Value::constant(&image).into(), &prompts)?.swap_remove(0);
+            let of_image = rewards.scores(&image, &prompts)?.swap_remove(0);
             captions.push(pictures::caption(&prompt.text, &names, &of_image));
             scores.push(of_image);
             images.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));

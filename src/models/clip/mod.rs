@@ -284,11 +284,6 @@ impl Clip {
         })
     }
 
-    /// Unit image embeddings, (B, D), of preprocessed pixels (B, 3, S, S); both in f32.
-    pub fn image_embeds(&self, pixels: &Value) -> Result<Value> {
-        Ok(unit_norm(&self.vision.forward(pixels)?)?)
-    }
-
     /// Unit text embeddings, (B, D) in f32, of token ids.
     ///
     /// # Errors

@@ -28,13 +28,13 @@ pub struct Ledger {
     pages: Vec<Tensor>,
     /// Slots in use.
     used: usize,
-    /// Slots that must be finite, in the order of their notes.
+    /// Numbers that must be finite, in the order of their notes.
     checks: Vec<Check>,
     counts: Vec<Count>,
 }
 
 struct Check {
-    slot: usize,
+    number: Number,
     room: Box<dyn Fn(f64) -> String>,
 }
 
@@ -79,6 +79,13 @@ impl Readings {
             Place::Count(index) => self.counts[index],
         }
     }
+
+    fn all_finite(&self, checks: &[Check]) -> anyhow::Result<()> {
+        match checks.iter().find(|check| !self.get(check.number).is_finite()) {
+            Some(check) => Err(NotANumber((check.room)(self.get(check.number))).into()),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Ledger {
@@ -98,7 +105,7 @@ impl Ledger {
         }
         let (page, place) = self.slot(x)?;
         mark(&page, place, x)?;
-        self.checks.push(Check { slot: self.used - 1, room: Box::new(room) });
+        self.checks.push(Check { number: Number(Place::Slot(self.used - 1)), room: Box::new(room) });
         Ok(())
     }
 
@@ -116,18 +123,27 @@ impl Ledger {
         Ok(Number(Place::Slot(self.used - 1)))
     }
 
-    /// Notes the one number of `x`, which must be finite; `room` says where it was, given the number.
+    /// Notes the numbers of `x` (n), one each.
     ///
     /// # Errors
-    /// As of [`Self::number`] and [`Self::finite`].
-    pub fn finite_number(&mut self, x: &Tensor, room: impl Fn(f64) -> String + 'static) -> anyhow::Result<Number> {
-        let number = self.number(x)?;
+    /// It has another rank.
+    pub fn numbers(&mut self, x: &Tensor) -> Result<Vec<Number>> {
+        (0..x.dims1()?).map(|row| self.number(&x.narrow(0, row, 1)?)).collect()
+    }
+
+    /// Notes that a number of this ledger must be finite; `room` says where it was, given the number.
+    ///
+    /// # Errors
+    /// [`NotANumber`], where the number is known.
+    pub fn finite_number(&mut self, number: Number, room: impl Fn(f64) -> String + 'static) -> anyhow::Result<()> {
         match number.0 {
-            Place::Known(known) if !known.is_finite() => return Err(NotANumber(room(known)).into()),
-            Place::Slot(slot) => self.checks.push(Check { slot, room: Box::new(room) }),
-            _ => (),
+            Place::Known(known) if known.is_finite() => Ok(()),
+            Place::Known(known) => Err(NotANumber(room(known)).into()),
+            _ => {
+                self.checks.push(Check { number, room: Box::new(room) });
+                Ok(())
+            }
         }
-        Ok(number)
     }
 
     /// Notes what `count` makes of `x` on the host. On a GPU the tensor is held until the ledger is read.
@@ -155,11 +171,15 @@ impl Ledger {
         for page in &self.pages {
             slots.extend(page.to_vec1::<f64>()?);
         }
-        if let Some(check) = self.checks.iter().find(|check| !slots[check.slot].is_finite()) {
-            return Err(NotANumber((check.room)(slots[check.slot])).into());
-        }
-        let counts = self.counts.into_iter().map(|count| (count.count)(&count.of)).collect::<anyhow::Result<_>>()?;
-        Ok(Readings { slots, counts })
+        let mut readings = Readings { slots, counts: Vec::new() };
+        // what is counted may need finite numbers to count, so it comes second
+        let (counted, noted): (Vec<Check>, Vec<Check>) =
+            self.checks.into_iter().partition(|check| matches!(check.number.0, Place::Count(_)));
+        readings.all_finite(&noted)?;
+        readings.counts =
+            self.counts.into_iter().map(|count| (count.count)(&count.of)).collect::<anyhow::Result<_>>()?;
+        readings.all_finite(&counted)?;
+        Ok(readings)
     }
 
     /// Reads what was noted so far, and starts again: numbers that were noted are gone.
@@ -227,12 +247,14 @@ mod tests {
             ledger.finite(&tensor(&[1.0, 2.0]), |_| "good".into())?;
             ledger.number(&tensor(&[f32::NAN]))?; // not asked to be finite
             ledger.finite(&tensor(&[1.0, f32::INFINITY]), |_| "the first".into())?;
-            ledger.finite_number(&tensor(&[f32::NAN]), |_| "the second".into())?;
+            let second = ledger.number(&tensor(&[f32::NAN]))?;
+            ledger.finite_number(second, |_| "the second".into())?;
             ledger.read()
         };
         let score = |mut ledger: Ledger, score: f32| -> anyhow::Result<Readings> {
-            ledger.finite_number(&tensor(&[1.0]), |_| "good".into())?;
-            ledger.finite_number(&tensor(&[score]), |score| format!("it gave {score}"))?;
+            for number in ledger.numbers(&tensor(&[1.0, score]))? {
+                ledger.finite_number(number, |score| format!("it gave {score}"))?;
+            }
             ledger.read()
         };
         for new in [Ledger::default, Ledger::always_later] {
@@ -243,6 +265,12 @@ mod tests {
             };
             assert_eq!(message(notes(new())), "not a number: the first");
             assert_eq!(message(score(new(), f32::NEG_INFINITY)), "not a number: it gave -inf");
+            let counted = |mut ledger: Ledger| -> anyhow::Result<Readings> {
+                let number = ledger.counted(&tensor(&[1.0]), |_| Ok(f64::NAN))?;
+                ledger.finite_number(number, |count| format!("it counted {count}"))?;
+                ledger.read()
+            };
+            assert_eq!(message(counted(new())), "not a number: it counted NaN");
         }
         // the CPU does not wait for the reading
         assert!(Ledger::default().finite(&tensor(&[f32::NAN]), |_| String::new()).is_err());

@@ -1,0 +1,170 @@
+//! Several rewards on one batch of images, and scores that have no gradient.
+
+mod support;
+
+use std::sync::Arc;
+
+use alignprop::config::{
+    AestheticConfig, Checkpointing, ClipScoreConfig, CompressibilityConfig, Config, ModelConfig, Prompt, RewardsConfig,
+};
+use alignprop::diffusion::{Noise, Stream};
+use alignprop::lora::Adapters;
+use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::models::{Pipeline, Source};
+use alignprop::ops::device::Compute;
+use alignprop::ops::{Ledger, Number};
+use alignprop::rewards::{Judge, Judged, Rewards, Score, TapedImages, Weighted};
+use alignprop::training::guard::Guard;
+use alignprop::training::step::{Critic, Tally, credit};
+use anyhow::Context;
+use candle_core::{Device, Tensor};
+use support::{fixture, numbers, text};
+
+fn tokenizer() -> Arc<ClipTokenizer> {
+    let source = Source::open(&text(fixture("tiny-sd15/model"))).unwrap();
+    Arc::new(ClipTokenizer::load(&source.sub("tokenizer")).unwrap())
+}
+
+/// A head and a cosine on one CLIP, and a stand-in.
+fn three_rewards() -> Rewards {
+    let clip = text(fixture("tiny-sd15/clip"));
+    let head = text(fixture("tiny-sd15/aesthetic_head.safetensors"));
+    let config = RewardsConfig {
+        aesthetic: Some(AestheticConfig { clip: clip.clone(), head, weight: 0.5, ..Default::default() }),
+        clip_score: Some(ClipScoreConfig { model: clip, weight: 2.0, ..Default::default() }),
+        compressibility: Some(CompressibilityConfig { weight: 0.25 }),
+        ..Default::default()
+    };
+    Rewards::load(&config, &tokenizer()).unwrap()
+}
+
+/// Images (B, 3, 40, 32) of blocks.
+fn images(batch: u64) -> Tensor {
+    let blocks = Noise::new(1).normal_batch(Stream::Latents, 0, 0..batch, (3, 10, 8)).unwrap();
+    (blocks.upsample_nearest2d(40, 32).unwrap() * 0.4).unwrap()
+}
+
+fn error(x: &[f32], y: &[f32]) -> f32 {
+    let largest = y.iter().fold(0f32, |most, y| most.max(y.abs()));
+    x.iter().zip(y).fold(0f32, |most, (x, y)| most.max((x - y).abs())) / largest
+}
+
+#[test]
+fn a_batch_is_judged_as_its_images_one_at_a_time() {
+    let rewards = three_rewards();
+    let (images, prompts) = (images(3), ["a cat", "a red dog", "two foxes"].map(Prompt::from));
+    let judge = |images: &Tensor, prompts: &[Prompt]| {
+        let (mut judged, readings) = Ledger::around(|ledger| {
+            let judged = rewards.judge(images, prompts, ledger)?;
+            Ok((judged.scores().to_vec(), judged.pull(3.0)?))
+        })
+        .unwrap();
+        judged.0.iter_mut().for_each(|scores| scores.settle(&readings));
+        judged
+    };
+    let (scores, d_images) = judge(&images, &prompts);
+    // settled: any later readings do
+    let (_, later) = Ledger::around(|_| Ok(())).unwrap();
+    let at_once = rewards.scores(&images, &prompts).unwrap();
+    for (row, prompt) in prompts.iter().enumerate() {
+        let image = images.narrow(0, row, 1).unwrap();
+        let (alone, d_image) = judge(&image, std::slice::from_ref(prompt));
+        let (found, expected) = (scores[row].get(&later), alone[0].get(&later));
+        assert_eq!(found, at_once[row]);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 1e-5 * expected.abs().max(1.0), "{found} for {expected}");
+        }
+        // the size of a file is exact
+        assert_eq!(found[2], expected[2]);
+        assert!((scores[row].loss(&rewards, &later) - alone[0].loss(&rewards, &later)).abs() < 1e-5);
+        let error = error(&numbers(&d_images.narrow(0, row, 1).unwrap()), &numbers(&d_image));
+        assert!(error < 1e-4, "image {row}: {error}");
+    }
+    assert!(at_once[0] != at_once[1]);
+    // a prompt for each image, no more and no less
+    let message = rewards.scores(&images, &prompts[..2]).unwrap_err().to_string();
+    assert_eq!(message, "3 images with 2 prompts");
+}
+
+/// What the prompt's `count` says, whatever the image.
+struct Count;
+
+impl Score for Count {
+    fn scores(&self, _: &TapedImages, prompts: &[Prompt], _: &mut Ledger) -> anyhow::Result<Vec<Number>> {
+        let count = |prompt: &Prompt| {
+            let count = prompt.fields.get("count").and_then(serde_json::Value::as_f64);
+            Ok(count.with_context(|| format!("`{prompt}` has no count"))?.into())
+        };
+        prompts.iter().map(count).collect()
+    }
+}
+
+/// JPEG sizes, which are trained, and counts, which are not.
+fn with_count(weight: f64) -> anyhow::Result<Rewards> {
+    let config = RewardsConfig { compressibility: Some(CompressibilityConfig::default()), ..Default::default() };
+    let mut rewards: Vec<Weighted> = Rewards::load(&config, &tokenizer()).unwrap().into_iter().collect();
+    rewards.push(Weighted { name: "count", weight, cap: None, judge: Judge::Score(Box::new(Count)) });
+    Rewards::new(rewards)
+}
+
+fn counted(text: &str, count: u64) -> Prompt {
+    Prompt { text: text.to_owned(), fields: serde_json::Map::from_iter([("count".to_owned(), count.into())]) }
+}
+
+#[test]
+fn a_score_without_a_gradient_is_scored_and_not_trained() {
+    let message = with_count(1.0).err().unwrap().to_string();
+    assert!(message.starts_with("the reward `count` has no gradient, and a weight of 1: set reward.count.weight to 0"));
+
+    let (rewards, prompts) = (with_count(0.0).unwrap(), [counted("two cats", 2), counted("three dogs", 3)]);
+    // as `eval` scores
+    let scores = rewards.scores(&images(2), &prompts).unwrap();
+    assert_eq!([scores[0][1], scores[1][1]], [2.0, 3.0]);
+    assert!(scores[0][0] < 0.0);
+    let message = rewards.scores(&images(1), &["a cat".into()]).unwrap_err().to_string();
+    assert_eq!(message, "`a cat` has no count");
+
+    // in a step
+    let pipeline = Pipeline::load(&ModelConfig::at(text(fixture("tiny-sd15/model")))).unwrap();
+    let latents = Noise::new(0).normal_batch(Stream::Latents, 0, 0..2, (4, 9, 5)).unwrap();
+    let step = |rewards: &Rewards| {
+        let critic = Critic { vae: &pipeline.vae, rewards, checkpointing: Checkpointing::Step };
+        let mut tally = Tally::new(&Adapters::default());
+        let credit = credit(&critic, &latents, &prompts, 1.0, &mut tally).unwrap();
+        let readings = tally.ledger.read().unwrap();
+        let scores: Vec<_> = credit.scores.iter().map(|scores| scores.get(&readings)).collect();
+        let losses: Vec<_> = credit.scores.iter().map(|scores| scores.loss(rewards, &readings)).collect();
+        (scores, losses, numbers(&credit.d_latents))
+    };
+    let (scores, losses, d_latents) = step(&rewards);
+    let trained = Rewards::new(with_count(0.0).unwrap().into_iter().take(1).collect()).unwrap();
+    let (scores_alone, losses_alone, d_alone) = step(&trained);
+    assert_eq!([scores[0][1], scores[1][1]], [2.0, 3.0]);
+    assert_eq!([scores[0][0], scores[1][0]], [scores_alone[0][0], scores_alone[1][0]]);
+    assert_eq!((losses, d_latents), (losses_alone, d_alone));
+
+    // where nothing is trained, nothing pulls
+    let count = Weighted { name: "count", weight: 0.0, cap: None, judge: Judge::Score(Box::new(Count)) };
+    let judged: Judged =
+        Rewards::new(vec![count]).unwrap().judge(&images(2), &prompts, &mut Ledger::default()).unwrap();
+    let d_images = judged.pull(1.0).unwrap();
+    assert_eq!(d_images.dims(), [2, 3, 40, 32]);
+    assert!(numbers(&d_images).iter().all(|d| *d == 0.0));
+}
+
+#[test]
+fn the_guard_reports_a_score_that_reads_fields() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("counts.jsonl");
+    std::fs::write(&file, "{\"prompt\": \"two cats\", \"count\": 2}\n{\"prompt\": \"five cats\", \"count\": 5}\n")
+        .unwrap();
+    let config = Config::parse(&format!("guard.every = 1\nguard.prompts.file = '{}'", text(&file)), "test", &[]);
+    let guard = Guard::load(&config.unwrap(), &[], &tokenizer(), &Compute::cpu()).unwrap().unwrap();
+    let image = |prompt: &Prompt, _, _| {
+        assert!(prompt.fields.contains_key("count"));
+        Ok((Tensor::zeros((1, 3, 16, 16), candle_core::DType::F32, &Device::Cpu)?, 0.0))
+    };
+    let line = guard.evaluate(&with_count(0.0).unwrap(), image).unwrap();
+    assert_eq!(line["guard/reward/count"], 3.5);
+    assert_eq!(line["guard/reward"], line["guard/reward/compressibility"]);
+}

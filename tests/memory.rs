@@ -328,7 +328,7 @@ fn an_overflow_in_f16_repeats_the_backward_pass_alone() {
         let mut state = start.clone();
         state.loss_scale = serde_json::from_str(&format!("{{\"scale\": {scale:?}, \"good_steps\": 0}}")).unwrap();
         let before = flops();
-        method.step(&mut state, 1e-3, || ()).unwrap();
+        method.step(&mut state, 1e-3, |_| ()).unwrap();
         ((flops() - before) as f64, state.loss_scale.unwrap().get())
     };
     let (without, scale) = step(65536.0);

@@ -1,6 +1,5 @@
 //! `alignprop train`.
 
-use std::cell::Cell;
 use std::path::Path;
 use std::time::Duration;
 
@@ -65,14 +64,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;
     }
-    let progress = Progress::new(plan.gradient_accumulation_steps, config.train.steps, state.step);
+    let progress = progress_bar(plan, config.train.steps, state.step);
     let meter = Meter::of(&compute);
     meter.reset_peak()?;
     let method = AlignProp { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts, noise };
     let mut trainer = Trainer { method, guard: guard.as_ref(), sample_prompts: &sample_prompts, run, state };
     let steps = config.train.steps;
     let end = trainer.train(args.stop_at.unwrap_or(steps), &interrupt, &progress)?;
-    progress.bar.finish_and_clear();
+    progress.finish_and_clear();
 
     let (step, resume) = (trainer.state.step, trainer.run.resume_command());
     match end {
@@ -146,43 +145,30 @@ fn describe(
 }
 
 /// A progress bar with one tick a micro-batch, so that the time left is smooth; drawn on a terminal only.
-struct Progress {
-    bar: ProgressBar,
-    micro_batches: usize,
-    /// The optimizer step that the last tick was of, and its ticks.
-    ticks: Cell<(usize, usize)>,
+fn progress_bar(plan: &RunPlan, steps: usize, done: usize) -> ProgressBar {
+    let per_step = plan.gradient_accumulation_steps as u64;
+    let bar = ProgressBar::with_draw_target(Some(steps as u64 * per_step), ProgressDrawTarget::stderr());
+    bar.set_position(done as u64 * per_step);
+    bar.reset_eta();
+    let style = ProgressStyle::with_template("{percent:>3}% {wide_bar} {elapsed} (left {eta})  {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
 }
 
-impl Progress {
-    fn new(micro_batches: usize, steps: usize, done: usize) -> Self {
-        let total = (steps * micro_batches) as u64;
-        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-        bar.set_position((done * micro_batches) as u64);
-        bar.reset_eta();
-        let style = ProgressStyle::with_template("{percent:>3}% {wide_bar} {elapsed} (left {eta})  {msg}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.enable_steady_tick(Duration::from_millis(500));
-        Self { bar, micro_batches, ticks: Cell::default() }
-    }
-}
-
-impl Watch for Progress {
-    fn micro_batch(&self, step: usize) {
-        let (last, ticks) = self.ticks.get();
-        let ticks = if last == step { ticks + 1 } else { 1 };
-        self.ticks.set((step, ticks));
-        self.bar.set_position(((step - 1) * self.micro_batches + ticks) as u64);
+impl Watch for ProgressBar {
+    fn micro_batches(&self, done: usize) {
+        self.set_position(done as u64);
     }
 
     /// `aesthetic 5.31 (+0.42)`: the batch's mean and its distance from the first batch's.
     fn step(&self, means: &[(&str, f64, f64)]) {
         let part = |(name, now, first): &(&str, f64, f64)| format!("{name} {now:.4} ({:+.4})", now - first);
-        self.bar.set_message(means.iter().map(part).collect::<Vec<_>>().join("  "));
+        self.set_message(means.iter().map(part).collect::<Vec<_>>().join("  "));
     }
 
     fn skipped(&self, step: usize, cause: &Error) {
-        self.bar.suspend(|| eprintln!("warning: optimizer step {step} is skipped: {cause:#}"));
-        self.bar.set_position((step * self.micro_batches) as u64);
+        self.suspend(|| eprintln!("warning: optimizer step {step} is skipped: {cause:#}"));
     }
 }
 

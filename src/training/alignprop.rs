@@ -36,29 +36,24 @@ struct MicroBatch {
 }
 
 impl AlignProp<'_> {
-    /// One optimizer step. `state` becomes the next one, or stays as it is where this fails; `tick` is called after each
-    /// micro-batch.
+    /// One optimizer step. `state` becomes the next one, or stays as it is where this fails; `tick` is told after each
+    /// micro-batch how many are done.
     ///
     /// # Errors
     /// A number that is not finite, a factor that no gradient reached, a first update that moves nothing.
-    pub fn step(&self, state: &mut Checkpoint, lr: f64, tick: impl FnMut()) -> Result<StepResult> {
+    pub fn step(&self, state: &mut Checkpoint, lr: f64, tick: impl Fn(usize)) -> Result<StepResult> {
         self.step_noting(state, lr, tick, Ledger::default())
     }
 
     /// [`Self::step`]. What it wants to know of its numbers is in the ledger, which is read when the update is computed and
     /// nothing has become the run's state.
-    fn step_noting(
-        &self,
-        state: &mut Checkpoint,
-        lr: f64,
-        mut tick: impl FnMut(),
-        ledger: Ledger,
-    ) -> Result<StepResult> {
+    fn step_noting(&self, state: &mut Checkpoint, lr: f64, tick: impl Fn(usize), ledger: Ledger) -> Result<StepResult> {
         let (step, size) = (state.step as u64, self.plan.batch_size as u64);
         let mut tally = Tally { ledger, ..Tally::new(&state.adapters) };
         let (mut loss_scale, mut images, mut kept_steps) = (state.loss_scale, Vec::new(), 0);
-        for number in 0..self.plan.gradient_accumulation_steps as u64 {
-            let batch = self.micro_batch(step, number * size..(number + 1) * size)?;
+        for number in 1..=self.plan.gradient_accumulation_steps {
+            let end = number as u64 * size;
+            let batch = self.micro_batch(step, end - size..end)?;
             let conditioning = self.sampler.conditioning(&batch.prompts, &mut tally.ledger)?;
             let denoiser = self.sampler.denoiser(&state.adapters, conditioning, self.plan.checkpointing);
             let (x_t, noise, stored) =
@@ -72,7 +67,7 @@ impl AlignProp<'_> {
                 }
             });
             kept_steps += batch.plan.kept_count();
-            tick();
+            tick(number);
         }
 
         // a random rule may detach every step of a batch: there is nothing to learn from it
@@ -336,7 +331,7 @@ mod tests {
         };
         let method = AlignProp { config, plan, sampler, rewards, prompts, noise };
         let mut state = before.clone();
-        let result = method.step_noting(&mut state, lr, || (), ledger);
+        let result = method.step_noting(&mut state, lr, |_| (), ledger);
         (result, before, state)
     }
 

@@ -263,8 +263,12 @@ fn rise<T>(meter: Meter, work: impl Fn() -> Result<T> + Sync) -> Result<Rise> {
     if started.elapsed() > CHEAP || !matches!(meter, Meter::Host) {
         return Ok(Rise { least: most, spread: 0.0 });
     }
-    // the first time in that thread its buffers are made
-    let least = rayon::ThreadPoolBuilder::new().num_threads(1).build()?.install(|| look().and_then(|_| look()))?;
+    // the first time in that thread its buffers are made; the thread is waited for, as what it gives back would be missed
+    // from the next count
+    let twice = || look().and_then(|_| look());
+    let least = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build_scoped(|thread| thread.run(), |pool| pool.install(twice))??;
     Ok(Rise { least, spread: (most - least).max(0.0) })
 }
 

@@ -49,8 +49,8 @@ pub enum End {
 
 /// What a run tells whoever watches it.
 pub trait Watch {
-    /// A micro-batch of optimizer step `step` (from 1) is done.
-    fn micro_batch(&self, step: usize);
+    /// So many micro-batches of the whole run are done.
+    fn micro_batches(&self, done: usize);
     /// An optimizer step is done: the means of the batch's scores, each with its name and that of the run's first batch.
     fn step(&self, means: &[(&str, f64, f64)]);
     /// An optimizer step was passed over.
@@ -118,7 +118,8 @@ impl Trainer<'_> {
         let started = Instant::now();
         let (before, config) = (self.state.step, self.config());
         let lr = learning_rate(&config.optimizer, before, config.train.steps);
-        match self.method.step(&mut self.state, lr, || watch.micro_batch(before + 1)) {
+        let earlier = before * self.method.plan.gradient_accumulation_steps;
+        match self.method.step(&mut self.state, lr, |done| watch.micro_batches(earlier + done)) {
             Ok(result) => {
                 let mut line = result.metrics(self.method.config, self.method.rewards, before + 1, lr);
                 let seconds = (started.elapsed().as_secs_f64() * 1e3).round() / 1e3;
@@ -147,6 +148,7 @@ impl Trainer<'_> {
             return Err(error.context(format!("{}{skipped}", self.in_step(step))));
         }
         watch.skipped(step, &error);
+        watch.micro_batches(step * self.method.plan.gradient_accumulation_steps);
         self.state.step = step;
         let entries =
             [(names::STEP, json!(step)), (names::SKIPPED, json!(1)), (names::CAUSE, json!(format!("{error:#}")))];

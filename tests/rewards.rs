@@ -13,7 +13,7 @@ use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::{Pipeline, Source};
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, Number};
-use alignprop::rewards::{Judge, Judged, Rewards, Score, TapedImages, Weighted};
+use alignprop::rewards::{ImageScores, Judge, Judged, Rewards, Score, TapedImages, Weighted};
 use alignprop::training::guard::Guard;
 use alignprop::training::step::{Critic, Tally, credit};
 use anyhow::Context;
@@ -54,29 +54,27 @@ fn a_batch_is_judged_as_its_images_one_at_a_time() {
     let rewards = three_rewards();
     let (images, prompts) = (images(3), ["a cat", "a red dog", "two foxes"].map(Prompt::from));
     let judge = |images: &Tensor, prompts: &[Prompt]| {
-        let (mut judged, readings) = Ledger::around(|ledger| {
+        let ((scores, d_images), readings) = Ledger::around(|ledger| {
             let judged = rewards.judge(images, prompts, ledger)?;
             Ok((judged.scores().to_vec(), judged.pull(3.0)?))
         })
         .unwrap();
-        judged.0.iter_mut().for_each(|scores| scores.settle(&readings));
-        judged
+        let of = |scores: &ImageScores| (scores.get(&readings), scores.loss(&rewards, &readings));
+        (scores.iter().map(of).collect::<Vec<_>>(), d_images)
     };
     let (scores, d_images) = judge(&images, &prompts);
-    // settled: any later readings do
-    let (_, later) = Ledger::around(|_| Ok(())).unwrap();
     let at_once = rewards.scores(&images, &prompts).unwrap();
     for (row, prompt) in prompts.iter().enumerate() {
         let image = images.narrow(0, row, 1).unwrap();
         let (alone, d_image) = judge(&image, std::slice::from_ref(prompt));
-        let (found, expected) = (scores[row].get(&later), alone[0].get(&later));
-        assert_eq!(found, at_once[row]);
-        for (found, expected) in found.iter().zip(&expected) {
+        let ((found, loss), (expected, loss_alone)) = (&scores[row], &alone[0]);
+        assert_eq!(*found, at_once[row]);
+        for (found, expected) in found.iter().zip(expected) {
             assert!((found - expected).abs() < 1e-5 * expected.abs().max(1.0), "{found} for {expected}");
         }
         // the size of a file is exact
         assert_eq!(found[2], expected[2]);
-        assert!((scores[row].loss(&rewards, &later) - alone[0].loss(&rewards, &later)).abs() < 1e-5);
+        assert!((loss - loss_alone).abs() < 1e-5);
         let error = error(&numbers(&d_images.narrow(0, row, 1).unwrap()), &numbers(&d_image));
         assert!(error < 1e-4, "image {row}: {error}");
     }
@@ -100,7 +98,7 @@ impl Score for Count {
 }
 
 /// JPEG sizes, which are trained, and counts, which are not.
-fn with_count(weight: f64) -> anyhow::Result<Rewards> {
+fn with_count(weight: f64) -> Rewards {
     let config = RewardsConfig { compressibility: Some(CompressibilityConfig::default()), ..Default::default() };
     let mut rewards: Vec<Weighted> = Rewards::load(&config, &tokenizer()).unwrap().into_iter().collect();
     rewards.push(Weighted { name: "count", weight, cap: None, judge: Judge::Score(Box::new(Count)) });
@@ -113,10 +111,14 @@ fn counted(text: &str, count: u64) -> Prompt {
 
 #[test]
 fn a_score_without_a_gradient_is_scored_and_not_trained() {
-    let message = with_count(1.0).err().unwrap().to_string();
-    assert!(message.starts_with("the reward `count` has no gradient, and a weight of 1: set reward.count.weight to 0"));
+    let judged = with_count(1.0).judge(&images(1), &[counted("a cat", 1)], &mut Ledger::default());
+    let message = judged.err().unwrap().to_string();
+    assert!(
+        message.starts_with("the reward `count` has no gradient, and a weight of 1: set its weight to 0"),
+        "{message}"
+    );
 
-    let (rewards, prompts) = (with_count(0.0).unwrap(), [counted("two cats", 2), counted("three dogs", 3)]);
+    let (rewards, prompts) = (with_count(0.0), [counted("two cats", 2), counted("three dogs", 3)]);
     // as `eval` scores
     let scores = rewards.scores(&images(2), &prompts).unwrap();
     assert_eq!([scores[0][1], scores[1][1]], [2.0, 3.0]);
@@ -137,7 +139,7 @@ fn a_score_without_a_gradient_is_scored_and_not_trained() {
         (scores, losses, numbers(&credit.d_latents))
     };
     let (scores, losses, d_latents) = step(&rewards);
-    let trained = Rewards::new(with_count(0.0).unwrap().into_iter().take(1).collect()).unwrap();
+    let trained = Rewards::new(with_count(0.0).into_iter().take(1).collect());
     let (scores_alone, losses_alone, d_alone) = step(&trained);
     assert_eq!([scores[0][1], scores[1][1]], [2.0, 3.0]);
     assert_eq!([scores[0][0], scores[1][0]], [scores_alone[0][0], scores_alone[1][0]]);
@@ -145,8 +147,7 @@ fn a_score_without_a_gradient_is_scored_and_not_trained() {
 
     // where nothing is trained, nothing pulls
     let count = Weighted { name: "count", weight: 0.0, cap: None, judge: Judge::Score(Box::new(Count)) };
-    let judged: Judged =
-        Rewards::new(vec![count]).unwrap().judge(&images(2), &prompts, &mut Ledger::default()).unwrap();
+    let judged: Judged = Rewards::new(vec![count]).judge(&images(2), &prompts, &mut Ledger::default()).unwrap();
     let d_images = judged.pull(1.0).unwrap();
     assert_eq!(d_images.dims(), [2, 3, 40, 32]);
     assert!(numbers(&d_images).iter().all(|d| *d == 0.0));
@@ -164,7 +165,11 @@ fn the_guard_reports_a_score_that_reads_fields() {
         assert!(prompt.fields.contains_key("count"));
         Ok((Tensor::zeros((1, 3, 16, 16), candle_core::DType::F32, &Device::Cpu)?, 0.0))
     };
-    let line = guard.evaluate(&with_count(0.0).unwrap(), image).unwrap();
+    let line = guard.evaluate(&with_count(0.0), image).unwrap();
     assert_eq!(line["guard/reward/count"], 3.5);
     assert_eq!(line["guard/reward"], line["guard/reward/compressibility"]);
+    // held out, it counts
+    let line = guard.with_held_out(with_count(2.0)).evaluate(&with_count(0.0), image).unwrap();
+    let size = line["guard/held_out/compressibility"].as_f64().unwrap();
+    assert!((line["guard/held_out"].as_f64().unwrap() - (2.0 * 3.5 + size)).abs() < 1e-9);
 }

@@ -178,13 +178,6 @@ impl ImageScores {
     pub fn loss(&self, rewards: &Rewards, readings: &Readings) -> f64 {
         rewards.loss(&self.differentiated.iter().map(|score| readings.get(*score)).collect::<Vec<_>>())
     }
-
-    /// Keeps what its ledger's readings say, so that the scores can be read with those of any later ledger.
-    pub fn settle(&mut self, readings: &Readings) {
-        for score in self.reported.iter_mut().chain(&mut self.differentiated) {
-            *score = readings.get(*score).into();
-        }
-    }
 }
 
 /// A batch of images with its scores, whose losses can be pulled back to the images.
@@ -289,26 +282,18 @@ impl Rewards {
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
             );
         }
-        Self::new(rewards)
+        Ok(Self::new(rewards))
     }
 
-    /// # Errors
-    /// One without a gradient has a weight.
-    pub fn new(rewards: Vec<Weighted>) -> Result<Self> {
-        for Weighted { name, weight, judge, .. } in &rewards {
-            ensure!(
-                *weight == 0.0 || matches!(judge, Judge::Differentiable(_)),
-                "the reward `{name}` has no gradient, and a weight of {weight}: set reward.{name}.weight to 0, and it is scored \
-                 and not trained; or choose a method that needs no gradient"
-            );
-        }
-        Ok(Self(rewards))
+    /// These scores and rewards.
+    pub fn new(rewards: Vec<Weighted>) -> Self {
+        Self(rewards)
     }
 
     /// An aesthetic reward of the LAION predictor's shapes on `clip`, with the numbers of `weights` (f32): for measuring.
     pub fn aesthetic_shapes(clip: Clip, weights: &Weights, target: f64) -> Result<Self> {
         let judge = clip_head::aesthetic_shapes(Arc::new(clip), weights, target)?;
-        Self::new(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, judge }])
+        Ok(Self::new(vec![Weighted { name: "aesthetic", weight: 1.0, cap: None, judge }]))
     }
 
     pub fn names(&self) -> Vec<&'static str> {
@@ -368,7 +353,7 @@ impl Rewards {
     /// is not on it.
     ///
     /// # Errors
-    /// A score that is not finite, here or when the ledger is read.
+    /// A score that is not finite, here or when the ledger is read. A score without a gradient that has a weight.
     pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
         as_many(images, prompts)?;
         let batch = prompts.len();
@@ -378,6 +363,12 @@ impl Rewards {
         let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(self.0.len());
         for r in &self.0 {
             let Some(reward) = r.trained() else {
+                ensure!(
+                    r.weight == 0.0,
+                    "the reward `{}` has no gradient, and a weight of {}: set its weight to 0, and it is scored and not trained",
+                    r.name,
+                    r.weight
+                );
                 differentiated.push(None);
                 continue;
             };

@@ -48,6 +48,11 @@ impl Guard {
         Ok(Some(Self { every: guard.every, patience: guard.patience, seeds, prompts, held_out }))
     }
 
+    /// With these held-out scores, which need no gradient, in place of the config's.
+    pub fn with_held_out(self, held_out: Rewards) -> Self {
+        Self { held_out: Some(held_out), ..self }
+    }
+
     /// Whether an evaluation belongs to this step.
     pub fn due(&self, step: usize, last: usize) -> bool {
         step.is_multiple_of(self.every) || step == last

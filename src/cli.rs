@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use toml::Value;
 
 use crate::config::{Checkpointing, Precision, REWARD_KINDS, parse_device};
 
@@ -62,21 +63,24 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    /// As settings of the config.
-    fn settings(&self) -> Vec<String> {
-        let device = self.device.iter().map(|device| set("run.device", device.as_str()));
-        device.chain(self.precision.map(|precision| set("run.precision", value_name(precision)))).collect()
+    fn given(&self) -> [Given; 2] {
+        let device = self.device.as_deref().map(Value::from);
+        [("run.device", device), ("run.precision", self.precision.map(name))]
     }
 }
 
-/// `key=value`, as `--set` takes it.
-fn set(key: &str, value: impl Into<toml::Value>) -> String {
-    format!("{key}={}", value.into())
+/// A setting that a flag gives, where it is there.
+type Given = (&'static str, Option<Value>);
+
+/// The settings of `--set`, and those that flags give, as `--set` takes them.
+fn settings(set: &[String], given: impl IntoIterator<Item = Given>) -> Vec<String> {
+    let given = given.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+    set.iter().cloned().chain(given).collect()
 }
 
-/// As the command line spells it.
-fn value_name(value: impl ValueEnum) -> String {
-    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+/// A value as the command line spells it.
+fn name(value: impl ValueEnum) -> Value {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default().into()
 }
 
 #[derive(Args, Debug)]
@@ -113,12 +117,10 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
-        let mut settings = self.config.set.clone();
-        settings.extend(self.device.settings());
-        settings.extend(self.reward_precision.map(|precision| set("run.reward_precision", value_name(precision))));
+        let rewards = ("run.reward_precision", self.reward_precision.map(name));
         // a run's folder may have been moved
-        settings.extend(self.resume.as_ref().map(|dir| set("run.dir", dir.display().to_string())));
-        settings
+        let dir = ("run.dir", self.resume.as_ref().map(|dir| dir.display().to_string().into()));
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards, dir]))
     }
 }
 
@@ -183,10 +185,8 @@ pub struct EvalArgs {
 impl EvalArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
-        let mut settings = self.config.set.clone();
-        settings.extend(self.device.settings());
-        settings.extend(self.reward_precision.map(|precision| set("run.reward_precision", value_name(precision))));
-        settings
+        let rewards = ("run.reward_precision", self.reward_precision.map(name));
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
     }
 }
 
@@ -362,22 +362,17 @@ pub struct SampleArgs {
 impl SampleArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
-        let whole = |key, value: Option<usize>| value.map(|value| set(key, value as i64));
-        let real = |key, value: Option<f64>| value.map(|value| set(key, value));
-        let text = |key, value: &Option<String>| value.as_ref().map(|value| set(key, value.as_str()));
+        let whole = |value: Option<usize>| value.map(|value| Value::from(value as i64));
         let given = [
-            text("model.path", &self.model),
-            text("sampler.negative_prompt", &self.negative_prompt),
-            whole("sampler.num_inference_steps", self.steps),
-            real("sampler.guidance_scale", self.guidance_scale),
-            real("sampler.eta", self.eta),
-            whole("sampler.height", self.height),
-            whole("sampler.width", self.width),
+            ("model.path", self.model.as_deref().map(Value::from)),
+            ("sampler.negative_prompt", self.negative_prompt.as_deref().map(Value::from)),
+            ("sampler.num_inference_steps", whole(self.steps)),
+            ("sampler.guidance_scale", self.guidance_scale.map(Value::from)),
+            ("sampler.eta", self.eta.map(Value::from)),
+            ("sampler.height", whole(self.height)),
+            ("sampler.width", whole(self.width)),
         ];
-        let mut settings = self.config.set.clone();
-        settings.extend(given.into_iter().flatten());
-        settings.extend(self.device.settings());
-        settings
+        settings(&self.config.set, given.into_iter().chain(self.device.given()))
     }
 }
 
@@ -581,6 +576,20 @@ mod tests {
         assert_eq!(train.config.set, ["a.b=1", "c=d"]);
         assert_eq!((train.device.device.as_deref(), train.device.precision), (Some("cuda:1"), Some(Precision::Bf16)));
         assert!(train.dry_run && train.resume.is_none());
+    }
+
+    #[test]
+    fn flags_are_settings_of_the_config() {
+        let line = ["alignprop", "sample", "--prompt", "a", "-o", "x.png", "--set", "sampler.eta=0.5", "--steps", "7"];
+        let odd = ["--negative-prompt", "a \"b\" = 'c',\n[d]", "--model", "C:\\models\\x", "--guidance-scale", "3"];
+        let line = line.iter().chain(&odd).chain(&["--precision", "bf16", "--device", "cuda:1"]);
+        let Ok(Cli { command: Command::Sample(sample) }) = Cli::try_parse_from(line) else { panic!("not sample") };
+        let config = crate::config::Config::parse("[run]\ndevice = 'cpu'", "test", &sample.settings()).unwrap();
+        let sampler = config.sampler;
+        assert_eq!((sampler.negative_prompt.as_str(), config.model.path.as_str()), (odd[1], odd[3]));
+        assert_eq!((sampler.num_inference_steps, sampler.guidance_scale, sampler.eta), (7, 3.0, 0.5));
+        assert_eq!((config.run.device.as_str(), config.run.precision), ("cuda:1", Some(Precision::Bf16)));
+        assert_eq!(sampler.height, None);
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl AlignProp<'_> {
         let mut grad_norm = 0.0;
         if let Some(update) = update {
             grad_norm = readings.get(update.grad_norm);
-            self.take_over(state, update, grad_norm)?;
+            self.accept(state, update, grad_norm)?;
         }
         loss_scale.iter_mut().for_each(LossScale::grow);
         state.loss_scale = loss_scale;
@@ -193,7 +193,7 @@ impl AlignProp<'_> {
     ///
     /// # Errors
     /// The first update moves no factor B.
-    fn take_over(&self, state: &mut Checkpoint, update: Update, grad_norm: f64) -> Result<()> {
+    fn accept(&self, state: &mut Checkpoint, update: Update, grad_norm: f64) -> Result<()> {
         if update.optimizer.step == 1 {
             health::ensure_moved(&state.adapters, &update.adapters, grad_norm)?;
         }

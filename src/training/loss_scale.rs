@@ -1,9 +1,9 @@
 //! Gradients through f16: the loss is scaled up so that small cotangents are not rounded to zero on their way.
 //!
 //! f16 has 5 bits of exponent: below 6e-8 there is nothing. The scale multiplies the loss's gradient where the reward
-//! gives it, and divides the adapters' gradients (f32) at the end. (The tower of a reward has a scale of its own within:
-//! `nn/precision.rs`.) A scale that makes something overflow is halved and the step is done again: what a step computes is a
-//! function of its number, so nothing is lost but the time. After `GROWTH_INTERVAL` steps without overflow the scale is
+//! gives it, and divides the adapters' gradients (f32) at the end of a micro-batch. (The tower of a reward has a scale of its own within:
+//! `nn/precision.rs`.) A scale that makes something overflow is halved, and the backward pass of that micro-batch is done again:
+//! the chain does not depend on it and is kept, so nothing is lost but the time. After `GROWTH_INTERVAL` steps without overflow the scale is
 //! doubled (Micikevicius et al. 2018; PyTorch's `GradScaler`).
 
 use candle_core::DType;

@@ -2,13 +2,14 @@
 //! open_clip. Frozen; images are differentiable. Inside, a tower computes in the number format of its weights; pixels and
 //! embeddings are f32, and so is all that is made of them.
 
+pub(super) mod open_clip;
 mod towers;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use towers::{Layout, TowerConfig};
+use towers::TowerConfig;
 pub use towers::{TextTower, VisionTower};
 
 use super::{Source, Weights};
@@ -188,7 +189,6 @@ impl Clip {
         let vision = VisionTower::load(
             &weights,
             &vision_config.tower()?,
-            Layout::Transformers,
             vision_config.image_size,
             vision_config.patch_size,
             projection,
@@ -201,7 +201,6 @@ impl Clip {
                 TextTower::load(
                     &weights,
                     &text.tower()?,
-                    Layout::Transformers,
                     text.vocab_size,
                     text.max_position_embeddings,
                     Some(projection),
@@ -223,14 +222,7 @@ impl Clip {
             patch_size: 14,
             ..VisionConfig::default()
         };
-        let vision = VisionTower::load(
-            weights,
-            &config.tower()?,
-            Layout::Transformers,
-            config.image_size,
-            config.patch_size,
-            768,
-        )?;
+        let vision = VisionTower::load(weights, &config.tower()?, config.image_size, config.patch_size, 768)?;
         Ok(Self { vision, text: None })
     }
 
@@ -263,24 +255,13 @@ impl Clip {
             act,
             eps: 1e-5,
         };
+        let mut names = open_clip::text(weights, t.layers)?;
+        names.extend(open_clip::vision(weights, v.layers)?);
+        names.extend(open_clip::projections());
+        let weights = &weights.renamed(&names)?.on(weights.compute());
         Ok(Self {
-            vision: VisionTower::load(
-                weights,
-                &vision,
-                Layout::OpenClip,
-                v.image_size,
-                v.patch_size,
-                config.embed_dim,
-            )?,
-            text: Some(TextTower::load(
-                weights,
-                &text,
-                Layout::OpenClip,
-                t.vocab_size,
-                t.context_length,
-                Some(config.embed_dim),
-                None,
-            )?),
+            vision: VisionTower::load(weights, &vision, v.image_size, v.patch_size, config.embed_dim)?,
+            text: Some(TextTower::load(weights, &text, t.vocab_size, t.context_length, Some(config.embed_dim), None)?),
         })
     }
 
@@ -329,15 +310,7 @@ impl TextConfig {
     }
     /// The text tower alone, without a projection: a pipeline's text encoder.
     pub(super) fn load_encoder(&self, weights: &Weights) -> Result<TextTower> {
-        TextTower::load(
-            weights,
-            &self.tower()?,
-            Layout::Transformers,
-            self.vocab_size,
-            self.max_position_embeddings,
-            None,
-            self.eos(),
-        )
+        TextTower::load(weights, &self.tower()?, self.vocab_size, self.max_position_embeddings, None, self.eos())
     }
 }
 

@@ -10,13 +10,6 @@ use crate::nn::{LayerNorm, Linear, Value, computed_in};
 use crate::ops::activation::Activation;
 use crate::ops::attention::Heads;
 
-/// Whose key names the weights have.
-#[derive(Clone, Copy, PartialEq)]
-pub(in crate::models) enum Layout {
-    Transformers,
-    OpenClip,
-}
-
 pub(in crate::models) struct TowerConfig {
     pub width: usize,
     pub mlp: usize,
@@ -45,9 +38,10 @@ struct Layer {
 }
 
 impl Transformer {
-    /// `w` is at `encoder` (transformers) or `transformer` (open_clip).
-    fn load(w: &Weights, config: &TowerConfig, layout: Layout, causal: bool) -> Result<Self> {
-        let layers = (0..config.layers).map(|i| Layer::load(w, i, config, layout)).collect::<Result<_>>()?;
+    /// `w` is at `encoder`.
+    fn load(w: &Weights, config: &TowerConfig, causal: bool) -> Result<Self> {
+        let layers =
+            (0..config.layers).map(|i| Layer::load(&w.pp(format!("layers.{i}")), config)).collect::<Result<_>>()?;
         Ok(Self { layers, heads: Heads { count: config.heads, causal }, act: config.act })
     }
 
@@ -82,59 +76,33 @@ impl Transformer {
 }
 
 impl Layer {
-    fn load(w: &Weights, index: usize, config: &TowerConfig, layout: Layout) -> Result<Self> {
+    fn load(w: &Weights, config: &TowerConfig) -> Result<Self> {
         let (c, mlp, eps) = (config.width, config.mlp, config.eps);
-        match layout {
-            Layout::Transformers => {
-                let w = w.pp(format!("layers.{index}"));
-                let attention = w.pp("self_attn");
-                Ok(Self {
-                    norm1: layer_norm(&w.pp("layer_norm1"), c, eps)?,
-                    q: linear(&attention.pp("q_proj"), c, c, true)?,
-                    k: linear(&attention.pp("k_proj"), c, c, true)?,
-                    v: linear(&attention.pp("v_proj"), c, c, true)?,
-                    out: linear(&attention.pp("out_proj"), c, c, true)?,
-                    norm2: layer_norm(&w.pp("layer_norm2"), c, eps)?,
-                    fc1: linear(&w.pp("mlp.fc1"), c, mlp, true)?,
-                    fc2: linear(&w.pp("mlp.fc2"), mlp, c, true)?,
-                })
-            }
-            Layout::OpenClip => {
-                let w = w.pp(format!("resblocks.{index}"));
-                let attention = w.pp("attn");
-                // q, k and v in one matrix
-                let (weight, bias) =
-                    (attention.get("in_proj_weight", &[3 * c, c])?, attention.get("in_proj_bias", &[3 * c])?);
-                let part = |i: usize| -> Result<Linear> {
-                    Ok(Linear::new(&weight.narrow(0, i * c, c)?, Some(bias.narrow(0, i * c, c)?.contiguous()?))?)
-                };
-                Ok(Self {
-                    norm1: layer_norm(&w.pp("ln_1"), c, eps)?,
-                    q: part(0)?,
-                    k: part(1)?,
-                    v: part(2)?,
-                    out: linear(&attention.pp("out_proj"), c, c, true)?,
-                    norm2: layer_norm(&w.pp("ln_2"), c, eps)?,
-                    fc1: linear(&w.pp("mlp.c_fc"), c, mlp, true)?,
-                    fc2: linear(&w.pp("mlp.c_proj"), mlp, c, true)?,
-                })
-            }
-        }
+        let attention = w.pp("self_attn");
+        Ok(Self {
+            norm1: layer_norm(&w.pp("layer_norm1"), c, eps)?,
+            q: linear(&attention.pp("q_proj"), c, c, true)?,
+            k: linear(&attention.pp("k_proj"), c, c, true)?,
+            v: linear(&attention.pp("v_proj"), c, c, true)?,
+            out: linear(&attention.pp("out_proj"), c, c, true)?,
+            norm2: layer_norm(&w.pp("layer_norm2"), c, eps)?,
+            fc1: linear(&w.pp("mlp.fc1"), c, mlp, true)?,
+            fc2: linear(&w.pp("mlp.fc2"), mlp, c, true)?,
+        })
     }
 }
 
-/// A projection stored as a linear layer `<name>.weight` (D, C) by transformers, as a matrix `<name>` (C, D) by open_clip.
-fn projection(
-    w: &Weights,
-    transformers_name: &str,
-    open_clip_name: &str,
-    layout: Layout,
-    width: usize,
-    dim: usize,
-) -> Result<Linear> {
-    let weight = match layout {
-        Layout::Transformers => w.get(&format!("{transformers_name}.weight"), &[dim, width])?,
-        Layout::OpenClip => w.get(open_clip_name, &[width, dim])?.t()?.contiguous()?,
+/// The weights at `prefix`, which transformers 5 leaves out where a tower is saved by itself.
+fn within(w: &Weights, prefix: &str, key: &str) -> Weights {
+    let inner = w.pp(prefix);
+    if inner.contains(key) { inner } else { w.clone() }
+}
+
+/// A projection: a linear layer `<name>.weight` (D, C), or a matrix `<name>` (C, D) where the model is open_clip's.
+fn projection(w: &Weights, name: &str, width: usize, dim: usize) -> Result<Linear> {
+    let weight = match w.contains(name) {
+        true => w.get(name, &[width, dim])?.t()?.contiguous()?,
+        false => w.get(&format!("{name}.weight"), &[dim, width])?,
     };
     Ok(Linear::new(&weight, None)?)
 }
@@ -151,47 +119,22 @@ pub struct TextTower {
 }
 
 impl TextTower {
-    #[allow(clippy::too_many_arguments)]
     pub(in crate::models) fn load(
         w: &Weights,
         config: &TowerConfig,
-        layout: Layout,
         vocabulary: usize,
         length: usize,
         projection_dim: Option<usize>,
         eos: Option<u32>,
     ) -> Result<Self> {
         let c = config.width;
-        let (tokens, positions, encoder, norm) = match layout {
-            Layout::Transformers => {
-                // transformers 5 saves a text encoder without the prefix, older versions with it
-                let m = if w.contains("text_model.embeddings.token_embedding.weight") {
-                    w.pp("text_model")
-                } else {
-                    w.clone()
-                };
-                (
-                    m.get("embeddings.token_embedding.weight", &[vocabulary, c])?,
-                    m.get("embeddings.position_embedding.weight", &[length, c])?,
-                    m.pp("encoder"),
-                    m.pp("final_layer_norm"),
-                )
-            }
-            Layout::OpenClip => (
-                w.get("token_embedding.weight", &[vocabulary, c])?,
-                w.get("positional_embedding", &[length, c])?,
-                w.pp("transformer"),
-                w.pp("ln_final"),
-            ),
-        };
+        let m = within(w, "text_model", "embeddings.token_embedding.weight");
         Ok(Self {
-            tokens,
-            positions,
-            transformer: Transformer::load(&encoder, config, layout, true)?,
-            final_norm: layer_norm(&norm, c, config.eps)?,
-            projection: projection_dim
-                .map(|dim| projection(w, "text_projection", "text_projection", layout, c, dim))
-                .transpose()?,
+            tokens: m.get("embeddings.token_embedding.weight", &[vocabulary, c])?,
+            positions: m.get("embeddings.position_embedding.weight", &[length, c])?,
+            transformer: Transformer::load(&m.pp("encoder"), config, true)?,
+            final_norm: layer_norm(&m.pp("final_layer_norm"), c, config.eps)?,
+            projection: projection_dim.map(|dim| projection(w, "text_projection", c, dim)).transpose()?,
             eos,
         })
     }
@@ -265,7 +208,6 @@ impl VisionTower {
     pub(in crate::models) fn load(
         w: &Weights,
         config: &TowerConfig,
-        layout: Layout,
         image_size: usize,
         patch_size: usize,
         dim: usize,
@@ -277,40 +219,18 @@ impl VisionTower {
         let patches = (image_size / patch_size).pow(2);
         let kernel = [c, 3, patch_size, patch_size];
         let flat = (c, 3 * patch_size * patch_size);
-        match layout {
-            Layout::Transformers => {
-                let prefixed = w.contains("vision_model.embeddings.class_embedding");
-                let m = if prefixed { w.pp("vision_model") } else { w.clone() };
-                Ok(Self {
-                    image_size,
-                    patch_size,
-                    patch_embedding: Linear::new(
-                        &m.get("embeddings.patch_embedding.weight", &kernel)?.reshape(flat)?,
-                        None,
-                    )?,
-                    class_embedding: m.get("embeddings.class_embedding", &[c])?.reshape((1, c))?,
-                    positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?.flatten_all()?,
-                    pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
-                    transformer: Transformer::load(&m.pp("encoder"), config, layout, false)?,
-                    post_norm: layer_norm(&m.pp("post_layernorm"), c, config.eps)?,
-                    projection: projection(w, "visual_projection", "", layout, c, dim)?,
-                })
-            }
-            Layout::OpenClip => {
-                let m = w.pp("visual");
-                Ok(Self {
-                    image_size,
-                    patch_size,
-                    patch_embedding: Linear::new(&m.get("conv1.weight", &kernel)?.reshape(flat)?, None)?,
-                    class_embedding: m.get("class_embedding", &[c])?.reshape((1, c))?,
-                    positions: m.get("positional_embedding", &[patches + 1, c])?.flatten_all()?,
-                    pre_norm: layer_norm(&m.pp("ln_pre"), c, config.eps)?,
-                    transformer: Transformer::load(&m.pp("transformer"), config, layout, false)?,
-                    post_norm: layer_norm(&m.pp("ln_post"), c, config.eps)?,
-                    projection: projection(&m, "", "proj", layout, c, dim)?,
-                })
-            }
-        }
+        let m = within(w, "vision_model", "embeddings.class_embedding");
+        Ok(Self {
+            image_size,
+            patch_size,
+            patch_embedding: Linear::new(&m.get("embeddings.patch_embedding.weight", &kernel)?.reshape(flat)?, None)?,
+            class_embedding: m.get("embeddings.class_embedding", &[c])?.reshape((1, c))?,
+            positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?.flatten_all()?,
+            pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
+            transformer: Transformer::load(&m.pp("encoder"), config, false)?,
+            post_norm: layer_norm(&m.pp("post_layernorm"), c, config.eps)?,
+            projection: projection(w, "visual_projection", c, dim)?,
+        })
     }
 
     /// The side of the square image that the tower takes.

@@ -23,6 +23,7 @@ use serde_json::{Map, Value as Json, json};
 use super::weights::{Renamed, warn_of_pickle};
 use super::{Source, Weights};
 use crate::config::{ModelConfig, PredictionType};
+use crate::models::clip::open_clip;
 
 const UNET: &str = "model.diffusion_model";
 const VAE: &str = "first_stage_model";
@@ -435,7 +436,7 @@ fn rename(w: &Weights, v2: bool, configs: &HashMap<&'static str, Json>) -> Resul
     let layers = number("text_encoder/config.json", "num_hidden_layers");
     let text_encoder = if v2 {
         let w = w.pp(OPEN_CLIP);
-        w.renamed(&names::open_clip(&w, layers)?)?
+        w.renamed(&open_clip::text(&w, layers)?)?
     } else {
         let w = names::clip_root(w, CLIP);
         let names = w.names().into_iter().filter(|name| !name.ends_with("position_ids"));

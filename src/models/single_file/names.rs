@@ -143,51 +143,6 @@ pub(super) fn clip_root(w: &Weights, prefix: &str) -> Weights {
     if inner.names().is_empty() { w.pp(prefix) } else { inner }
 }
 
-/// The names of transformers for the first `layers` layers of open_clip's text encoder.
-///
-/// # Errors
-/// The matrix of q, k and v does not divide into three.
-pub(super) fn open_clip(w: &Weights, layers: usize) -> Result<Vec<Renamed>> {
-    let whole = |from: &str, to: String| Renamed { from: from.to_owned(), to, shape: None, rows: None };
-    let mut renamed = vec![
-        whole("token_embedding.weight", "text_model.embeddings.token_embedding.weight".into()),
-        whole("positional_embedding", "text_model.embeddings.position_embedding.weight".into()),
-    ];
-    for tensor in ["weight", "bias"] {
-        renamed.push(whole(&format!("ln_final.{tensor}"), format!("text_model.final_layer_norm.{tensor}")));
-        for layer in 0..layers {
-            let (old, new) = (format!("transformer.resblocks.{layer}"), format!("text_model.encoder.layers.{layer}"));
-            for (from, to) in [
-                ("ln_1", "layer_norm1"),
-                ("ln_2", "layer_norm2"),
-                ("attn.out_proj", "self_attn.out_proj"),
-                ("mlp.c_fc", "mlp.fc1"),
-                ("mlp.c_proj", "mlp.fc2"),
-            ] {
-                renamed.push(whole(&format!("{old}.{from}.{tensor}"), format!("{new}.{to}.{tensor}")));
-            }
-            let from = format!("{old}.attn.in_proj_{tensor}");
-            let rows = w.shape(&from).and_then(|shape| shape.first().copied()).unwrap_or(0);
-            let third = rows / 3;
-            anyhow::ensure!(
-                third > 0 && rows.is_multiple_of(3),
-                "{}: `{}.{from}` has {rows} rows",
-                w.file(),
-                w.prefix()
-            );
-            for (i, projection) in ["q_proj", "k_proj", "v_proj"].into_iter().enumerate() {
-                renamed.push(Renamed {
-                    from: from.clone(),
-                    to: format!("{new}.self_attn.{projection}.{tensor}"),
-                    shape: None,
-                    rows: Some(i * third..(i + 1) * third),
-                });
-            }
-        }
-    }
-    Ok(renamed)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

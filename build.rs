@@ -4,10 +4,17 @@
 //! `CUDA_COMPUTE_CAP` (8.0 if it is not set) and for 9.0, and PTX that the driver translates for every newer card.
 //! `NVCC` names the compiler, else it is looked for in `CUDA_HOME/bin`, `CUDA_PATH/bin` and `PATH`. Without one an
 //! empty module is embedded, so that `cargo check` works anywhere; loading it is an error that says so.
+//!
+//! What each kernel takes is read from its source and written to a table that the program checks its launches against.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+#[path = "src/ops/cuda/signatures.rs"]
+#[allow(dead_code, reason = "the program checks with it")]
+mod signatures;
 
 const SOURCES: &str = "src/ops/cuda";
 
@@ -28,6 +35,7 @@ fn main() {
         .collect();
     sources.sort();
 
+    std::fs::write(out.join("cuda_signatures.rs"), signature_table(&sources)).expect("writing to OUT_DIR");
     let compiler = nvcc();
     let mut table = String::from("&[\n");
     let mut missing = None;
@@ -52,6 +60,19 @@ fn main() {
         println!("cargo:warning={message}: the program will have no CUDA kernels");
     }
     std::fs::write(out.join("cuda_modules.rs"), table).expect("writing to OUT_DIR");
+}
+
+/// The kernels of all sources with their parameters, as a slice in Rust.
+fn signature_table(sources: &[PathBuf]) -> String {
+    let mut names = HashSet::new();
+    let mut table = String::from("&[\n");
+    for source in sources {
+        for (name, parameters) in signatures::read(source).unwrap_or_else(|message| panic!("{message}")) {
+            assert!(names.insert(name.clone()), "{}: another file has a kernel named {name}", source.display());
+            table += &format!("    (\"{name}\", &{parameters:?}),\n");
+        }
+    }
+    table + "]\n"
 }
 
 /// The compiler, by the environment.

@@ -23,6 +23,10 @@ pub mod jpeg_size;
 pub mod layer_norm;
 pub mod linear;
 pub mod replay;
+#[cfg(any(feature = "cuda", test))]
+#[path = "cuda/signatures.rs"]
+#[allow(dead_code, reason = "build.rs reads the sources with it, launches check with it, tests do both")]
+mod signatures;
 pub mod sum;
 #[cfg(target_arch = "x86_64")]
 mod tasks;

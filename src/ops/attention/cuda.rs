@@ -19,13 +19,12 @@ pub struct Kept {
 }
 
 /// Adds the sizes, with which every tiled kernel's parameters end.
-fn sizes(kernel: &mut Kernel, q: &Tensor, k: &Tensor, heads: Heads, tensors: &[&Tensor]) -> Result<()> {
+fn sizes(kernel: Kernel, q: &Tensor, k: &Tensor, heads: Heads, tensors: &[&Tensor]) -> Result<Kernel> {
     let ((_, n, channels), (_, m, _)) = (q.dims3()?, k.dims3()?);
     let d = channels / heads.count;
     let vector = (d * q.dtype().size_in_bytes()).is_multiple_of(16) && aligned(tensors)?;
-    kernel.int(n).int(m).int(channels).int(d).int(heads.causal.into()).int(vector.into());
-    kernel.float(1.0 / (d as f64).sqrt());
-    Ok(())
+    let kernel = kernel.int("n", n).int("m", m).int("channels", channels).int("d", d);
+    Ok(kernel.flag("causal", heads.causal).flag("vector", vector).float("scale", 1.0 / (d as f64).sqrt()))
 }
 
 pub(super) fn attention_fwd(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<(Tensor, Option<Kept>)> {
@@ -37,9 +36,8 @@ pub(super) fn attention_fwd(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) ->
     let tiled = Tiled::new(q.dtype(), d)?;
     let output = unset(q, q.shape(), q.dtype())?;
     let lse = unset(q, (batch, heads.count, n), DType::F32)?;
-    let mut kernel = Kernel::of(tiled.module, tiled.names[0], q)?;
-    kernel.tensor(&output)?.typed(&lse, DType::F32)?.tensor(q)?.tensor(k)?.tensor(v)?;
-    sizes(&mut kernel, q, k, heads, &[q, k, v])?;
+    let kernel = Kernel::of(tiled.module, tiled.names[0], q)?.output("o", &output).output("lse", &lse);
+    let kernel = sizes(kernel.input("q", q).input("k", k).input("v", v), q, k, heads, &[q, k, v])?;
     kernel.launch([n.div_ceil(tiled.forward_rows), heads.count, batch], tiled.threads, tiled.forward_bytes)?;
     Ok((output.clone(), Some(Kept { output, lse })))
 }
@@ -65,15 +63,17 @@ pub(super) fn attention_bwd(
 
     let rows = batch * heads.count * n;
     let delta = unset(q, (batch, heads.count, n), DType::F32)?;
-    let mut kernel = Kernel::of(tiled.module, "attention_delta", q)?;
-    kernel.typed(&delta, DType::F32)?.tensor(cotangent)?.tensor(&kept.output)?;
-    kernel.int(batch).int(n).int(heads.count).int(d).launch([rows.div_ceil(8), 1, 1], 256, 0)?;
+    let kernel = Kernel::of(tiled.module, "attention_delta", q)?.output("delta", &delta);
+    let kernel = kernel.input("d_o", cotangent).input("o", &kept.output);
+    let kernel = kernel.int("batch", batch).int("n", n).int("heads", heads.count).int("d", d);
+    kernel.launch([rows.div_ceil(8), 1, 1], 256, 0)?;
 
     let d_q = unset(q, q.shape(), q.dtype())?;
-    let mut kernel = Kernel::of(tiled.module, tiled.names[1], q)?;
-    kernel.tensor(&d_q)?.tensor(cotangent)?.typed(&kept.lse, DType::F32)?.typed(&delta, DType::F32)?;
-    kernel.tensor(q)?.tensor(k)?.tensor(v)?;
-    sizes(&mut kernel, q, k, heads, &[q, k, v, cotangent])?;
+    let inputs = |kernel: Kernel| {
+        let kernel = kernel.input("d_o", cotangent).input("lse", &kept.lse).input("delta", &delta);
+        sizes(kernel.input("q", q).input("k", k).input("v", v), q, k, heads, &[q, k, v, cotangent])
+    };
+    let kernel = inputs(Kernel::of(tiled.module, tiled.names[1], q)?.output("d_q", &d_q))?;
     kernel.launch([n.div_ceil(tiled.backward_rows), heads.count, batch], tiled.threads, tiled.backward_bytes)?;
 
     // few keys: the queries are split among blocks, or most of the GPU would wait for a few
@@ -82,19 +82,12 @@ pub(super) fn attention_bwd(
         if heads.causal { 1 } else { (BLOCKS / (tiles * heads.count * batch).max(1)).clamp(1, n.div_ceil(128)) };
     let (d_k, d_v) = (unset(k, k.shape(), k.dtype())?, unset(v, v.shape(), v.dtype())?);
     let parts = if splits > 1 { Some(unset(k, (splits, 2, k.elem_count()), DType::F32)?) } else { None };
-    let mut kernel = Kernel::of(tiled.module, tiled.names[2], q)?;
-    kernel.tensor(&d_k)?.tensor(&d_v)?;
-    match &parts {
-        Some(parts) => kernel.typed(parts, DType::F32)?,
-        None => kernel.address(0),
-    };
-    kernel.int(splits).tensor(cotangent)?.typed(&kept.lse, DType::F32)?.typed(&delta, DType::F32)?;
-    kernel.tensor(q)?.tensor(k)?.tensor(v)?;
-    sizes(&mut kernel, q, k, heads, &[q, k, v, cotangent])?;
+    let kernel = Kernel::of(tiled.module, tiled.names[2], q)?.output("d_k", &d_k).output("d_v", &d_v);
+    let kernel = inputs(kernel.output_if_any("parts", parts.as_ref(), DType::F32).int("splits", splits))?;
     kernel.launch([tiles * splits, heads.count, batch], tiled.threads, tiled.backward_bytes)?;
     if let Some(parts) = &parts {
-        let mut kernel = Kernel::of(tiled.module, "attention_sum", k)?;
-        kernel.tensor(&d_k)?.tensor(&d_v)?.typed(parts, DType::F32)?.int(splits).int(k.elem_count());
+        let kernel = Kernel::of(tiled.module, "attention_sum", k)?.output("d_k", &d_k).output("d_v", &d_v);
+        let kernel = kernel.input("parts", parts).int("splits", splits).int("n", k.elem_count());
         kernel.launch([(2 * k.elem_count()).div_ceil(256), 1, 1], 256, 0)?;
     }
     Ok((d_q, d_k, d_v))

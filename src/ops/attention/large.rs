@@ -113,9 +113,8 @@ pub(super) fn attention_fwd(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) ->
     for (query, key, first, rows) in blocks(q, k, heads)? {
         let size = (rows, m, d);
         product(scores(&s), at(q, query), at(k, key), Transposed::Second, size, (1.0 / (d as f64).sqrt(), 0.0))?;
-        let mut kernel = Kernel::of("softmax", "softmax_fwd", q)?;
-        kernel.tensor(&p)?.typed(&s, DType::F32)?.int(m).int(first).int(heads.causal.into());
-        kernel.launch([rows, 1, 1], 256, 0)?;
+        let kernel = Kernel::of("softmax", "softmax_fwd", q)?.output("p", &p).input("s", &s);
+        kernel.int("m", m).int("first", first).flag("causal", heads.causal).launch([rows, 1, 1], 256, 0)?;
         product(at(&o, query), scores(&p), at(v, key), Transposed::Neither, (rows, d, m), (1.0, 0.0))?;
     }
     Ok(o)
@@ -143,9 +142,9 @@ pub(super) fn attention_bwd(
         let sum = if first == 0 { 0.0 } else { 1.0 };
         product(scores(&s), at(q, query), at(k, key), Transposed::Second, (rows, m, d), (scale, 0.0))?;
         product(scores(&d_p), at(cotangent, query), at(v, key), Transposed::Second, (rows, m, d), (1.0, 0.0))?;
-        let mut kernel = Kernel::of("softmax", "softmax_bwd", q)?;
-        kernel.tensor(&p)?.tensor(&d_s)?.typed(&s, DType::F32)?.typed(&d_p, DType::F32)?;
-        kernel.int(m).int(first).int(heads.causal.into()).launch([rows, 1, 1], 256, 0)?;
+        let kernel = Kernel::of("softmax", "softmax_bwd", q)?.output("p", &p).output("d_s", &d_s);
+        let kernel = kernel.input("s", &s).input("d_p", &d_p);
+        kernel.int("m", m).int("first", first).flag("causal", heads.causal).launch([rows, 1, 1], 256, 0)?;
         product(at(&d_v, key), scores(&p), at(cotangent, query), Transposed::First, (m, d, rows), (1.0, sum))?;
         product(at(&d_q, query), scores(&d_s), at(k, key), Transposed::Neither, (rows, d, m), (scale, 0.0))?;
         product(at(&d_k, key), scores(&d_s), at(q, query), Transposed::First, (m, d, rows), (scale, sum))?;

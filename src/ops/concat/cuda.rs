@@ -7,9 +7,10 @@ pub(super) fn concat_last_fwd(a: &Tensor, b: &Tensor, left: usize, right: usize)
     dims.pop();
     dims.push(left + right);
     let y = unset(a, dims, a.dtype())?;
-    let mut kernel = Kernel::of("elementwise", "concat_fwd", a)?;
-    kernel.tensor(&y)?.tensor(a)?.tensor(b)?.int(y.elem_count() / (left + right).max(1)).int(left).int(right);
-    kernel.launch_rows(y.elem_count(), &[left, right], &[&y, a, b])?;
+    let n = y.elem_count();
+    let kernel = Kernel::of("elementwise", "concat_fwd", a)?.output("y", &y).input("a", a).input("b", b);
+    let kernel = kernel.int("rows", n / (left + right).max(1)).int("left", left).int("right", right);
+    kernel.launch_rows(n, &[left, right])?;
     Ok(y)
 }
 
@@ -21,9 +22,10 @@ pub(super) fn concat_last_bwd(cotangent: &Tensor, left: usize, right: usize) -> 
         unset(cotangent, dims, cotangent.dtype())
     };
     let (a, b) = (part(left)?, part(right)?);
-    let mut kernel = Kernel::of("elementwise", "concat_bwd", cotangent)?;
-    kernel.tensor(&a)?.tensor(&b)?.tensor(cotangent)?.int(cotangent.elem_count() / (left + right).max(1));
-    kernel.int(left).int(right);
-    kernel.launch_rows(cotangent.elem_count(), &[left, right], &[&a, &b, cotangent])?;
+    let n = cotangent.elem_count();
+    let kernel = Kernel::of("elementwise", "concat_bwd", cotangent)?;
+    let kernel = kernel.output("a", &a).output("b", &b).input("y", cotangent);
+    let kernel = kernel.int("rows", n / (left + right).max(1)).int("left", left).int("right", right);
+    kernel.launch_rows(n, &[left, right])?;
     Ok((a, b))
 }

@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::Kernel;
 use crate::ops::activation::{Activation, activation_bwd, activation_fwd};
 use crate::ops::attention::{Heads, attention_bwd, attention_fwd};
 use crate::ops::concat::{concat_last_bwd, concat_last_fwd};
@@ -196,5 +197,28 @@ fn what_is_uploaded_in_pieces_arrives_whole() {
             let there = upload(&Tensor::from_vec(data.clone(), n, &Device::Cpu).unwrap(), compute.device()).unwrap();
             assert!(there.device().is_cuda() && there.to_vec1::<f32>().unwrap() == data);
         }
+    }
+}
+
+#[test]
+fn other_arguments_than_a_kernels_never_reach_a_gpu() {
+    for compute in gpus() {
+        let tensor = |dtype| Tensor::zeros(8, dtype, compute.device()).unwrap();
+        let (x, y, other) = (tensor(compute.dtype()), tensor(compute.dtype()), tensor(DType::F64));
+        let of = || Kernel::of("elementwise", "add", &x).unwrap();
+        let says = |kernel: Kernel, expected: &str| {
+            let message = kernel.launch_map(8).unwrap_err().to_string();
+            assert!(message.contains("the CUDA kernel add_") && message.contains(expected), "{message}");
+        };
+        says(of().output("y", &y).input("b", &x).input("a", &x).int("n", 8), "takes `a` in place 2, it was given `b`");
+        says(of().output("y", &y).input("a", &x).int("n", 8), "takes `b` in place 3, it was given `n`");
+        says(of().input("y", &y).input("a", &x).input("b", &x).int("n", 8), "as `y` (place 1), it was given Input");
+        says(of().output("y", &y).input("a", &other).input("b", &x).int("n", 8), "it was given Input(F64)");
+        says(of().output("y", &y).input("a", &x).input("b", &x).float("n", 8.0), "takes Int as `n` (place 4)");
+        says(of().output("y", &y).input("a", &x).input("b", &x).int("n", usize::MAX), "n");
+        // a temporary lives until the launch
+        of().output("y", &y).input("a", &x.affine(1.0, 2.0).unwrap()).input("b", &x).int("n", 8).launch_map(8).unwrap();
+        assert_eq!(y.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [2.0; 8]);
+        assert!(of().output("y", &y).launch([1, usize::MAX, 1], 32, 0).is_err());
     }
 }

@@ -8,9 +8,9 @@ const BLOCKS: usize = 528;
 /// Makes `slots[index]` (f64) NaN where `x` has a number that is none, and leaves it otherwise. Does not wait.
 pub(super) fn mark(slots: &Tensor, index: usize, x: &Tensor) -> Result<()> {
     let x = x.contiguous()?;
-    let mut kernel = Kernel::of("elementwise", "not_finite", &x)?;
-    kernel.typed(&slots.narrow(0, index, 1)?, DType::F64)?.tensor(&x)?.int(x.elem_count());
-    kernel.launch([x.elem_count().div_ceil(256).min(BLOCKS), 1, 1], 256, 0)
+    let (slot, n) = (slots.narrow(0, index, 1)?, x.elem_count());
+    let kernel = Kernel::of("elementwise", "not_finite", &x)?.output("slot", &slot).input("x", &x).int("n", n);
+    kernel.launch([n.div_ceil(256).min(BLOCKS), 1, 1], 256, 0)
 }
 
 pub(super) fn is_finite(x: &Tensor) -> Result<bool> {

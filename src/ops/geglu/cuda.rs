@@ -10,9 +10,8 @@ pub(super) fn geglu_fwd(x: &Tensor) -> Result<Tensor> {
     dims.pop();
     dims.push(features);
     let y = unset(x, dims, x.dtype())?;
-    let mut kernel = Kernel::of("elementwise", "geglu_fwd", x)?;
-    kernel.tensor(&y)?.tensor(x)?.int(rows).int(features);
-    kernel.launch_rows(rows * features, &[features], &[&y, x])?;
+    let kernel = Kernel::of("elementwise", "geglu_fwd", x)?.output("y", &y).input("x", x);
+    kernel.int("rows", rows).int("features", features).launch_rows(rows * features, &[features])?;
     Ok(y)
 }
 
@@ -20,8 +19,7 @@ pub(super) fn geglu_bwd(cotangent: &Tensor, x: &Tensor) -> Result<Tensor> {
     let features = half(x)?;
     let rows = x.elem_count() / (2 * features);
     let dx = unset(x, x.shape(), x.dtype())?;
-    let mut kernel = Kernel::of("elementwise", "geglu_bwd", x)?;
-    kernel.tensor(&dx)?.tensor(cotangent)?.tensor(x)?.int(rows).int(features);
-    kernel.launch_rows(rows * features, &[features], &[&dx, cotangent, x])?;
+    let kernel = Kernel::of("elementwise", "geglu_bwd", x)?.output("dx", &dx).input("dy", cotangent).input("x", x);
+    kernel.int("rows", rows).int("features", features).launch_rows(rows * features, &[features])?;
     Ok(dx)
 }

@@ -56,9 +56,11 @@ impl Plan {
         unset(like, 2 * self.batch * self.groups * self.chunks, DType::F32)
     }
 
-    fn launch(&self, kernel: &mut Kernel) -> Result<()> {
-        kernel.int(self.pixels).int(self.channels).int(self.channels / self.groups).int(self.tile);
-        kernel.int(self.chunk_pixels).int(self.vector.into());
+    /// Launches with the sizes, which all four kernels end with.
+    fn launch(&self, kernel: Kernel) -> Result<()> {
+        let kernel = kernel.int("pixels", self.pixels).int("channels", self.channels);
+        let kernel = kernel.int("per_group", self.channels / self.groups).int("tile_groups", self.tile);
+        let kernel = kernel.int("chunk_pixels", self.chunk_pixels).flag("vector", self.vector);
         // two sums of every number of a row of threads, four numbers of every group
         let shared = 4 * (2 * self.threads * if self.vector { VECTOR } else { 1 } + 4 * self.tile);
         kernel.launch([self.chunks, self.groups.div_ceil(self.tile), self.batch], self.threads, shared)
@@ -67,9 +69,7 @@ impl Plan {
     /// The sums that the statistics follow from.
     fn sums(&self, x: &Tensor) -> Result<Tensor> {
         let partial = self.partial(x)?;
-        let mut kernel = Kernel::of("norm", "group_norm_sums", x)?;
-        kernel.typed(&partial, DType::F32)?.tensor(x)?;
-        self.launch(&mut kernel)?;
+        self.launch(Kernel::of("norm", "group_norm_sums", x)?.output("partial", &partial).input("x", x))?;
         Ok(partial)
     }
 }
@@ -78,10 +78,9 @@ pub(super) fn group_norm_fwd(x: &Tensor, norm: &GroupNorm) -> Result<Tensor> {
     let y = unset(x, x.shape(), x.dtype())?;
     let plan = Plan::new(&[x, &y, &norm.weight, &norm.bias], norm)?;
     let partial = plan.sums(x)?;
-    let mut kernel = Kernel::of("norm", "group_norm_apply", x)?;
-    kernel.tensor(&y)?.tensor(x)?.tensor(&norm.weight)?.tensor(&norm.bias)?.typed(&partial, DType::F32)?;
-    kernel.float(norm.eps).int(norm.silu.into());
-    plan.launch(&mut kernel)?;
+    let kernel = Kernel::of("norm", "group_norm_apply", x)?.output("y", &y).input("x", x);
+    let kernel = kernel.input("weight", &norm.weight).input("bias", &norm.bias).input("partial", &partial);
+    plan.launch(kernel.float("eps", norm.eps).flag("silu", norm.silu))?;
     Ok(y)
 }
 
@@ -90,13 +89,12 @@ pub(super) fn group_norm_bwd(cotangent: &Tensor, x: &Tensor, norm: &GroupNorm) -
     let plan = Plan::new(&[x, cotangent, &dx, &norm.weight, &norm.bias], norm)?;
     let partial = plan.sums(x)?;
     let d_partial = plan.partial(x)?;
-    let mut kernel = Kernel::of("norm", "group_norm_bwd_sums", x)?;
-    kernel.typed(&d_partial, DType::F32)?.tensor(cotangent)?.tensor(x)?.tensor(&norm.weight)?.tensor(&norm.bias)?;
-    kernel.typed(&partial, DType::F32)?.float(norm.eps).int(norm.silu.into());
-    plan.launch(&mut kernel)?;
-    let mut kernel = Kernel::of("norm", "group_norm_bwd_apply", x)?;
-    kernel.tensor(&dx)?.tensor(cotangent)?.tensor(x)?.tensor(&norm.weight)?.tensor(&norm.bias)?;
-    kernel.typed(&partial, DType::F32)?.typed(&d_partial, DType::F32)?.float(norm.eps).int(norm.silu.into());
-    plan.launch(&mut kernel)?;
+    let kernel = Kernel::of("norm", "group_norm_bwd_sums", x)?.output("d_partial", &d_partial);
+    let kernel = kernel.input("dy", cotangent).input("x", x).input("weight", &norm.weight).input("bias", &norm.bias);
+    plan.launch(kernel.input("partial", &partial).float("eps", norm.eps).flag("silu", norm.silu))?;
+    let kernel = Kernel::of("norm", "group_norm_bwd_apply", x)?.output("dx", &dx);
+    let kernel = kernel.input("dy", cotangent).input("x", x).input("weight", &norm.weight).input("bias", &norm.bias);
+    let kernel = kernel.input("partial", &partial).input("d_partial", &d_partial);
+    plan.launch(kernel.float("eps", norm.eps).flag("silu", norm.silu))?;
     Ok(dx)
 }

@@ -28,9 +28,8 @@ fn blocks(h: usize, w: usize) -> usize {
 fn coefficients(pixels: &Tensor, constants: &Tensor) -> Result<Tensor> {
     let (batch, h, w) = dims(pixels)?;
     let u = unset(pixels, (batch, blocks(h, w), 64), DType::F64)?;
-    let mut kernel = Kernel::of("jpeg", "jpeg_coefficients", pixels)?;
-    kernel.typed(&u, DType::F64)?.tensor(pixels)?.typed(constants, DType::F64)?.int(h).int(w);
-    kernel.launch([blocks(h, w), batch, 1], 64, 0)?;
+    let kernel = Kernel::of("jpeg", "jpeg_coefficients", pixels)?.output("u", &u).input("pixels", pixels);
+    kernel.input("jpeg", constants).int("h", h).int("w", w).launch([blocks(h, w), batch, 1], 64, 0)?;
     Ok(u)
 }
 
@@ -39,13 +38,12 @@ pub(super) fn jpeg_size_fwd(pixels: &Tensor) -> Result<Tensor> {
     let constants = constants(pixels)?;
     let u = coefficients(pixels, &constants)?;
     let parts = unset(pixels, (batch, PARTS), DType::F64)?;
-    let mut kernel = Kernel::of("jpeg", "jpeg_bytes", pixels)?;
-    kernel.typed(&parts, DType::F64)?.typed(&u, DType::F64)?.typed(&constants, DType::F64)?;
-    kernel.int(blocks(h, w)).int(h).int(w).launch([PARTS, batch, 1], 256, 0)?;
+    let kernel = Kernel::of("jpeg", "jpeg_bytes", pixels)?.output("parts", &parts).input("u", &u);
+    let kernel = kernel.input("jpeg", &constants).int("blocks", blocks(h, w)).int("h", h).int("w", w);
+    kernel.launch([PARTS, batch, 1], 256, 0)?;
     let sizes = unset(pixels, batch, pixels.dtype())?;
-    let mut kernel = Kernel::of("jpeg", "jpeg_total", pixels)?;
-    kernel.tensor(&sizes)?.typed(&parts, DType::F64)?.typed(&constants, DType::F64)?.int(PARTS);
-    kernel.launch([batch, 1, 1], 64, 0)?;
+    let kernel = Kernel::of("jpeg", "jpeg_total", pixels)?.output("sizes", &sizes).input("parts", &parts);
+    kernel.input("jpeg", &constants).int("count", PARTS).launch([batch, 1, 1], 64, 0)?;
     Ok(sizes)
 }
 
@@ -54,12 +52,12 @@ pub(super) fn jpeg_size_bwd(cotangent: &Tensor, pixels: &Tensor) -> Result<Tenso
     let constants = constants(pixels)?;
     let u = coefficients(pixels, &constants)?;
     let d = unset(pixels, u.shape(), DType::F64)?;
-    let mut kernel = Kernel::of("jpeg", "jpeg_slopes", pixels)?;
-    kernel.typed(&d, DType::F64)?.typed(&u, DType::F64)?.tensor(cotangent)?.typed(&constants, DType::F64)?;
-    kernel.int(h).int(w).launch([blocks(h, w), batch, 1], 64, 0)?;
+    let kernel = Kernel::of("jpeg", "jpeg_slopes", pixels)?.output("d", &d).input("u", &u);
+    let kernel = kernel.input("cotangent", cotangent).input("jpeg", &constants);
+    kernel.int("h", h).int("w", w).launch([blocks(h, w), batch, 1], 64, 0)?;
     let gradient = unset(pixels, pixels.shape(), pixels.dtype())?;
-    let mut kernel = Kernel::of("jpeg", "jpeg_gather", pixels)?;
-    kernel.tensor(&gradient)?.typed(&d, DType::F64)?.typed(&constants, DType::F64)?.int(batch).int(h).int(w);
+    let kernel = Kernel::of("jpeg", "jpeg_gather", pixels)?.output("gradient", &gradient).input("d", &d);
+    let kernel = kernel.input("jpeg", &constants).int("batch", batch).int("h", h).int("w", w);
     kernel.launch([(batch * h * w).div_ceil(256), 1, 1], 256, 0)?;
     Ok(gradient)
 }

@@ -78,6 +78,7 @@ impl SingleFile {
             replace_configs(&mut configs, folder)?;
         }
         let scheduler = configs.get_mut("scheduler/scheduler_config.json").context("a scheduler")?;
+        let class = scheduler["_class_name"].clone();
         match (&model.prediction_type, &prediction) {
             (Some(asked), found) => {
                 let asked = asked.as_str();
@@ -93,6 +94,9 @@ impl SingleFile {
             _ => {}
         }
         let v = scheduler["prediction_type"] == "v_prediction";
+        if let Some(index) = configs.get_mut("model_index.json").filter(|_| class.is_string()) {
+            index["scheduler"][1] = class;
+        }
         if folder.is_none()
             && let Some(unet) = configs.get_mut("unet/config.json")
         {

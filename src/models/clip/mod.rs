@@ -2,12 +2,14 @@
 //! open_clip. Frozen; images are differentiable. Inside, a tower computes in the number format of its weights; pixels and
 //! embeddings are f32, and so is all that is made of them.
 
+mod pixels;
 mod towers;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
+pub use pixels::PixelStatistics;
 use towers::{Layout, TowerConfig};
 pub use towers::{TextTower, VisionTower};
 
@@ -171,6 +173,8 @@ impl OpenClipConfig {
 /// Images and texts in one space.
 pub struct Clip {
     pub vision: VisionTower,
+    /// How the vision tower's pixels are normalised.
+    pub pixels: PixelStatistics,
     /// Absent where only the vision tower was loaded.
     pub text: Option<TextTower>,
 }
@@ -210,7 +214,7 @@ impl Clip {
                 .with_context(|| format!("loading the text tower of {}", source.label()))?,
             ),
         };
-        Ok(Self { vision, text })
+        Ok(Self { vision, pixels: PixelStatistics::of_transformers(source)?, text })
     }
 
     /// The vision tower of CLIP ViT-L/14, 768 features, alone.
@@ -231,11 +235,11 @@ impl Clip {
             config.patch_size,
             768,
         )?;
-        Ok(Self { vision, text: None })
+        Ok(Self { vision, pixels: PixelStatistics::OPENAI, text: None })
     }
 
     /// An open_clip model; `weights` has its `state_dict`'s keys.
-    pub fn load_open_clip(weights: &Weights, config: &OpenClipConfig) -> Result<Self> {
+    pub fn load_open_clip(weights: &Weights, config: &OpenClipConfig, pixels: PixelStatistics) -> Result<Self> {
         let act = if config.quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
         let (v, t) = (&config.vision_cfg, &config.text_cfg);
         if v.head_width == 0 || t.heads == 0 || v.width % v.head_width != 0 || t.width % t.heads != 0 {
@@ -272,6 +276,7 @@ impl Clip {
                 v.patch_size,
                 config.embed_dim,
             )?,
+            pixels,
             text: Some(TextTower::load(
                 weights,
                 &text,

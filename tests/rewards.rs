@@ -5,7 +5,8 @@ mod support;
 use std::sync::Arc;
 
 use alignprop::config::{
-    AestheticConfig, Checkpointing, ClipScoreConfig, CompressibilityConfig, Config, ModelConfig, Prompt, RewardsConfig,
+    AestheticConfig, Checkpointing, ClipScoreConfig, CompressibilityConfig, Config, HpsConfig, ModelConfig, Prompt,
+    RewardsConfig,
 };
 use alignprop::diffusion::{Noise, Stream};
 use alignprop::lora::Adapters;
@@ -214,4 +215,38 @@ fn a_tower_with_pixel_statistics_of_its_own_scores_as_one_with_openais_whose_wei
         let (rounding, effect) = ((own[reward] - twin[reward]).abs(), (own[reward] - plain[reward]).abs());
         assert!(rounding < 1e-3 && rounding < 0.1 * effect, "{own:?} {twin:?} {plain:?}");
     }
+}
+
+#[test]
+fn an_open_clip_model_takes_the_pixel_statistics_of_its_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let score = |name: &str, files: &[(&str, &str)], config: Option<&str>| {
+        let model = folder.path().join(name);
+        support::copy_folder(&fixture("tiny-sd15/hps"), &model);
+        for (file, added) in files {
+            let old = std::fs::read_to_string(model.join(file)).unwrap_or("{ }".into());
+            let start = old.trim_end().strip_suffix('}').unwrap().trim_end();
+            let comma = if start.ends_with('{') { "" } else { "," };
+            std::fs::write(model.join(file), format!("{start}{comma} {added}}}")).unwrap();
+        }
+        let config = RewardsConfig {
+            hps: Some(HpsConfig {
+                file: "HPS_tiny.pt".into(),
+                config: config.map(|file| text(model.join(file))),
+                model: text(model),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let rewards = Rewards::load(&config, &tokenizer()).unwrap();
+        rewards.scores(&images(1), &["a red dog".into()]).unwrap()[0][0]
+    };
+    let open_clip = ("open_clip_config.json", r#""preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7]}"#);
+    let transformers = ("preprocessor_config.json", r#""image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]"#);
+    let other = ("preprocessor_config.json", r#""image_mean": 0.1, "image_std": 0.9"#);
+    let own = score("own", &[open_clip], None);
+    assert!((own - score("plain", &[], None)).abs() > 1e-4);
+    assert_eq!(own, score("transformers", &[transformers], None));
+    assert_eq!(own, score("both", &[open_clip, other], None));
+    assert_eq!(own, score("named", &[open_clip, other], Some("open_clip_config.json")));
 }

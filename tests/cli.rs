@@ -481,6 +481,66 @@ fn architectures_that_are_not_supported_are_named() {
 }
 
 #[test]
+fn a_unet_without_a_middle_block_paints_as_one_whose_middle_block_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let [without, idle] = ["without", "idle"].map(|name| folder.path().join(name));
+    for model in [&without, &idle] {
+        copy_folder(&fixture("tiny-sd21/model"), model);
+    }
+    edit(
+        &without.join("unet/config.json"),
+        "\"mid_block_type\": \"UNetMidBlock2DCrossAttn\"",
+        "\"mid_block_type\": null",
+    );
+    let nothing = ["resnets.0.conv2", "resnets.1.conv2", "attentions.0.proj_out"];
+    for file in listing(&idle.join("unet")).iter().filter(|name| name.ends_with(".safetensors")) {
+        let file = idle.join("unet").join(file);
+        for name in read_tensors(&file).into_keys() {
+            let layer = name.strip_prefix("mid_block.").and_then(|name| name.rsplit_once('.'));
+            if layer.is_some_and(|(layer, _)| nothing.contains(&layer)) {
+                change_tensor(&file, &name, |t| t.affine(0.0, 0.0));
+            }
+        }
+    }
+    let paint = |model: &Path, height: &str| {
+        let out = folder.path().join("x.safetensors");
+        let line = ["sample", "--model", &text(model), "--prompt", "a boat", "--steps", "3", "--height", height];
+        succeeds(
+            folder.path(),
+            &[&line[..], &["--width", "64", "-o", "x.png", "--save-tensors", &text(&out)]].concat(),
+        );
+        numbers(&read_tensors(&out)["latents"])
+    };
+    let (without, idle) = (paint(&without, "72"), paint(&idle, "72"));
+    // the idle block adds zeros
+    let far = without.iter().zip(&idle).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    assert!(far < 1e-5, "{far}");
+}
+
+#[test]
+fn old_configs_are_read_as_diffusers_repairs_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let [now, old] = ["now", "old"].map(|name| folder.path().join(name));
+    for model in [&now, &old] {
+        copy_folder(&fixture("tiny-sd21/model"), model);
+    }
+    edit(&old.join("scheduler/scheduler_config.json"), "\"steps_offset\": 1", "\"steps_offset\": 0");
+    edit(&old.join("scheduler/scheduler_config.json"), "\"clip_sample\": false", "\"clip_sample\": true");
+    let paint = |model: &Path| {
+        let output = alignprop(folder.path()).args(sample_line(&text(model), &[])).assert().success();
+        let stderr = String::from_utf8_lossy(&output.get_output().stderr).into_owned();
+        (fs::read(folder.path().join("out.png")).unwrap(), stderr)
+    };
+    let ((right, quiet), (repaired, said)) = (paint(&now), paint(&old));
+    assert_eq!(decode(&right), decode(&repaired));
+    assert!(!quiet.contains("warning"), "{quiet}");
+    for key in ["steps_offset = 0", "clip_sample"] {
+        assert_eq!(said.lines().filter(|line| line.contains(key)).count(), 1, "{said}");
+    }
+    assert!(said.contains("scheduler_config.json"), "{said}");
+}
+
+#[test]
 fn a_vae_of_another_class_is_named() {
     let tiny = |model: &Path| edit(&model.join("vae/config.json"), "\"AutoencoderKL\"", "\"AutoencoderTiny\"");
     assert_model_fails("tiny-sd21", tiny, &["vae/config.json", "AutoencoderTiny", "AutoencoderKL"]);

@@ -150,6 +150,56 @@ fn a_ckpt_is_read_with_a_warning_and_its_step_tells_its_prediction() {
 }
 
 #[test]
+fn marks_in_a_single_file_say_its_prediction() {
+    let folder = tempfile::tempdir().unwrap();
+    let wide = folder.path().join("wide");
+    original::widen(&fixture("tiny-sd15/model"), 8, &wide);
+    copy_folder(&wide.join("tokenizer"), &folder.path().join("tokenizer"));
+    let tensors = original::checkpoint(&wide);
+    let file = folder.path().join("x.safetensors");
+    let paint = |marks: &[&str], header: &[(&str, &str)], more: &[&str]| {
+        let mut tensors = tensors.clone();
+        for mark in marks {
+            tensors.insert((*mark).to_owned(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap());
+        }
+        original::save(&tensors, header, &file);
+        let (painted, warnings) = sample(folder.path(), "x.safetensors", more);
+        (numbers(&painted["latents"]), warnings)
+    };
+    let v = paint(&[], &[], &["--set", "model.prediction_type=v_prediction"]).0;
+    let epsilon = paint(&[], &[], &[]).0;
+    assert!(v != epsilon);
+    let (marked, warnings) = paint(&["v_pred"], &[], &[]);
+    assert!(marked == v && !warnings.contains("warning"), "{warnings}");
+    // what the user asks for counts, and a contradiction is said
+    let (asked, warnings) = paint(&["v_pred", "ztsnr"], &[], &["--set", "model.prediction_type=epsilon"]);
+    assert!(asked == epsilon && warnings.contains("model.prediction_type = epsilon counts"), "{warnings}");
+    let (marked, warnings) = paint(&["v_pred"], &[("modelspec.prediction_type", "epsilon")], &[]);
+    assert!(marked == v && warnings.contains("`v_pred`") && warnings.contains("modelspec"), "{warnings}");
+
+    // zero terminal SNR, as in a folder that says so
+    let scheduler = wide.join("scheduler/scheduler_config.json");
+    edit(&scheduler, "\"epsilon\"", "\"v_prediction\"");
+    edit(&scheduler, "\"rescale_betas_zero_snr\": false", "\"rescale_betas_zero_snr\": true");
+    edit(&scheduler, "\"leading\"", "\"trailing\"");
+    let whole = numbers(&sample(folder.path(), "wide", &[]).0["latents"]);
+    let (marked, warnings) = paint(&["v_pred", "ztsnr"], &[], &[]);
+    assert!(marked == whole && marked != v && warnings.contains("`ztsnr`"), "{warnings}");
+    // alone it says nothing of the prediction
+    assert!(paint(&["ztsnr"], &[], &[]).0 == epsilon);
+    original::save(
+        &tensors
+            .clone()
+            .into_iter()
+            .chain([("edm_mean".to_owned(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap())])
+            .collect(),
+        &[],
+        &file,
+    );
+    fails(folder.path(), &["sample", "--prompt", "a", "--model", "x.safetensors", "-o", "y.png"], &["edm_mean", "EDM"]);
+}
+
+#[test]
 fn what_is_no_whole_single_file_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let model = fixture("tiny-sd15/model");

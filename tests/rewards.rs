@@ -5,7 +5,8 @@ mod support;
 use std::sync::Arc;
 
 use alignprop::config::{
-    AestheticConfig, Checkpointing, ClipScoreConfig, CompressibilityConfig, Config, ModelConfig, Prompt, RewardsConfig,
+    AestheticConfig, Checkpointing, ClipScoreConfig, CompressibilityConfig, Config, HpsConfig, ModelConfig, Prompt,
+    RewardsConfig,
 };
 use alignprop::diffusion::{Noise, Stream};
 use alignprop::lora::Adapters;
@@ -172,4 +173,80 @@ fn the_guard_reports_a_score_that_reads_fields() {
     let line = guard.with_held_out(with_count(2.0)).evaluate(&with_count(0.0), image).unwrap();
     let size = line["guard/held_out/compressibility"].as_f64().unwrap();
     assert!((line["guard/held_out"].as_f64().unwrap() - (2.0 * 3.5 + size)).abs() < 1e-9);
+}
+
+#[test]
+fn a_tower_with_pixel_statistics_of_its_own_scores_as_one_with_openais_whose_weights_take_them_up() {
+    let (mean, std) = ([0.2f64, 0.5, 0.6], [0.3f64, 0.7, 0.4]);
+    let (openai_mean, openai_std) = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]);
+    let folder = tempfile::tempdir().unwrap();
+    let [own, twin] = ["own", "twin"].map(|name| folder.path().join(name));
+    for clip in [&own, &twin] {
+        support::copy_folder(&fixture("tiny-sd21/clip"), clip);
+    }
+    let about = format!(r#"{{"image_mean": {mean:?}, "image_std": {std:?}}}"#);
+    std::fs::write(own.join("preprocessor_config.json"), about).unwrap();
+    // (x - mean) / std = (openai_std / std) y + (openai_mean - mean) / std, where y is normalised as OpenAI's
+    let per_colour = |values: [f64; 3]| Tensor::new(&values.map(|v| v as f32), &Device::Cpu).unwrap();
+    let scale = per_colour([0, 1, 2].map(|c| openai_std[c] / std[c])).reshape((1, 3, 1, 1)).unwrap();
+    let offset = per_colour([0, 1, 2].map(|c| (openai_mean[c] - mean[c]) / std[c])).reshape((1, 3)).unwrap();
+    let (file, vision) = (twin.join("model.safetensors"), "vision_model.embeddings.");
+    let kernel = format!("{vision}patch_embedding.weight");
+    let sums = support::read_tensors(&file)[&kernel].to_dtype(candle_core::DType::F32).unwrap().sum((2, 3)).unwrap();
+    let shift = sums.broadcast_mul(&offset).unwrap().sum(1).unwrap();
+    support::change_tensor(&file, &kernel, |kernel| kernel.broadcast_mul(&scale));
+    support::change_tensor(&file, &format!("{vision}position_embedding.weight"), |positions| {
+        let patches = positions.narrow(0, 1, positions.dims()[0] - 1)?.broadcast_add(&shift)?;
+        Tensor::cat(&[positions.narrow(0, 0, 1)?, patches], 0)
+    });
+    let scores = |clip: &std::path::Path| {
+        let head = text(fixture("tiny-sd21/aesthetic_head.safetensors"));
+        let config = RewardsConfig {
+            aesthetic: Some(AestheticConfig { clip: text(clip), head, ..Default::default() }),
+            clip_score: Some(ClipScoreConfig { model: text(clip), ..Default::default() }),
+            ..Default::default()
+        };
+        let rewards = Rewards::load(&config, &tokenizer()).unwrap();
+        rewards.scores(&images(1), &["a red dog".into()]).unwrap().concat()
+    };
+    let (own, twin, plain) = (scores(&own), scores(&twin), scores(&fixture("tiny-sd21/clip")));
+    for reward in 0..2 {
+        // the twin's weights are rounded to the format of their file once more
+        let (rounding, effect) = ((own[reward] - twin[reward]).abs(), (own[reward] - plain[reward]).abs());
+        assert!(rounding < 1e-3 && rounding < 0.1 * effect, "{own:?} {twin:?} {plain:?}");
+    }
+}
+
+#[test]
+fn an_open_clip_model_takes_the_pixel_statistics_of_its_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let score = |name: &str, files: &[(&str, &str)], config: Option<&str>| {
+        let model = folder.path().join(name);
+        support::copy_folder(&fixture("tiny-sd15/hps"), &model);
+        for (file, added) in files {
+            let old = std::fs::read_to_string(model.join(file)).unwrap_or("{ }".into());
+            let start = old.trim_end().strip_suffix('}').unwrap().trim_end();
+            let comma = if start.ends_with('{') { "" } else { "," };
+            std::fs::write(model.join(file), format!("{start}{comma} {added}}}")).unwrap();
+        }
+        let config = RewardsConfig {
+            hps: Some(HpsConfig {
+                file: "HPS_tiny.pt".into(),
+                config: config.map(|file| text(model.join(file))),
+                model: text(model),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let rewards = Rewards::load(&config, &tokenizer()).unwrap();
+        rewards.scores(&images(1), &["a red dog".into()]).unwrap()[0][0]
+    };
+    let open_clip = ("open_clip_config.json", r#""preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7]}"#);
+    let transformers = ("preprocessor_config.json", r#""image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]"#);
+    let other = ("preprocessor_config.json", r#""image_mean": 0.1, "image_std": 0.9"#);
+    let own = score("own", &[open_clip], None);
+    assert!((own - score("plain", &[], None)).abs() > 1e-4);
+    assert_eq!(own, score("transformers", &[transformers], None));
+    assert_eq!(own, score("both", &[open_clip, other], None));
+    assert_eq!(own, score("named", &[open_clip, other], Some("open_clip_config.json")));
 }

@@ -19,6 +19,7 @@ use crate::config::{
 use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
 use crate::models::Pipeline;
+use crate::models::clip::PixelStatistics;
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
@@ -475,7 +476,8 @@ impl Subject<'_> {
 
         let images = part("reward_image")?;
         let side = part("clip_input")?.dims4()?.2;
-        let preprocessor = Preprocessor::new(Preprocess::Alignprop, side, self.compute.device())?;
+        let preprocessor =
+            Preprocessor::new(Preprocess::Alignprop, side, &PixelStatistics::OPENAI, self.compute.device())?;
         let pixels = preprocessor.apply(&Value::constant(images))?.into_tensor();
         report.compare("preprocessing", "clip_input", &pixels, part("clip_input")?, self.bounds.parts)?;
         for (kind, scores, gradient) in [

@@ -109,8 +109,11 @@ pub struct DdimSchedule {
 
 impl DdimSchedule {
     /// The schedule of a pipeline.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and a scheduler for which DDIM cannot stand in.
     pub fn load(pipeline: &Source, num_inference_steps: usize, eta: f64) -> Result<Self> {
-        let config: SchedulerConfig = pipeline.sub("scheduler").read_json("scheduler_config.json")?;
+        let config = super::scheduler::load(pipeline)?;
         Self::new(&config, num_inference_steps, eta).with_context(|| format!("the scheduler of {}", pipeline.label()))
     }
 
@@ -120,10 +123,6 @@ impl DdimSchedule {
         let train = config.num_train_timesteps;
         if num_inference_steps == 0 || num_inference_steps > train {
             bail!("sampler.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
-        }
-        // clipping is meant for pixels; diffusers' Stable Diffusion pipeline turns it off, too
-        if config.clip_sample == Some(true) {
-            eprintln!("warning: scheduler_config.json has clip_sample = true, which latents do not use; it is ignored");
         }
         if config.thresholding {
             bail!("scheduler_config.json asks for thresholding, which latent diffusion does not use; set it to false");

@@ -3,6 +3,7 @@
 pub mod ddim;
 pub mod guidance;
 pub mod noise;
+mod scheduler;
 
 pub use ddim::{DdimSchedule, DdimStep, SchedulerConfig};
 pub use noise::{Noise, Stream, place};

@@ -147,7 +147,7 @@ impl Source {
     ///
     /// # Errors
     /// As [`Source::find`].
-    pub(super) fn has_text(&self, file: &str) -> Result<bool> {
+    pub(crate) fn has_text(&self, file: &str) -> Result<bool> {
         Ok(self.config_of_single_file(file).is_some() || self.find(file)?.is_some())
     }
 
@@ -190,6 +190,25 @@ impl Source {
             key if key == "." => anyhow!("{}: {}", path.display(), e.inner()),
             key => anyhow!("{}: `{key}`: {}", path.display(), e.inner()),
         })
+    }
+
+    /// Whether a JSON file has this key with a null, where that is not as good as no key.
+    ///
+    /// # Errors
+    /// As [`Source::read_json`].
+    pub(super) fn has_null(&self, file: &str, key: &str) -> Result<bool> {
+        let text = self.read_text(file)?;
+        let json: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| anyhow!("{}: {file}: {e}", self.label()))?;
+        Ok(json.get(key).is_some_and(serde_json::Value::is_null))
+    }
+
+    /// Whether there is such a file. Downloads nothing.
+    pub(super) fn has(&self, file: &str) -> Result<bool> {
+        match &self.root {
+            Root::Hub(hub) => Ok(hub.has(&format!("{}{file}", self.prefix))),
+            Root::Local(_) | Root::File(_) => Ok(self.find(file)?.is_some()),
+        }
     }
 
     /// The folder, or `owner/name[@revision][:folder]`: for messages.
@@ -338,6 +357,14 @@ impl Hub {
             // Something of the repository is cached: work with that, as HF_HUB_OFFLINE would.
             Err(_) if self.cached_commit().is_some() => Ok(cached),
             Err(failure) => Err(anyhow!("cannot get `{file}` of {}: {failure}; {}", self.label(), self.hint(failure))),
+        }
+    }
+
+    /// As far as the cache or the repository's listing tells.
+    fn has(&self, file: &str) -> bool {
+        match self.listing.get() {
+            Some(Ok(listing)) => listing.files.contains(file),
+            _ => self.cached_commit().is_some_and(|commit| self.cached(&commit, file).is_some()),
         }
     }
 

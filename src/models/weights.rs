@@ -70,7 +70,8 @@ pub struct Renamed {
 
 impl Weights {
     /// The weights called `stem` (`model`, `diffusion_pytorch_model`) in a folder, as transformers and diffusers lay
-    /// them out: one safetensors file, else the shards of an index, else a pickle.
+    /// them out: one safetensors file or the shards of an index, else a pickle. Where there are both, one is older;
+    /// diffusers takes the index and transformers (`model`) the file, and so does this, with a warning.
     ///
     /// A component without the asked `variant` gives its plain files, as in diffusers, where pipelines mix the two;
     /// without an asked variant, a folder that has only a variant gives that.
@@ -88,12 +89,23 @@ impl Weights {
         let mut tried = Vec::new();
         for dot in variants.iter().map(|v| v.map_or(String::new(), |v| format!(".{v}"))) {
             let whole = format!("{stem}{dot}.safetensors");
+            let index = format!("{stem}.safetensors.index{dot}.json");
+            let indexed = source.find(&index)?.is_some();
+            let both = indexed && source.has(&whole)?;
+            let index_counts = indexed && !(both && stem == "model");
+            if both {
+                let (taken, left, tool) =
+                    if index_counts { (&index, &whole, "diffusers") } else { (&whole, &index, "transformers") };
+                eprintln!(
+                    "warning: {} holds both {taken} and {left}; {taken} is read, as {tool} does; delete what is out of date",
+                    source.label()
+                );
+            }
+            if index_counts {
+                return Self::open_shards(source, &index);
+            }
             if let Some(path) = source.find(&whole)? {
                 return Self::open_file(&path);
-            }
-            let index = format!("{stem}.safetensors.index{dot}.json");
-            if source.find(&index)?.is_some() {
-                return Self::open_shards(source, &index);
             }
             tried.extend([whole, index]);
         }
@@ -142,7 +154,9 @@ impl Weights {
         let Index { weight_map } = source.read_json(index)?;
         let mut files = Files::new(&source.require(index)?);
         for shard in weight_map.values().collect::<BTreeSet<_>>() {
-            let path = source.require(shard).with_context(|| format!("a shard named in {}", files.label))?;
+            let path = source.require(shard).with_context(|| {
+                format!("a shard named in {} (delete that index if another file holds the weights)", files.label)
+            })?;
             files.add_safetensors(&path, map_file(&path)?)?;
         }
         if let Some((key, shard)) = weight_map.iter().find(|(key, _)| !files.entries.contains_key(*key)) {
@@ -589,6 +603,26 @@ mod tests {
         assert_eq!(values(&weights.get("b", &[3]).unwrap()), values(&counted(&[3])));
         index(r#""a": "model-1.safetensors", "c": "model-1.safetensors""#);
         assert!(error(Weights::open(&source, "model", None)).contains("`c` should be in model-1.safetensors"));
+    }
+
+    #[test]
+    fn of_a_whole_file_and_an_index_the_one_counts_that_the_tools_take() {
+        for (stem, taken) in [("diffusion_pytorch_model", 3), ("model", 5)] {
+            let dir = tempfile::tempdir().unwrap();
+            let source = Source::open(dir.path().to_str().unwrap()).unwrap();
+            let file = |name: &str| dir.path().join(name);
+            save(&file("shard.safetensors"), &[("x", counted(&[3]))]);
+            save(&file(&format!("{stem}.safetensors")), &[("x", counted(&[5]))]);
+            let index = r#"{"weight_map": {"x": "shard.safetensors"}}"#;
+            fs::write(file(&format!("{stem}.safetensors.index.json")), index).unwrap();
+            let weights = Weights::open(&source, stem, None).unwrap();
+            assert_eq!(weights.shape("x"), Some(vec![taken]), "{stem}");
+            if taken == 3 {
+                fs::remove_file(file("shard.safetensors")).unwrap();
+                let e = error(Weights::open(&source, stem, None));
+                assert!(e.contains("index.json") && e.contains("shard.safetensors"), "{e}");
+            }
+        }
     }
 
     #[test]

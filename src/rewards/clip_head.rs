@@ -67,24 +67,48 @@ impl Differentiable for ClipHead {
 pub(super) fn aesthetic(config: &AestheticConfig, towers: &mut Towers) -> Result<Judge> {
     let file = resolve_file(&config.head, "aesthetic-model.pth")?;
     let weights = Weights::open_file(&file)?.on(&towers.compute.in_f32());
-    let mut layers: Vec<(usize, String)> = weights
-        .names()
-        .iter()
-        .filter_map(|name| name.strip_suffix(".weight"))
-        .filter_map(|layer| Some((layer.rsplit('.').next()?.parse().ok()?, layer.to_owned())))
-        .collect();
-    layers.sort();
-    ensure!(
-        !layers.is_empty(),
-        "{} holds no aesthetic head: its keys should be `layers.0.weight`, `layers.0.bias`, ...",
-        weights.file()
-    );
-    let layers: Vec<HeadLayer> = layers.into_iter().map(|(_, name)| HeadLayer::Linear(name)).collect();
+    let layers = linear_layers(&weights)?;
     let clip = towers.get(&config.clip)?;
     let head = head(&weights, &layers, clip.vision.embed_dim())?;
-    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
+    let preprocessor = Preprocessor::of(&clip, config.preprocess, towers.compute.device())?;
     let objective = Objective::of(config.target);
     Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize: true, objective }))
+}
+
+/// The numbers of the published head's layers; between them is dropout, which is off.
+const PUBLISHED: [usize; 5] = [0, 2, 4, 6, 7];
+
+/// The layers of a head that is linear for certain: the published chain, or a single layer.
+///
+/// # Errors
+/// Another head, whose activations no file of weights tells: names the reward that reads it.
+fn linear_layers(weights: &Weights) -> Result<Vec<HeadLayer>> {
+    let names = weights.names();
+    // `layers.0.weight` -> `layers.0`, and a bare `weight` -> ``
+    let layer = |name: &str, end: &str| Some(name.strip_suffix(end)?.strip_suffix('.').unwrap_or_default().to_owned());
+    let is_matrix = |name: &String| weights.shape(name).is_some_and(|shape| shape.len() == 2);
+    let mut layers: Vec<String> =
+        names.iter().filter(|name| is_matrix(name)).filter_map(|name| layer(name, "weight")).collect();
+    let number = |layer: &String| layer.rsplit('.').next().and_then(|end| end.parse::<usize>().ok());
+    layers.sort_by_key(number);
+    let is_of_a_layer = |name: &String| {
+        is_matrix(name) && name.ends_with("weight") || layer(name, "bias").is_some_and(|layer| layers.contains(&layer))
+    };
+    let prefix = |layer: &String| layer.rsplit_once('.').map(|(prefix, _)| prefix.to_owned());
+    let is_published = layers.iter().filter_map(number).eq(PUBLISHED)
+        && layers.len() == PUBLISHED.len()
+        && layers.iter().all(|layer| prefix(layer) == prefix(&layers[0]));
+    if names.iter().all(is_of_a_layer) && (layers.len() == 1 || is_published) {
+        return Ok(layers.into_iter().map(HeadLayer::Linear).collect());
+    }
+    let linear: Vec<String> = layers.iter().take(8).map(|layer| format!("{{ linear = \"{layer}\" }}")).collect();
+    bail!(
+        "{} is neither the published aesthetic head (linear layers `layers.0`, `.2`, `.4`, `.6`, `.7`) nor a single linear layer, and \
+         a file of weights does not tell the activations between its layers: take [reward.clip-head] in place of [reward.aesthetic], \
+         with this file as `head` and as `layers` what its author computes, such as [{}], where {{ activation = \"relu\" }} goes between",
+        weights.file(),
+        if linear.is_empty() { "{ linear = \"..\" }".to_owned() } else { linear.join(", ") }
+    );
 }
 
 /// The LAION predictor's shapes on any tower, its numbers from `weights`: for measuring.
@@ -97,7 +121,7 @@ pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) 
         head.push(Layer::Linear(Linear::new(&w.get("weight", &[outputs, features])?, Some(bias))?));
         features = outputs;
     }
-    let preprocessor = Preprocessor::new(Preprocess::Alignprop, clip.vision.image_size(), weights.compute().device())?;
+    let preprocessor = Preprocessor::of(&clip, Preprocess::Alignprop, weights.compute().device())?;
     let objective = Objective::Target(target);
     Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize: true, objective }))
 }
@@ -108,7 +132,7 @@ pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<
     let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute.in_f32());
     let clip = towers.get(&config.clip)?;
     let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
-    let preprocessor = Preprocessor::new(config.preprocess, clip.vision.image_size(), towers.compute.device())?;
+    let preprocessor = Preprocessor::of(&clip, config.preprocess, towers.compute.device())?;
     Ok(Judge::differentiable(ClipHead {
         clip,
         head,
@@ -142,4 +166,69 @@ fn head(weights: &Weights, layers: &[HeadLayer], mut features: usize) -> Result<
     }
     ensure!(features == 1, "the head in {} ends in {features} numbers, not in one score", weights.file());
     Ok(head)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    /// The layers that are read of a file with tensors of these names and shapes.
+    fn layers(tensors: &[(&str, &[usize])]) -> Result<Vec<HeadLayer>> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("head.safetensors");
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let tensors: HashMap<&str, Tensor> = tensors.iter().map(|(name, shape)| (*name, zeros(shape))).collect();
+        candle_core::safetensors::save(&tensors, &file).unwrap();
+        linear_layers(&Weights::open_file(&file).unwrap())
+    }
+
+    /// The names of linear layers with these numbers under `prefix`, from 6 features to a score.
+    fn chain(prefix: &str, numbers: &[usize]) -> Vec<String> {
+        numbers.iter().map(|n| format!("{prefix}{n}.weight")).collect()
+    }
+
+    #[test]
+    fn heads_that_are_linear_for_certain_are_read() {
+        for prefix in ["layers.", ""] {
+            let names = chain(prefix, &PUBLISHED);
+            let tensors: Vec<_> = names.iter().map(|name| (&**name, &[1, 1][..])).collect();
+            let expected: Vec<_> = PUBLISHED.iter().map(|n| HeadLayer::Linear(format!("{prefix}{n}"))).collect();
+            assert_eq!(layers(&tensors).unwrap(), expected);
+        }
+        for (name, bias, layer) in
+            [("weight", "bias", ""), ("layers.3.weight", "layers.3.bias", "layers.3"), ("fc.weight", "fc.bias", "fc")]
+        {
+            let expected = [HeadLayer::Linear(layer.into())];
+            assert_eq!(layers(&[(name, &[1, 6]), (bias, &[1])]).unwrap(), expected);
+            assert_eq!(layers(&[(name, &[1, 6])]).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_head_that_may_have_activations_is_refused_with_the_way_to_read_it() {
+        let mut others: Vec<Vec<String>> =
+            [&[0, 3, 5][..], &[0, 2], &[0, 1, 2], &[0, 2, 4], &[0, 3, 6, 9, 11], &[0, 2, 4, 6, 8], &[0, 2, 4, 6, 7, 9]]
+                .iter()
+                .map(|numbers| chain("layers.", numbers))
+                .collect();
+        others.push(["fc1.weight", "fc2.weight"].map(str::to_owned).to_vec());
+        others.push([chain("a.", &PUBLISHED[..4]), chain("b.", &[7])].concat());
+        others.push(chain("layers.", &PUBLISHED).into_iter().chain(["x.weight".into()]).collect());
+        for names in others {
+            let tensors: Vec<_> = names.iter().map(|name| (&**name, &[1, 1][..])).collect();
+            let message = layers(&tensors).unwrap_err().to_string();
+            for word in ["head.safetensors", "[reward.clip-head]", "activation", names[0].trim_end_matches(".weight")] {
+                assert!(message.contains(word), "{message}");
+            }
+        }
+        // what is no linear layer
+        for other in ["norm.weight", "layers.1.running_mean", "scale"] {
+            assert!(layers(&[("layers.0.weight", &[1, 6]), (other, &[6])]).is_err(), "{other}");
+        }
+        assert!(layers(&[("scale", &[6])]).is_err());
+    }
 }

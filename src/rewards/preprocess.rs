@@ -7,14 +7,11 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 
 use crate::config::Preprocess;
+use crate::models::clip::{Clip, PixelStatistics};
 use crate::nn::layers::activation;
 use crate::nn::{Linear, Value};
 use crate::ops::activation::Activation;
 use crate::ops::device::upload;
-
-/// OpenAI's pixel statistics, which every CLIP here was trained with.
-const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const STD: [f32; 3] = [0.268_629_55, 0.261_302_6, 0.275_777_1];
 
 /// From images (B, 3, H, W) in [-1, 1] to normalised pixels (B, 3, side, side), in f32.
 pub struct Preprocessor {
@@ -29,22 +26,25 @@ pub struct Preprocessor {
 }
 
 impl Preprocessor {
-    /// For images on `device` and a tower that takes `side` by `side` pixels.
+    /// For images on `device` and a tower that takes `side` by `side` pixels, normalised by `pixels`.
     ///
     /// # Errors
     /// The device's.
-    pub fn new(method: Preprocess, side: usize, device: &Device) -> Result<Self> {
+    pub fn new(method: Preprocess, side: usize, pixels: &PixelStatistics, device: &Device) -> Result<Self> {
         let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), device);
-        Ok(Self {
-            method,
-            side,
-            scale: per_channel(STD.map(|s| 1.0 / s))?,
-            offset: per_channel([0, 1, 2].map(|c| -MEAN[c] / STD[c]))?,
-            resizes: Mutex::default(),
-        })
+        let (scale, offset) = pixels.affine();
+        Ok(Self { method, side, scale: per_channel(scale)?, offset: per_channel(offset)?, resizes: Mutex::default() })
     }
 
-    /// With the side of the tower's input, all that decides the pixels.
+    /// For the tower of `clip`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn of(clip: &Clip, method: Preprocess, device: &Device) -> Result<Self> {
+        Self::new(method, clip.vision.image_size(), &clip.pixels, device)
+    }
+
+    /// With what belongs to the tower, all that decides the pixels.
     pub fn method(&self) -> Preprocess {
         self.method
     }
@@ -195,7 +195,7 @@ mod tests {
                 let images = (Case::normal(&[1, 3, h, w], 1) * 0.3).unwrap().to_dtype(DType::F32).unwrap();
                 let tape = Tape::new();
                 let leaf = tape.leaf(&images);
-                let preprocessor = Preprocessor::new(method, 16, &Device::Cpu).unwrap();
+                let preprocessor = Preprocessor::new(method, 16, &PixelStatistics::OPENAI, &Device::Cpu).unwrap();
                 let pixels = preprocessor.apply(&leaf).unwrap();
                 assert_eq!(pixels.dims(), [1, 3, 16, 16]);
                 let d = Case::normal(&[1, 3, 16, 16], 2).to_dtype(DType::F32).unwrap();
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn what_is_kept_of_one_size_does_not_change_another() {
         for method in [Preprocess::Alignprop, Preprocess::Hpsv2Official, Preprocess::Squash] {
-            let new = || Preprocessor::new(method, 16, &Device::Cpu).unwrap();
+            let new = || Preprocessor::new(method, 16, &PixelStatistics::OPENAI, &Device::Cpu).unwrap();
             let kept = new();
             for (h, w) in [(20, 31), (31, 20), (20, 31), (24, 24)] {
                 let images = Value::from(Case::normal(&[1, 3, h, w], 1).to_dtype(DType::F32).unwrap());
@@ -229,10 +229,17 @@ mod tests {
     #[test]
     fn alignprop_leaves_an_image_of_the_right_size_alone() {
         let images = (Case::normal(&[1, 3, 16, 16], 1) * 0.2).unwrap().to_dtype(DType::F32).unwrap();
-        let preprocessor = Preprocessor::new(Preprocess::Alignprop, 16, &Device::Cpu).unwrap();
+        let preprocessor =
+            Preprocessor::new(Preprocess::Alignprop, 16, &PixelStatistics::OPENAI, &Device::Cpu).unwrap();
         let pixels = preprocessor.apply(&Value::constant(&images)).unwrap().into_tensor();
-        let mean = Tensor::new(&MEAN, &Device::Cpu).unwrap().reshape((1, 3, 1, 1)).unwrap();
-        let std = Tensor::new(&STD, &Device::Cpu).unwrap().reshape((1, 3, 1, 1)).unwrap();
+        let mean = Tensor::new(&[0.481_454_66f32, 0.457_827_5, 0.408_210_73], &Device::Cpu)
+            .unwrap()
+            .reshape((1, 3, 1, 1))
+            .unwrap();
+        let std = Tensor::new(&[0.268_629_55f32, 0.261_302_6, 0.275_777_1], &Device::Cpu)
+            .unwrap()
+            .reshape((1, 3, 1, 1))
+            .unwrap();
         let expected = images
             .affine(0.5, 0.5)
             .unwrap()

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 
 use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{HpsConfig, Preprocess, Prompt};
-use crate::models::clip::{Clip, OpenClipConfig};
+use crate::models::clip::{Clip, OpenClipConfig, PixelStatistics};
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::Value;
@@ -42,7 +42,7 @@ impl TextImage {
             "the reward model reads {vocabulary} token ids and the tokenizer has {}: set its `tokenizer` to a tokenizer.json of the reward model",
             tokenizer.vocab_size()
         );
-        let preprocessor = Preprocessor::new(preprocess, clip.vision.image_size(), compute.device())?;
+        let preprocessor = Preprocessor::of(&clip, preprocess, compute.device())?;
         Ok(Self { clip, tokenizer, open_clip, preprocessor, embedded: Mutex::default() })
     }
 
@@ -97,14 +97,17 @@ pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, c
         Some(path) => Some(Path::new(path).to_owned()),
         None => source.find("open_clip_config.json")?,
     };
-    let architecture = match architecture {
-        None => OpenClipConfig::vit_h_14(),
+    let (architecture, pixels) = match architecture {
+        None => (OpenClipConfig::vit_h_14(), None),
         Some(path) => {
             let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-            OpenClipConfig::parse(&text).with_context(|| format!("{} is no open_clip config", path.display()))?
+            let place = || format!("{} is no open_clip config", path.display());
+            let pixels = PixelStatistics::parse_open_clip(&text).with_context(place)?;
+            (OpenClipConfig::parse(&text).with_context(place)?, pixels)
         }
     };
-    let clip = Arc::new(Clip::load_open_clip(&weights, &architecture)?);
+    let pixels = pixels.map_or_else(|| PixelStatistics::of_open_clip(&source), Ok)?;
+    let clip = Arc::new(Clip::load_open_clip(&weights, &architecture, pixels)?);
     let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
     Ok(Judge::differentiable(TextImage::new(clip, tokenizer, true, config.preprocess, compute)?))
 }

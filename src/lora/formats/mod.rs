@@ -26,7 +26,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device, Tensor, safetensors::load_buffer};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
@@ -137,7 +137,7 @@ fn read(file: &Path) -> Result<LoadedLora> {
     };
     metadata.remove("format");
     let alphas = match metadata.remove(CONFIG_KEY) {
-        Some(config) => AlphaRule::parse(&config).with_context(|| format!("in the header's `{CONFIG_KEY}`"))?,
+        Some(config) => AlphaRule::parse(&config, file).with_context(|| format!("in the header's `{CONFIG_KEY}`"))?,
         None => read_adapter_config(file)?,
     };
     let (layers, format, ignored) = group_by_layer(tensors)?;
@@ -187,7 +187,7 @@ fn read_adapter_config(file: &Path) -> Result<AlphaRule> {
     if !of_peft || !config.is_file() {
         return Ok(AlphaRule::default());
     }
-    let read = || AlphaRule::parse(&fs::read_to_string(&config)?);
+    let read = || AlphaRule::parse(&fs::read_to_string(&config)?, &config);
     read().with_context(|| format!("reading {}", config.display()))
 }
 
@@ -288,6 +288,56 @@ fn scalar(tensor: &Tensor) -> Result<f64> {
     Ok(tensor.to_dtype(DType::F64)?.reshape(())?.to_scalar()?)
 }
 
+/// # Errors
+/// A setting of a `LoraConfig` by which the adapter is more than the product of its factors, whether the tensors show it or not.
+fn check_is_plain(config: &Map<String, Value>, file: &Path) -> Result<()> {
+    for (name, value) in config {
+        let key = name.strip_prefix("unet.").unwrap_or(name);
+        let is_off = match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            Value::Bool(true) | Value::Number(_) | Value::String(_) => false,
+        };
+        let word = value.as_str().unwrap_or_default().to_lowercase();
+        match key {
+            _ if is_off => {}
+            "peft_type" if word == "lora" => {}
+            // the starts that leave the base weights as they are
+            "init_lora_weights" if *value == true || ["gaussian", "eva", "orthogonal"].contains(&&*word) => {}
+            "init_lora_weights" => bail!(
+                "`init_lora_weights` = {value}: this start changed the base weights (PiSSA, OLoRA, LoftQ and others do), and the file does \
+                 not hold that; save the adapter again with peft's save_pretrained(.., path_initial_model_for_weight_conversion=..), \
+                 which makes a plain LoRA of it"
+            ),
+            "bias" if word == "none" => {}
+            "bias" => eprintln!(
+                "warning: {}: `bias` = {value}: biases were trained too, and none are in the file; the model's own are used",
+                file.display()
+            ),
+            "use_rslora" => {}
+            "peft_type"
+            | "lora_bias"
+            | "layer_replication"
+            | "modules_to_save"
+            | "alora_invocation_tokens"
+            | "arrow_config"
+            | "target_parameters"
+            | "trainable_token_indices" => return Err(not_plain(key, value)),
+            key if key.starts_with("use_") => return Err(not_plain(key, value)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn not_plain(key: &str, value: &Value) -> anyhow::Error {
+    anyhow!(
+        "`{key}` = {value}: this is no plain LoRA, and only those are supported; merge it into its model with peft (merge_and_unload), \
+         or take `{key}` out if the two factors of each layer are all that was trained"
+    )
+}
+
 /// What a peft `LoraConfig` says about alpha.
 #[derive(Debug, Default)]
 struct AlphaRule {
@@ -300,8 +350,9 @@ struct AlphaRule {
 
 impl AlphaRule {
     /// Reads `lora_alpha`, `alpha_pattern` and `use_rslora`, with or without diffusers' `unet.` in front.
-    fn parse(config: &str) -> Result<Self> {
+    fn parse(config: &str, file: &Path) -> Result<Self> {
         let config: Map<String, Value> = serde_json::from_str(config)?;
+        check_is_plain(&config, file)?;
         let field = |name: &str| {
             config.get(&format!("unet.{name}")).or_else(|| config.get(name)).filter(|value| !value.is_null())
         };
@@ -476,6 +527,61 @@ mod tests {
         fs::write(folder.path().join("adapter_config.json"), r#"{"lora_alpha": 8, "alpha_pattern": {"to_(q|k)": 2}}"#)
             .unwrap();
         assert!(error(folder.path()).contains("regular expression"), "{}", error(folder.path()));
+    }
+
+    #[test]
+    fn settings_by_which_an_adapter_is_no_plain_lora_are_refused_by_name() {
+        let folder = folder();
+        let tensors = [("m.to_q.lora_A.weight", count(&[2, 6])), ("m.to_q.lora_B.weight", count(&[5, 2]))];
+        write(folder.path(), "adapter_model.safetensors", &tensors, &[]);
+        let peft = |key: &str, value: &str| {
+            let config = format!(r#"{{"peft_type": "LORA", "lora_alpha": 4, "{key}": {value}}}"#);
+            fs::write(folder.path().join("adapter_config.json"), config).unwrap();
+            load(folder.path()).map(|_| ()).map_err(|e| format!("{e:#}"))
+        };
+        let diffusers = |key: &str, value: &str| {
+            let config = format!(r#"{{"unet.lora_alpha": 4, "unet.{key}": {value}}}"#);
+            load(&write(folder.path(), "x.safetensors", &tensors, &[(CONFIG_KEY, &config)]))
+                .map(|_| ())
+                .map_err(|e| format!("{e:#}"))
+        };
+        for (key, value) in [
+            ("init_lora_weights", r#""pissa""#),
+            ("init_lora_weights", r#""pissa_niter_16""#),
+            ("init_lora_weights", r#""olora""#),
+            ("init_lora_weights", r#""loftq""#),
+            ("init_lora_weights", r#""corda""#),
+            ("use_dora", "true"),
+            ("use_qalora", "true"),
+            ("use_bdlora", r#"{"nblocks": 2}"#),
+            ("lora_bias", "true"),
+            ("layer_replication", "[[0, 4], [2, 5]]"),
+            ("modules_to_save", r#"["conv_in"]"#),
+            ("peft_type", r#""ADALORA""#),
+        ] {
+            for (error, file) in [(peft(key, value), "adapter_config.json"), (diffusers(key, value), "x.safetensors")] {
+                let error = error.unwrap_err();
+                assert!(error.contains(&format!("`{key}` = ")) && error.contains(file), "{error}");
+            }
+        }
+        for (key, value) in [
+            ("init_lora_weights", "true"),
+            ("init_lora_weights", "false"),
+            ("init_lora_weights", r#""gaussian""#),
+            ("init_lora_weights", r#""eva""#),
+            ("use_dora", "false"),
+            ("use_rslora", "true"),
+            ("bias", r#""none""#),
+            ("bias", r#""lora_only""#),
+            ("modules_to_save", "null"),
+            ("layer_replication", "[]"),
+            ("lora_dropout", "0.1"),
+        ] {
+            assert_eq!((peft(key, value), diffusers(key, value)), (Ok(()), Ok(())), "{key} {value}");
+        }
+        // of another part of the pipeline
+        let config = r#"{"unet.lora_alpha": 4, "text_encoder.use_dora": true}"#;
+        load(&write(folder.path(), "y.safetensors", &tensors, &[(CONFIG_KEY, config)])).unwrap();
     }
 
     #[test]

@@ -3,12 +3,14 @@
 //! embeddings are f32, and so is all that is made of them.
 
 pub(super) mod open_clip;
+mod pixels;
 mod towers;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
+pub use pixels::PixelStatistics;
 use towers::TowerConfig;
 pub use towers::{TextTower, VisionTower};
 
@@ -172,6 +174,8 @@ impl OpenClipConfig {
 /// Images and texts in one space.
 pub struct Clip {
     pub vision: VisionTower,
+    /// How the vision tower's pixels are normalised.
+    pub pixels: PixelStatistics,
     /// Absent where only the vision tower was loaded.
     pub text: Option<TextTower>,
 }
@@ -209,7 +213,7 @@ impl Clip {
                 .with_context(|| format!("loading the text tower of {}", source.label()))?,
             ),
         };
-        Ok(Self { vision, text })
+        Ok(Self { vision, pixels: PixelStatistics::of_transformers(source)?, text })
     }
 
     /// The vision tower of CLIP ViT-L/14, 768 features, alone.
@@ -223,11 +227,11 @@ impl Clip {
             ..VisionConfig::default()
         };
         let vision = VisionTower::load(weights, &config.tower()?, config.image_size, config.patch_size, 768)?;
-        Ok(Self { vision, text: None })
+        Ok(Self { vision, pixels: PixelStatistics::OPENAI, text: None })
     }
 
     /// An open_clip model; `weights` has its `state_dict`'s keys.
-    pub fn load_open_clip(weights: &Weights, config: &OpenClipConfig) -> Result<Self> {
+    pub fn load_open_clip(weights: &Weights, config: &OpenClipConfig, pixels: PixelStatistics) -> Result<Self> {
         let act = if config.quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
         let (v, t) = (&config.vision_cfg, &config.text_cfg);
         if v.head_width == 0 || t.heads == 0 || v.width % v.head_width != 0 || t.width % t.heads != 0 {
@@ -261,6 +265,7 @@ impl Clip {
         let weights = &weights.renamed(&names)?.on(weights.compute());
         Ok(Self {
             vision: VisionTower::load(weights, &vision, v.image_size, v.patch_size, config.embed_dim)?,
+            pixels,
             text: Some(TextTower::load(weights, &text, t.vocab_size, t.context_length, Some(config.embed_dim), None)?),
         })
     }

@@ -52,6 +52,9 @@ pub struct UnetConfig {
     pub flip_sin_to_cos: bool,
     pub freq_shift: f64,
     pub time_embedding_dim: Option<usize>,
+    /// Whether there is no middle block: `"mid_block_type": null`, which is not the same as no such key.
+    #[serde(skip)]
+    pub no_mid_block: bool,
     /// Everything else, to refuse what would change the computation.
     #[serde(flatten)]
     pub rest: serde_json::Map<String, Json>,
@@ -84,6 +87,7 @@ impl Default for UnetConfig {
             flip_sin_to_cos: true,
             freq_shift: 0.0,
             time_embedding_dim: None,
+            no_mid_block: false,
             rest: serde_json::Map::new(),
         }
     }
@@ -93,6 +97,22 @@ impl UnetConfig {
     /// Heads of the attention in block `block`, counted from the top of the way down.
     pub fn heads(&self, block: usize) -> usize {
         self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim).at(block).unwrap_or(1)
+    }
+
+    /// diffusers before 0.9 wrote the default of its class, 32, for models of 64 x 64 latents; its later pipelines take 64
+    /// instead, and so does this. `label` is the folder.
+    pub fn repair(&mut self, label: &str) {
+        let version = self.rest.get("_diffusers_version").and_then(Json::as_str).unwrap_or_default();
+        if let Some(PerBlock::One(size)) = self.sample_size
+            && size < 64
+            && is_before_0_9(version)
+        {
+            eprintln!(
+                "warning: {label}: config.json says sample_size = {size}, and was written by diffusers {version}, which did not know better; \
+                 64 is taken, as diffusers does (sampler.height and sampler.width choose another size)"
+            );
+            self.sample_size = Some(PerBlock::One(64));
+        }
     }
 
     /// # Errors
@@ -168,10 +188,48 @@ impl UnetConfig {
     }
 }
 
+/// Whether a version such as `0.6.0` or `0.7.0.dev0` is below 0.9; what is no version is not.
+fn is_before_0_9(version: &str) -> bool {
+    let mut parts = version.trim_start_matches('v').split('.').map(|part| part.parse::<u32>().ok());
+    let (major, minor) = (parts.next().flatten(), parts.next().flatten());
+    major == Some(0) && minor.is_some_and(|minor| minor < 9)
+}
+
 /// Whether an option is off, for all blocks or block by block.
 fn all_false(value: &Json) -> bool {
     match value {
         Json::Array(list) => list.iter().all(all_false),
         other => *other == false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_size_of_an_old_config_is_64() {
+        let repaired = |version: &str, size: &str| {
+            let text = format!(r#"{{"_diffusers_version": {version}, "sample_size": {size}}}"#);
+            let mut config: UnetConfig = serde_json::from_str(&text).unwrap();
+            config.repair("unet");
+            config.sample_size.unwrap()
+        };
+        for (version, size, expected) in [
+            ("0.2.4", 32, 64),
+            ("0.8.1", 16, 64),
+            ("0.7.0.dev0", 63, 64),
+            ("0.8.0", 96, 96),
+            ("0.9.0", 32, 32),
+            ("0.9.0.dev0", 32, 32),
+            ("0.14.0", 32, 32),
+            ("1.2.0", 32, 32),
+            ("unknown", 32, 32),
+        ] {
+            let found = repaired(&format!("\"{version}\""), &size.to_string());
+            assert_eq!(found, PerBlock::One(expected), "{version} {size}");
+        }
+        assert_eq!(repaired("\"0.6.0\"", "[32, 48]"), PerBlock::Each(vec![32, 48]));
+        assert_eq!(repaired("null", "32"), PerBlock::One(32));
     }
 }

@@ -45,7 +45,9 @@ impl Unet {
     /// # Errors
     /// A missing or unreadable file, a configuration that is not a Stable Diffusion UNet's, a tensor of another shape.
     pub fn load(source: &Source, variant: Option<&str>, compute: &Compute) -> Result<Self> {
-        let config: UnetConfig = source.read_json("config.json")?;
+        let mut config: UnetConfig = source.read_json("config.json")?;
+        config.repair(&source.label());
+        config.no_mid_block = source.has_null("config.json", "mid_block_type")?;
         let weights = Weights::open(source, "diffusion_pytorch_model", variant)?.on(compute);
         Self::new(config, &weights)
     }
@@ -301,11 +303,14 @@ fn build(config: &UnetConfig, w: &Weights, time_dim: usize) -> Result<Vec<Step<U
 
     let last = blocks - 1;
     let depth = config.transformer_layers_per_block.at(last).unwrap_or(1);
-    push("mid_block.resnets.0".into(), resnet("mid_block.resnets.0", last, current, current)?, false, false);
-    if depth > 0 {
-        push("mid_block.attentions.0".into(), transformer("mid_block.attentions.0", current, last)?, false, false);
+    // distilled models have none (BK-SDM's small and tiny ones)
+    if !config.no_mid_block {
+        push("mid_block.resnets.0".into(), resnet("mid_block.resnets.0", last, current, current)?, false, false);
+        if depth > 0 {
+            push("mid_block.attentions.0".into(), transformer("mid_block.attentions.0", current, last)?, false, false);
+        }
+        push("mid_block.resnets.1".into(), resnet("mid_block.resnets.1", last, current, current)?, false, false);
     }
-    push("mid_block.resnets.1".into(), resnet("mid_block.resnets.1", last, current, current)?, false, false);
 
     for (up, kind) in config.up_block_types.iter().enumerate() {
         let block = last - up;

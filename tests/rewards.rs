@@ -250,3 +250,21 @@ fn an_open_clip_model_takes_the_pixel_statistics_of_its_config() {
     assert_eq!(own, score("both", &[open_clip, other], None));
     assert_eq!(own, score("named", &[open_clip, other], Some("open_clip_config.json")));
 }
+
+#[test]
+fn open_clip_weights_are_read_by_their_path_alone() {
+    let folder = fixture("tiny-sd15/hps");
+    let score = |model: Option<String>, file: Option<String>| {
+        let default = HpsConfig::default();
+        let (model, file) = (model.unwrap_or(default.model), file.unwrap_or(default.file));
+        let config = RewardsConfig { hps: Some(HpsConfig { model, file, ..Default::default() }), ..Default::default() };
+        Rewards::load(&config, &tokenizer())?.scores(&images(1), &["a red dog".into()])
+    };
+    let inside = score(Some(text(&folder)), Some("HPS_tiny.pt".into())).unwrap();
+    let path = text(folder.join("HPS_tiny.pt"));
+    assert_eq!(inside, score(None, Some(path.clone())).unwrap());
+    assert_eq!(inside, score(Some(path), None).unwrap());
+    // nothing is asked of the hub for a path that does not exist
+    let error = format!("{:#}", score(None, Some(text(folder.join("HPS_tny.pt")))).unwrap_err());
+    assert!(error.contains("does not exist") && error.contains("HPS_tiny.pt"), "{error}");
+}

@@ -357,7 +357,7 @@ table! {
         preprocess: Preprocess = Preprocess::Alignprop,
         /// A folder or a hub id.
         model: String = "xswu/HPSv2".into(),
-        /// The weights inside `model`.
+        /// The weights inside `model`, or the path of a file, which needs no `model`.
         file: String = "HPS_v2_compressed.pt".into(),
         /// Path of an `open_clip_config.json`. Absent: ViT-H-14.
         config: Option<String> = None,

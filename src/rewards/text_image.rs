@@ -1,7 +1,7 @@
 //! How well an image suits its prompt: the cosine of two CLIP embeddings (HPSv2, CLIP score, PickScore).
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
@@ -10,6 +10,7 @@ use candle_core::Tensor;
 use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{HpsConfig, Preprocess, Prompt};
 use crate::models::clip::{Clip, OpenClipConfig, PixelStatistics};
+use crate::models::hub::resolve_file;
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::Value;
@@ -91,8 +92,8 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
 pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Judge> {
-    let source = Source::open(&config.model)?;
-    let weights = Weights::open_file(&source.require(&config.file)?)?.on(compute);
+    let (file, source) = hps_file(config)?;
+    let weights = Weights::open_file(&file)?.on(compute);
     let architecture = match &config.config {
         Some(path) => Some(Path::new(path).to_owned()),
         None => source.find("open_clip_config.json")?,
@@ -110,6 +111,29 @@ pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, c
     let clip = Arc::new(Clip::load_open_clip(&weights, &architecture, pixels)?);
     let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
     Ok(Judge::differentiable(TextImage::new(clip, tokenizer, true, config.preprocess, compute)?))
+}
+
+/// The weights, and what lies beside them: `file` in the folder or repository `model`, or alone where one of the two is a path.
+fn hps_file(config: &HpsConfig) -> Result<(PathBuf, Source)> {
+    let is_path = |text: &str| Path::new(text).is_file() || text.starts_with(['/', '.', '~']);
+    let model = Path::new(&config.model);
+    let alone = if model.is_file() {
+        Some(&config.model)
+    } else {
+        Some(&config.file).filter(|file| !model.is_dir() && is_path(file))
+    };
+    let Some(alone) = alone else {
+        let source = Source::open(&config.model)?;
+        return Ok((source.require(&config.file)?, source));
+    };
+    let file = resolve_file(alone, "")?;
+    let folder = Source::open(&folder_of(&file))?;
+    Ok((file, folder))
+}
+
+fn folder_of(file: &Path) -> String {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    folder.to_string_lossy().into_owned()
 }
 
 /// A transformers CLIPModel: CLIP score, PickScore.
@@ -134,12 +158,7 @@ fn tokenizer(
     if let Some(named) = named {
         // a tokenizer.json is loaded with the folder that it lies in
         let path = Path::new(named);
-        let folder = if path.is_file() {
-            path.parent().unwrap_or(Path::new(".")).to_string_lossy().into_owned()
-        } else {
-            named.to_owned()
-        };
-        let folder = if folder.is_empty() { ".".to_owned() } else { folder };
+        let folder = if path.is_file() { folder_of(path) } else { named.to_owned() };
         return Ok(Arc::new(ClipTokenizer::load(&Source::open(&folder)?)?));
     }
     for source in beside.into_iter().flat_map(|s| [s.clone(), s.sub("tokenizer")]) {

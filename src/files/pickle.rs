@@ -66,8 +66,7 @@ pub fn gather<'a>(bytes: &'a [u8], dtype: Dtype, shape: &[usize], stride: Option
     Cow::Owned(out)
 }
 
-/// Finds the tensors of an archive: of a bare state dict, or of one under `state_dict`, `model` or `module`;
-/// DistributedDataParallel's `module.` before all names is dropped.
+/// Finds the tensors of an archive: of a bare state dict, or of one under `state_dict`, `model` or `module`.
 ///
 /// # Errors
 /// Not such an archive, a truncated or malformed one, or one that holds no named tensors.
@@ -92,10 +91,6 @@ pub fn read(archive: &[u8]) -> Result<Archive> {
         }
     }
     ensure!(!found.tensors.is_empty(), "it holds no named tensors; save a model's state_dict()");
-    if found.tensors.keys().all(|key| key.starts_with("module.")) {
-        let tensors = std::mem::take(&mut found.tensors).into_iter();
-        found.tensors = tensors.map(|(key, tensor)| (key["module.".len()..].to_owned(), tensor)).collect();
-    }
     for (key, value) in dict(&root).unwrap_or_default() {
         match (key, value) {
             (Object::Unicode(key), Object::Int(n)) => found.integers.insert(key.clone(), i64::from(*n)),

@@ -16,7 +16,7 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::files::pickle;
+use crate::files::{pickle, unwrapped};
 use crate::models::hub::Source;
 use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
@@ -70,8 +70,7 @@ pub struct Renamed {
 
 impl Weights {
     /// The weights called `stem` (`model`, `diffusion_pytorch_model`) in a folder, as transformers and diffusers lay
-    /// them out: one safetensors file or the shards of an index, else a pickle. Where there are both, one is older;
-    /// diffusers takes the index and transformers (`model`) the file, and so does this, with a warning.
+    /// them out: one safetensors file or the shards of an index, else pickles in the same two ways.
     ///
     /// A component without the asked `variant` gives its plain files, as in diffusers, where pipelines mix the two;
     /// without an asked variant, a folder that has only a variant gives that.
@@ -86,36 +85,23 @@ impl Weights {
             Some(asked) => vec![Some(asked), None],
             None => std::iter::once(None).chain(VARIANTS.map(Some)).collect(),
         };
+        let dots: Vec<String> = variants.iter().map(|v| v.map_or(String::new(), |v| format!(".{v}"))).collect();
         let mut tried = Vec::new();
-        for dot in variants.iter().map(|v| v.map_or(String::new(), |v| format!(".{v}"))) {
-            let whole = format!("{stem}{dot}.safetensors");
-            let index = format!("{stem}.safetensors.index{dot}.json");
-            let indexed = source.find(&index)?.is_some();
-            let both = indexed && source.has(&whole)?;
-            let index_counts = indexed && !(both && stem == "model");
-            if both {
-                let (taken, left, tool) =
-                    if index_counts { (&index, &whole, "diffusers") } else { (&whole, &index, "transformers") };
-                eprintln!(
-                    "warning: {} holds both {taken} and {left}; {taken} is read, as {tool} does; delete what is out of date",
-                    source.label()
-                );
+        // transformers calls its pickles otherwise than its safetensors
+        for (stem, extension) in [(stem, "safetensors"), (stem, "bin"), ("pytorch_model", "bin")] {
+            for dot in &dots {
+                let (whole, index) =
+                    (format!("{stem}{dot}.{extension}"), format!("{stem}.{extension}.index{dot}.json"));
+                let Some(name) = whole_or_index(source, &whole, &index)? else {
+                    tried.extend([whole, index]);
+                    continue;
+                };
+                let path = source.require(&name)?;
+                if extension == "bin" {
+                    warn_of_pickle(&path, "safetensors files");
+                }
+                return if name == index { Self::open_shards(source, &index) } else { Self::open_file(&path) };
             }
-            if index_counts {
-                return Self::open_shards(source, &index);
-            }
-            if let Some(path) = source.find(&whole)? {
-                return Self::open_file(&path);
-            }
-            tried.extend([whole, index]);
-        }
-        let pickles = variants.iter().map(|v| v.map_or(format!("{stem}.bin"), |v| format!("{stem}.{v}.bin")));
-        for pickle in pickles.chain(["pytorch_model.bin".into()]) {
-            if let Some(path) = source.find(&pickle)? {
-                warn_of_pickle(&path, &format!("{stem}.safetensors"));
-                return Self::open_file(&path);
-            }
-            tried.push(pickle);
         }
         Err(source.missing(&format!("weights (looked for {})", tried.join(", "))))
     }
@@ -130,12 +116,8 @@ impl Weights {
         if !path.is_file() {
             bail!("there is no weight file {}", path.display());
         }
-        let map = map_file(path)?;
-        if map.starts_with(pickle::MAGIC) {
-            files.add_pickle(path, map)?;
-        } else {
-            files.add_safetensors(path, map)?;
-        }
+        files.add(path)?;
+        files.unwrap_names();
         Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu(), images: Images::Any })
     }
 
@@ -157,11 +139,12 @@ impl Weights {
             let path = source.require(shard).with_context(|| {
                 format!("a shard named in {} (delete that index if another file holds the weights)", files.label)
             })?;
-            files.add_safetensors(&path, map_file(&path)?)?;
+            files.add(&path)?;
         }
         if let Some((key, shard)) = weight_map.iter().find(|(key, _)| !files.entries.contains_key(*key)) {
             bail!("{}: `{key}` should be in {shard}, and is not; download the shards again", files.label);
         }
+        files.unwrap_names();
         Ok(Self { files: Arc::new(files), prefix: String::new(), compute: Compute::cpu(), images: Images::Any })
     }
 
@@ -339,6 +322,12 @@ impl Files {
         }
     }
 
+    /// Adds the tensors of a file, whose format its content tells.
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let map = map_file(path)?;
+        if map.starts_with(pickle::MAGIC) { self.add_pickle(path, map) } else { self.add_safetensors(path, map) }
+    }
+
     fn add_safetensors(&mut self, path: &Path, map: Mmap) -> Result<()> {
         // Validates the header against the length of the file: every range below lies inside the map.
         let (header, found) = SafeTensors::read_metadata(&map).map_err(|e| not_weights(path, &map, &e))?;
@@ -368,6 +357,15 @@ impl Files {
         Ok(())
     }
 
+    /// Drops from all names what wrappers of the model put before them: nothing was renamed otherwise.
+    fn unwrap_names(&mut self) {
+        let entries: BTreeMap<_, _> = self.entries.iter().map(|(key, entry)| (unwrapped(key), entry.clone())).collect();
+        // unless the names could then not be told apart
+        if entries.len() == self.entries.len() {
+            self.entries = entries;
+        }
+    }
+
     fn bytes(&self, entry: &Entry) -> Cow<'_, [u8]> {
         let bytes = &self.maps[entry.map][entry.range.clone()];
         pickle::gather(bytes, entry.dtype, &entry.shape, entry.stride.as_deref())
@@ -388,6 +386,24 @@ impl Files {
             None => anyhow!("{}: there is no `{key}`; the file holds no tensors", self.label),
         }
     }
+}
+
+/// Which of two names counts; nothing where there is neither. Where there are both, one is older: diffusers takes the index,
+/// transformers (`model`, `pytorch_model`) the whole file, and so does this, with a warning.
+fn whole_or_index(source: &Source, whole: &str, index: &str) -> Result<Option<String>> {
+    let indexed = source.find(index)?.is_some();
+    if indexed && source.has(whole)? {
+        let of_transformers = whole.starts_with("model.") || whole.starts_with("pytorch_model.");
+        let (taken, left, tool) =
+            if of_transformers { (whole, index, "transformers") } else { (index, whole, "diffusers") };
+        eprintln!(
+            "warning: {} holds both {taken} and {left}; {taken} is read, as {tool} does; delete what is out of date",
+            source.label()
+        );
+        return Ok(Some(taken.to_owned()));
+    }
+    let found = if indexed { Some(index) } else { source.find(whole)?.map(|_| whole) };
+    Ok(found.map(str::to_owned))
 }
 
 /// Uniform numbers that depend on the seed and the key.
@@ -640,5 +656,39 @@ mod tests {
         }
         let source = Source::open(dir.path().to_str().unwrap()).unwrap();
         assert!(Weights::open(&source, "model", None).unwrap().contains("w"));
+    }
+
+    #[test]
+    fn shards_may_be_pickles_and_a_variant() {
+        let data: Vec<u8> = (0..6).flat_map(|i| (i as f32 - 1.5).to_le_bytes()).collect();
+        let pickle = [b"\x80\x02", &state_dict()[..], b"."].concat();
+        let shard = zip(&[("archive/data.pkl", &pickle), ("archive/data/0", &data)]);
+        for (stem, index) in [
+            ("diffusion_pytorch_model", "diffusion_pytorch_model.bin.index.json"),
+            ("diffusion_pytorch_model", "diffusion_pytorch_model.bin.index.fp16.json"),
+            ("model", "pytorch_model.bin.index.json"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let source = Source::open(dir.path().to_str().unwrap()).unwrap();
+            fs::write(dir.path().join("one.bin"), &shard).unwrap();
+            save(&dir.path().join("two.bin"), &[("x", counted(&[3]))]);
+            fs::write(dir.path().join(index), r#"{"weight_map": {"w": "one.bin", "x": "two.bin"}}"#).unwrap();
+            let weights = Weights::open(&source, stem, None).unwrap();
+            assert_eq!(values(&weights.get("w", &[2, 3]).unwrap()), values(&counted(&[2, 3])), "{index}");
+            assert_eq!(weights.shape("x"), Some(vec![3]), "{index}");
+        }
+    }
+
+    #[test]
+    fn names_are_those_before_the_model_was_wrapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = |keys: &[&str]| {
+            let path = dir.path().join("x.safetensors");
+            save(&path, &keys.iter().map(|key| (*key, counted(&[1]))).collect::<Vec<_>>());
+            Weights::open_file(&path).unwrap().names()
+        };
+        assert_eq!(names(&["_orig_mod.a", "_orig_mod.b._orig_mod.c"]), ["a", "b.c"]);
+        assert_eq!(names(&["module.a", "b"]), ["a", "b"]);
+        assert_eq!(names(&["module.a", "a"]), ["a", "module.a"]);
     }
 }

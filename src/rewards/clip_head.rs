@@ -7,6 +7,7 @@ use candle_core::Tensor;
 
 use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess, Prompt};
+use crate::files::unwrapped;
 use crate::models::Weights;
 use crate::models::clip::Clip;
 use crate::models::hub::resolve_file;
@@ -149,7 +150,8 @@ fn head(weights: &Weights, layers: &[HeadLayer], mut features: usize) -> Result<
         head.push(match layer {
             HeadLayer::Activation(function) => Layer::Activation(*function),
             HeadLayer::Linear(name) => {
-                let w = weights.pp(name);
+                // a wrapper's prefix is in no name of `weights`
+                let w = weights.pp(unwrapped(&format!("{name}.")).trim_end_matches('.'));
                 let shape = w.shape("weight").with_context(|| format!("{} has no layer `{name}`; it has {}", weights.file(), weights.names().join(", ")))?;
                 let [outputs, inputs] = shape[..] else { bail!("`{name}.weight` in {} is no matrix: {shape:?}", weights.file()) };
                 ensure!(outputs > 0, "`{name}.weight` in {} is empty", weights.file());

@@ -1,6 +1,7 @@
 //! The keys of LoRA files: which layer and which factor each stands for.
 
 use super::Format;
+use crate::files::unwrapped;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
@@ -20,6 +21,8 @@ pub(super) enum Key {
     },
     /// Something of an adapter of a text encoder.
     TextEncoder,
+    /// A word of textual inversion, which kohya's scripts can put into the same file.
+    Embedding,
     /// Something of an adapter that is no plain LoRA; its kind.
     Other(&'static str),
     Unknown,
@@ -42,6 +45,10 @@ const OTHERS: [(&str, &str); 9] = [
 const TEXT_ENCODERS: [&str; 5] = ["text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_"];
 
 pub(super) fn parse(key: &str) -> Key {
+    let key = &unwrapped(key);
+    if key.starts_with("bundle_emb.") {
+        return Key::Embedding;
+    }
     if TEXT_ENCODERS.iter().any(|prefix| key.starts_with(prefix)) {
         return Key::TextEncoder;
     }
@@ -222,6 +229,11 @@ mod tests {
             (format!("{under}_to_k.alpha"), Kohya, "to_k", Alpha),
             (format!("{original}.to_v.lora_down.weight"), Kohya, "to_v", A),
             (format!("{original}.to_out.0.lora_B.weight"), Kohya, "to_out.0", B),
+            (format!("_orig_mod.unet.{attn}.to_q.lora_A.weight"), Diffusers, "to_q", A),
+            (format!("unet._orig_mod.{attn}.to_q.lora_A.weight"), Diffusers, "to_q", A),
+            (format!("module._orig_mod.{attn}.to_q.lora_A.weight"), Peft, "to_q", A),
+            (format!("base_model.model._orig_mod.{attn}._orig_mod.to_q.lora_B.weight"), Peft, "to_q", B),
+            (format!("{}_to_q.lora_down.weight", under.replace("unet_", "unet__orig_mod_")), Kohya, "to_q", A),
         ] {
             assert_eq!(parse(&key), Key::Unet { format, module: format!("{attn}.{layer}"), part }, "{key}");
         }
@@ -270,6 +282,7 @@ mod tests {
         ] {
             assert!(matches!(parse(key), Key::Other(found) if found.contains(kind)), "{key}");
         }
+        assert_eq!(parse("bundle_emb.word.string_to_param.*"), Key::Embedding);
         for key in ["unet.x.to_q.weight", "unet.x.lora_B.bias", "what"] {
             assert_eq!(parse(key), Key::Unknown, "{key}");
         }

@@ -58,6 +58,8 @@ pub struct LoadedLora {
     pub format: Format,
     /// The keys of the text encoder's adapters, which are not supported; sorted.
     pub ignored: Vec<String>,
+    /// The keys of words of textual inversion (`bundle_emb`), which are not supported either; sorted.
+    pub embeddings: Vec<String>,
 }
 
 /// How the keys of a LoRA file are spelled.
@@ -101,6 +103,13 @@ impl LoadedLora {
                 self.ignored.len()
             );
         }
+        if let Some(first) = self.embeddings.first() {
+            eprintln!(
+                "warning: {}: {} tensors of bundled embeddings (`{first}`) are ignored: prompts have no words of textual inversion here",
+                path.display(),
+                self.embeddings.len()
+            );
+        }
     }
 }
 
@@ -140,7 +149,7 @@ fn read(file: &Path) -> Result<LoadedLora> {
         Some(config) => AlphaRule::parse(&config, file).with_context(|| format!("in the header's `{CONFIG_KEY}`"))?,
         None => read_adapter_config(file)?,
     };
-    let (layers, format, ignored) = group_by_layer(tensors)?;
+    let Grouped { layers, format, ignored, embeddings } = group_by_layer(tensors)?;
     let factors: Vec<Factor> =
         layers.into_iter().map(|(module, parts)| parts.into_factor(module, &alphas)).collect::<Result<_>>()?;
     for factor in &factors {
@@ -151,7 +160,7 @@ fn read(file: &Path) -> Result<LoadedLora> {
             );
         }
     }
-    Ok(LoadedLora { adapters: Adapters::new(factors)?, metadata, format, ignored })
+    Ok(LoadedLora { adapters: Adapters::new(factors)?, metadata, format, ignored, embeddings })
 }
 
 /// The tensors and the header's strings.
@@ -192,14 +201,26 @@ fn read_adapter_config(file: &Path) -> Result<AlphaRule> {
 }
 
 /// The tensors of each layer, how their keys are spelled, and the keys that are left out.
-fn group_by_layer(tensors: HashMap<String, Tensor>) -> Result<(BTreeMap<String, Parts>, Format, Vec<String>)> {
-    let (mut layers, mut formats, mut ignored) = (BTreeMap::<String, Parts>::new(), Vec::new(), Vec::new());
+struct Grouped {
+    layers: BTreeMap<String, Parts>,
+    format: Format,
+    ignored: Vec<String>,
+    embeddings: Vec<String>,
+}
+
+fn group_by_layer(tensors: HashMap<String, Tensor>) -> Result<Grouped> {
+    let (mut layers, mut formats) = (BTreeMap::<String, Parts>::new(), Vec::new());
+    let (mut ignored, mut embeddings) = (Vec::new(), Vec::new());
     let sorted: BTreeMap<String, Tensor> = tensors.into_iter().collect();
     for (key, tensor) in sorted {
         let (format, module, part) = match keys::parse(&key) {
             Key::Unet { format, module, part } => (format, module, part),
             Key::TextEncoder => {
                 ignored.push(key);
+                continue;
+            }
+            Key::Embedding => {
+                embeddings.push(key);
                 continue;
             }
             Key::Other(kind) => bail!("the key `{key}` is not of a plain LoRA but of {kind}, which is not supported"),
@@ -225,8 +246,12 @@ fn group_by_layer(tensors: HashMap<String, Tensor>) -> Result<(BTreeMap<String, 
         *slot = Some((key, tensor));
     }
     match formats.first() {
-        Some(&format) => Ok((layers, format, ignored)),
-        None if ignored.is_empty() => bail!("the file holds no tensor"),
+        Some(&format) => Ok(Grouped { layers, format, ignored, embeddings }),
+        None if ignored.is_empty() && embeddings.is_empty() => bail!("the file holds no tensor"),
+        None if ignored.is_empty() => bail!(
+            "the file holds words of textual inversion only (`{}`); only adapters of the UNet are supported",
+            embeddings[0]
+        ),
         None => bail!(
             "the file adapts the text encoder only ({} tensors); only adapters of the UNet are supported",
             ignored.len()
@@ -481,6 +506,7 @@ mod tests {
             ("unet.conv.lora.up.weight", half(&[5, 2, 1, 1], DType::BF16)),
             ("unet.conv.alpha", Tensor::new(1f32, &Device::Cpu).unwrap()),
             ("text_encoder.layers.0.lora_A.weight", count(&[2, 6])),
+            ("bundle_emb.word.string_to_param.*", count(&[1, 6])),
         ];
         // The scalar counts before the header.
         let lora = load(&write(folder.path(), "x.safetensors", &tensors, &[(CONFIG_KEY, r#"{"unet.lora_alpha": 9}"#)]))
@@ -489,6 +515,7 @@ mod tests {
         assert_eq!((conv.a.dims(), conv.b.dims(), conv.alpha, conv.scale()), (&[2, 6][..], &[5, 2][..], 1.0, 0.5));
         assert_eq!((conv.a.dtype(), values(&conv.b)), (DType::F32, (0..10).map(|x| x as f32).collect()));
         assert_eq!(lora.ignored, ["text_encoder.layers.0.lora_A.weight"]);
+        assert_eq!(lora.embeddings, ["bundle_emb.word.string_to_param.*"]);
     }
 
     #[test]
@@ -603,6 +630,7 @@ mod tests {
             (file(&[a.clone(), ("unet.m.lora_B.weight", count(&[5, 3]))]), "do not fit together"),
             (file(&[a.clone(), ("unet.m.lora_B.weight", count(&[5, 2, 3, 3]))]), "1x1 convolutions"),
             (file(&[("text_encoder.m.lora_A.weight", count(&[2, 6]))]), "text encoder only"),
+            (file(&[("bundle_emb.word.string_to_param.*", count(&[1, 6]))]), "textual inversion only"),
             (error(&folder.path().join("absent")), "absent"),
         ];
         for (error, wanted) in cases {

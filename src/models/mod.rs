@@ -3,6 +3,7 @@
 pub mod clip;
 pub mod hub;
 pub mod merge;
+mod model_index;
 mod parameters;
 pub mod pipeline;
 mod single_file;

@@ -4,13 +4,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
-use serde::Deserialize;
 
-use super::Source;
 use super::text_encoder::TextEncoder;
 use super::tokenizer::ClipTokenizer;
 use super::unet::{PerBlock, Unet};
 use super::vae::Vae;
+use super::{Source, model_index};
 use crate::config::ModelConfig;
 use crate::ops::device::Compute;
 
@@ -22,12 +21,6 @@ pub struct Pipeline {
     pub text_encoder: TextEncoder,
     pub unet: Unet,
     pub vae: Vae,
-}
-
-#[derive(Deserialize)]
-struct ModelIndex {
-    #[serde(rename = "_class_name")]
-    class_name: Option<String>,
 }
 
 impl Pipeline {
@@ -46,18 +39,7 @@ impl Pipeline {
     pub fn load_on(model: &ModelConfig, compute: &Compute) -> Result<Self> {
         let source = Source::pipeline(model)?;
         let variant = model.variant.as_deref();
-        let index: ModelIndex = source
-            .read_json("model_index.json")
-            .context("a pipeline in the diffusers layout has a model_index.json")?;
-        if let Some(class) = index.class_name
-            && !class.starts_with("StableDiffusionPipeline")
-            && class != "AlignPropPipeline"
-        {
-            bail!(
-                "{} is a {class}; only StableDiffusionPipeline (Stable Diffusion 1.x and 2.x) is supported",
-                source.label()
-            );
-        }
+        model_index::check(&source)?;
         let part = |name: &str| format!("loading the {name} of {}", source.label());
         let tokenizer = ClipTokenizer::load(&source.sub("tokenizer")).with_context(|| part("tokenizer"))?;
         let text_encoder =

@@ -1,9 +1,14 @@
-//! Files on disk, whatever they are for: PyTorch pickles read safely, safetensors and folders written whole or not at all.
+//! Files on disk, whatever they are for: PyTorch's files read safely, safetensors and folders written whole or not at all, and the
+//! files that the program carries.
 
+mod header;
+mod kind;
 pub mod pickle;
 mod wrappers;
 mod write;
 
+pub use header::Header;
+pub use kind::kind_of;
 pub use wrappers::unwrapped;
 pub use write::{
     SafetensorsEntry, UNFINISHED, float_bytes, new_folder, replace_file, save_tensors, sync_folder, write_bytes,

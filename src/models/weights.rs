@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
 use std::fs::File;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -14,9 +14,9 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 
-use crate::files::{pickle, unwrapped};
+use crate::files::{Header, pickle, unwrapped};
 use crate::models::hub::Source;
 use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
@@ -325,20 +325,19 @@ impl Files {
     /// Adds the tensors of a file, whose format its content tells.
     fn add(&mut self, path: &Path) -> Result<()> {
         let map = map_file(path)?;
-        if map.starts_with(pickle::MAGIC) { self.add_pickle(path, map) } else { self.add_safetensors(path, map) }
+        if pickle::is_archive(&map) { self.add_pickle(path, map) } else { self.add_safetensors(path, map) }
     }
 
     fn add_safetensors(&mut self, path: &Path, map: Mmap) -> Result<()> {
-        // Validates the header against the length of the file: every range below lies inside the map.
-        let (header, found) = SafeTensors::read_metadata(&map).map_err(|e| not_weights(path, &map, &e))?;
-        let data = 8 + header;
-        for (key, info) in found.tensors() {
-            let range = data + info.data_offsets.0..data + info.data_offsets.1;
-            let (map, shape) = (self.maps.len(), info.shape.clone());
+        let header = Header::read(&map).map_err(|what| anyhow!("{} {what}", path.display()))?;
+        header.warn(&path.display());
+        for (key, info) in header.tensors {
+            let range = header.data + info.data_offsets.0..header.data + info.data_offsets.1;
+            let (map, shape) = (self.maps.len(), info.shape);
             self.entries.insert(key, Entry { map, dtype: info.dtype, shape, range, stride: None });
         }
         if self.maps.is_empty() {
-            self.metadata = found.metadata().clone().unwrap_or_default();
+            self.metadata = header.texts;
         }
         self.maps.push(Arc::new(map));
         Ok(())
@@ -448,22 +447,6 @@ pub(super) fn warn_of_pickle(path: &Path, better: &str) {
         "warning: {} is a pickle: its tensors are read and no code in it runs; other programs do run it, so prefer {better}",
         path.display()
     );
-}
-
-/// The error for a file that is neither safetensors nor a zip archive.
-fn not_weights(path: &Path, bytes: &[u8], cause: &dyn Display) -> anyhow::Error {
-    let path_of = PathBuf::from(path);
-    let extension = path_of.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    let path = path.display();
-    if bytes.starts_with(b"version https://git-lfs") {
-        anyhow!("{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
-    } else if ["pt", "pth", "bin", "ckpt"].contains(&extension) {
-        anyhow!(
-            "{path} is truncated or not a PyTorch zip archive; save it again with PyTorch 1.6 or newer, or as safetensors"
-        )
-    } else {
-        anyhow!("{path} is truncated or not a safetensors file ({cause}); download or copy it again")
-    }
 }
 
 /// Little-endian floats of any width as f32. f64 is rounded to nearest; the others convert without loss.

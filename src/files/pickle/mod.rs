@@ -1,8 +1,11 @@
-//! PyTorch's zip archives (`.bin`, `.pt`, `.pth`, `.ckpt`): the tensors of a state dict, without running what a pickle says.
+//! PyTorch's files (`.bin`, `.pt`, `.pth`, `.ckpt`): the tensors of a state dict, without running what a pickle says.
 //!
-//! candle's unpickler makes plain objects of the opcodes. It trusts them in three ways, which `check` rules out before:
-//! deep nesting (a recursion that ends the process), objects that copy each other (memory), and lengths without bytes
-//! behind them. The objects are then read with their arity and their ranges checked, so a malformed file is an error.
+//! Since 1.6 torch.save writes a zip archive with a pickle and the storages of the tensors; before, and on demand still, five pickles
+//! in a row with the storages behind them. Pickles of every binary protocol are read. Their objects are plain ones
+//! (`objects`), and are read here with their arity and their ranges checked, so a malformed file is an error.
+
+mod legacy;
+mod objects;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -10,12 +13,18 @@ use std::io::Cursor;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::pickle::{Object, Stack};
 use safetensors::Dtype;
 use zip::{CompressionMethod, ZipArchive};
 
+use objects::{Id, Object, Objects};
+
 /// How zip archives begin.
-pub const MAGIC: &[u8] = b"PK\x03\x04";
+const ZIP: &[u8] = b"PK\x03\x04";
+
+/// Whether torch.save may have written the file, by how it begins.
+pub fn is_archive(file: &[u8]) -> bool {
+    file.starts_with(ZIP) || legacy::is_legacy(file)
+}
 
 /// Names that training scripts give the state dict inside of what they save.
 const NESTED: [&str; 3] = ["state_dict", "model", "module"];
@@ -66,37 +75,41 @@ pub fn gather<'a>(bytes: &'a [u8], dtype: Dtype, shape: &[usize], stride: Option
     Cow::Owned(out)
 }
 
-/// Finds the tensors of an archive: of a bare state dict, or of one under `state_dict`, `model` or `module`.
+/// Finds the tensors of a file: of a bare state dict, or of one under `state_dict`, `model` or `module`.
 ///
 /// # Errors
-/// Not such an archive, a truncated or malformed one, or one that holds no named tensors.
-pub fn read(archive: &[u8]) -> Result<Archive> {
-    let storages = storages(archive)?;
-    let name = storages.keys().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
+/// Not such a file, a truncated or malformed one, or one that holds no named tensors.
+pub fn read(file: &[u8]) -> Result<Archive> {
+    if legacy::is_legacy(file) {
+        return legacy::read(file);
+    }
+    let files = storages(file)?;
+    let name = files.keys().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
     let name = name.context("the archive has no data.pkl: it was not written by torch.save")?;
     let folder = name.strip_suffix("data.pkl").unwrap_or_default();
-    let pickle = &archive[storages[name].clone()];
-    check(pickle)?;
-    let mut stack = Stack::empty();
-    stack.read_loop(&mut &*pickle)?;
-    let root = stack.finalize()?;
+    let order = files.get(&format!("{folder}byteorder")).map(|range| &file[range.clone()]);
+    ensure!(order.is_none_or(|order| order != b"big"), BIG_ENDIAN);
+    let objects = Objects::read(&file[files[name].clone()])?;
+    tensors(&objects, |name| files.get(&format!("{folder}data/{name}")).cloned())
+}
 
-    let entries = state_dict(&root).context("it holds no state dict; save a model's state_dict()")?;
+const BIG_ENDIAN: &str = "its numbers are big-endian; save it again on another machine";
+
+/// The tensors that the objects describe, out of the storages of these names.
+fn tensors(objects: &Objects, storage: impl Fn(&str) -> Option<Range<usize>>) -> Result<Archive> {
+    let entries = state_dict(objects).context("it holds no state dict; save a model's state_dict()")?;
     let mut found = Archive::default();
-    for (key, value) in entries {
-        let Object::Unicode(key) = key else { continue };
-        let tensor = tensor(value, |file| storages.get(&format!("{folder}data/{file}")).cloned());
-        if let Some(tensor) = tensor.with_context(|| format!("the tensor `{key}`"))? {
-            found.tensors.insert(key.clone(), tensor);
+    for &(key, value) in entries {
+        let Some(key) = objects.text(key) else { continue };
+        if let Some(tensor) = tensor(objects, value, &storage).with_context(|| format!("the tensor `{key}`"))? {
+            found.tensors.insert(key.to_owned(), tensor);
         }
     }
     ensure!(!found.tensors.is_empty(), "it holds no named tensors; save a model's state_dict()");
-    for (key, value) in dict(&root).unwrap_or_default() {
-        match (key, value) {
-            (Object::Unicode(key), Object::Int(n)) => found.integers.insert(key.clone(), i64::from(*n)),
-            (Object::Unicode(key), Object::Long(n)) => found.integers.insert(key.clone(), *n),
-            _ => None,
-        };
+    for &(key, value) in objects.dict(objects.root).unwrap_or_default() {
+        if let (Some(key), Some(n)) = (objects.text(key), objects.int(value)) {
+            found.integers.insert(key.to_owned(), n);
+        }
     }
     Ok(found)
 }
@@ -118,70 +131,63 @@ fn storages(archive: &[u8]) -> Result<HashMap<String, Range<usize>>> {
     Ok(files)
 }
 
-type Entries = [(Object, Object)];
-
-fn dict(object: &Object) -> Option<&Entries> {
-    match object {
-        Object::Dict(entries) => Some(entries),
-        // a TorchScript module: its attributes
-        Object::Build { args, .. } => dict(args),
-        _ => None,
-    }
-}
-
-fn state_dict(root: &Object) -> Option<&Entries> {
-    let outer = dict(root)?;
+fn state_dict<'o>(objects: &'o Objects) -> Option<&'o [(Id, Id)]> {
+    let outer = objects.dict(objects.root)?;
+    let holds_tensors =
+        |entries: &&[(Id, Id)]| entries.iter().any(|&(_, value)| matches!(objects.get(value), Object::Call { .. }));
     let named = |name: &str| {
-        let (_, value) = outer.iter().find(|(key, _)| matches!(key, Object::Unicode(key) if key == name))?;
-        dict(value).filter(|entries| entries.iter().any(|(_, value)| matches!(value, Object::Reduce { .. })))
+        let (_, value) = outer.iter().find(|&&(key, _)| objects.text(key) == Some(name))?;
+        objects.dict(*value).filter(holds_tensors)
     };
     NESTED.iter().find_map(|name| named(name)).or(Some(outer))
 }
 
-fn tuple<'a>(object: &'a Object, at_least: usize, what: &str) -> Result<&'a [Object]> {
-    match object {
-        Object::Tuple(items) if items.len() >= at_least => Ok(items),
-        _ => bail!("malformed: {what} is not a tuple of {at_least} or more"),
+/// A storage as a pickle names it.
+struct Storage<'a> {
+    /// `FloatStorage`
+    class: &'a str,
+    name: &'a str,
+}
+
+impl<'a> Storage<'a> {
+    fn of(objects: &Objects<'a>, id: Id) -> Result<Self> {
+        let storage = objects.tuple(id, 5, "the storage")?;
+        let (&Object::Class { name: class, .. }, Some(name)) = (objects.get(storage[1]), objects.text(storage[2]))
+        else {
+            bail!("malformed: a storage without a type or a name");
+        };
+        let is_view = storage.get(5).is_some_and(|&view| !matches!(objects.get(view), Object::Other));
+        ensure!(!is_view, "the storage `{name}` is a part of another; load the file with PyTorch and save it again");
+        Ok(Self { class, name })
     }
-}
-
-fn is_class(object: &Object, module: &str, class: &str) -> bool {
-    matches!(object, Object::Class { module_name, class_name } if module_name == module && class_name == class)
-}
-
-fn size(object: &Object) -> Result<usize> {
-    let number = match object {
-        Object::Int(n) => i64::from(*n),
-        Object::Long(n) => *n,
-        _ => bail!("malformed: a size is not a whole number"),
-    };
-    usize::try_from(number).context("malformed: a size is negative")
 }
 
 /// What `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ..)` would rebuild; nothing for other objects.
-fn tensor(value: &Object, file: impl Fn(&str) -> Option<Range<usize>>) -> Result<Option<PickledTensor>> {
-    let Object::Reduce { callable, args } = value else { return Ok(None) };
-    let (callable, args) = match &**callable {
-        class if is_class(class, "torch._tensor", "_rebuild_from_type_v2") => {
-            let args = tuple(args, 3, "the tensor of a subclass")?;
-            (&args[0], &args[2])
-        }
-        class if is_class(class, "torch._utils", "_rebuild_parameter") => match &tuple(args, 1, "the parameter")?[0] {
-            Object::Reduce { callable, args } => (&**callable, &**args),
-            _ => bail!("malformed: a parameter without a tensor"),
-        },
-        class => (class, &**args),
+fn tensor(
+    objects: &Objects,
+    value: Id,
+    storage: impl Fn(&str) -> Option<Range<usize>>,
+) -> Result<Option<PickledTensor>> {
+    let &Object::Call { callable, args, .. } = objects.get(value) else { return Ok(None) };
+    let (callable, args) = if objects.is_class(callable, "torch._tensor", "_rebuild_from_type_v2") {
+        let args = objects.tuple(args, 3, "the tensor of a subclass")?;
+        (args[0], args[2])
+    } else if objects.is_class(callable, "torch._utils", "_rebuild_parameter") {
+        let args = objects.tuple(args, 1, "the parameter")?;
+        let &Object::Call { callable, args, .. } = objects.get(args[0]) else {
+            bail!("malformed: a parameter without a tensor");
+        };
+        (callable, args)
+    } else {
+        (callable, args)
     };
-    if !is_class(callable, "torch._utils", "_rebuild_tensor_v2") {
+    if !objects.is_class(callable, "torch._utils", "_rebuild_tensor_v2") {
         return Ok(None);
     }
-    let args = tuple(args, 4, "the tensor's description")?;
-    let Object::PersistentLoad(storage) = &args[0] else { bail!("malformed: a tensor without a storage") };
-    let storage = tuple(storage, 5, "the storage")?;
-    let (Object::Class { class_name, .. }, Object::Unicode(name)) = (&storage[1], &storage[2]) else {
-        bail!("malformed: a storage without a type or a name");
-    };
-    let dtype = match class_name.as_str() {
+    let args = objects.tuple(args, 4, "the tensor's description")?;
+    let &Object::Stored(stored) = objects.get(args[0]) else { bail!("malformed: a tensor without a storage") };
+    let stored = Storage::of(objects, stored)?;
+    let dtype = match stored.class {
         "FloatStorage" => Dtype::F32,
         "DoubleStorage" => Dtype::F64,
         "HalfStorage" => Dtype::F16,
@@ -194,10 +200,15 @@ fn tensor(value: &Object, file: impl Fn(&str) -> Option<Range<usize>>) -> Result
         "BoolStorage" => Dtype::BOOL,
         _ => return Ok(None),
     };
-    let sizes = |object, what| tuple(object, 0, what)?.iter().map(size).collect::<Result<Vec<usize>>>();
-    let (offset, shape, stride) = (size(&args[1])?, sizes(&args[2], "the shape")?, sizes(&args[3], "the stride")?);
+    let size = |&id: &Id| {
+        let n = objects.int(id).context("malformed: a size is not a whole number")?;
+        usize::try_from(n).context("malformed: a size is negative")
+    };
+    let sizes = |id, what| objects.tuple(id, 0, what)?.iter().map(size).collect::<Result<Vec<usize>>>();
+    let (offset, shape, stride) = (size(&args[1])?, sizes(args[2], "the shape")?, sizes(args[3], "the stride")?);
     ensure!(shape.len() == stride.len(), "malformed: {} axes with {} strides", shape.len(), stride.len());
-    let file = file(name).with_context(|| format!("the archive has no storage `{name}`; download or save it again"))?;
+    let file = storage(stored.name)
+        .with_context(|| format!("the archive has no storage `{}`; download or save it again", stored.name))?;
     let (range, stride) =
         place(dtype, offset, &shape, stride, file).context("malformed: it lies outside of its storage")?;
     Ok(Some(PickledTensor { dtype, shape, range, stride }))
@@ -226,132 +237,6 @@ fn place(
     fits.then_some((start..end, if contiguous || next == 0 { None } else { Some(stride) }))
 }
 
-/// How deep objects may lie in each other; a state dict needs about ten.
-const MAX_DEPTH: u32 = 100;
-
-/// Size of one object on the unpickler's stack.
-#[derive(Clone, Copy)]
-struct Item {
-    mark: bool,
-    depth: u32,
-    /// About 32 bytes each.
-    nodes: u64,
-}
-
-/// Runs the opcodes on sizes instead of objects.
-///
-/// # Errors
-/// An opcode that candle's unpickler does not know, one without its operands, or objects that are too deep or too large
-/// for the length of the pickle.
-fn check(pickle: &[u8]) -> Result<()> {
-    const LEAF: Item = Item { mark: false, depth: 1, nodes: 1 };
-    const ENDS: &str = "malformed: the pickle ends within an opcode";
-    const EMPTY: &str = "malformed: an opcode of the pickle has no operand";
-    let mut rest = pickle;
-    let mut stack: Vec<Item> = Vec::new();
-    let mut memo: HashMap<u32, Item> = HashMap::new();
-    // every copy from and to the memo is a deep one
-    let mut budget = 64 * pickle.len() as u64 + (1 << 20);
-    let mut spend = |nodes: u64| -> Result<()> {
-        budget = budget.checked_sub(nodes).context("malformed: the pickle's objects copy each other without end")?;
-        Ok(())
-    };
-    fn bytes<'a>(rest: &mut &'a [u8], n: usize) -> Result<&'a [u8]> {
-        rest.split_off(..n).context(ENDS)
-    }
-    fn number(rest: &mut &[u8], width: usize) -> Result<u32> {
-        Ok(bytes(rest, width)?.iter().rev().fold(0, |n, &byte| n << 8 | u32::from(byte)))
-    }
-    fn joined(parts: &[Item]) -> Result<Item> {
-        let depth = 1 + parts.iter().map(|item| item.depth).max().unwrap_or(0);
-        ensure!(depth <= MAX_DEPTH, "malformed: the pickle's objects lie more than {MAX_DEPTH} deep in each other");
-        Ok(Item { mark: false, depth, nodes: 1 + parts.iter().map(|item| item.nodes).sum::<u64>() })
-    }
-    loop {
-        let opcode = number(&mut rest, 1)? as u8;
-        // how many objects on top of the stack are joined into one
-        let join = match opcode {
-            b'.' => {
-                ensure!(!stack.is_empty(), EMPTY);
-                return Ok(());
-            }
-            0x80 => {
-                bytes(&mut rest, 1)?;
-                continue;
-            }
-            b'(' => {
-                stack.push(Item { mark: true, ..LEAF });
-                continue;
-            }
-            b'q' | b'r' => {
-                let id = number(&mut rest, if opcode == b'q' { 1 } else { 4 })?;
-                let item = *stack.last().context(EMPTY)?;
-                spend(item.nodes)?;
-                memo.insert(id, item);
-                continue;
-            }
-            b'h' | b'j' => {
-                let id = number(&mut rest, if opcode == b'h' { 1 } else { 4 })?;
-                let item = *memo.get(&id).with_context(|| format!("malformed: nothing is stored under {id}"))?;
-                spend(item.nodes)?;
-                stack.push(item);
-                continue;
-            }
-            b'X' => {
-                let length = number(&mut rest, 4)? as usize;
-                bytes(&mut rest, length)?;
-                stack.push(Item { nodes: 1 + length as u64 / 32, ..LEAF });
-                continue;
-            }
-            b'c' => {
-                for _ in 0..2 {
-                    let line = rest.iter().position(|&byte| byte == b'\n').context(ENDS)?;
-                    bytes(&mut rest, line + 1)?;
-                }
-                stack.push(Item { nodes: 4, ..LEAF });
-                continue;
-            }
-            b'K' | b'M' | b'J' | b'G' | 0x8a => {
-                let width = match opcode {
-                    b'K' => 1,
-                    b'M' => 2,
-                    b'J' => 4,
-                    b'G' => 8,
-                    _ => number(&mut rest, 1)? as usize,
-                };
-                ensure!(width <= 8, "malformed: a whole number of {width} bytes");
-                bytes(&mut rest, width)?;
-                stack.push(LEAF);
-                continue;
-            }
-            // an empty tuple, list, dict; candle takes `d` for an empty dict too
-            b')' | b']' | b'}' | b'd' | b'N' | 0x88 | 0x89 => 0,
-            b'Q' | 0x85 => 1,
-            // reduce, build, newobj; append puts the second into the first
-            b'R' | b'b' | 0x81 | b'a' | 0x86 => 2,
-            // setitem: the dict, a key and a value
-            0x87 | b's' => 3,
-            b't' | b'e' | b'u' => {
-                let mark = stack.iter().rposition(|item| item.mark).context("malformed: a mark is missing")?;
-                stack.remove(mark);
-                stack.len() - mark + usize::from(opcode != b't') // appends, setitems: the container too
-            }
-            other => bail!("the pickle has the opcode {other:#04x}, which no state dict of plain tensors needs"),
-        };
-        let from = stack.len().checked_sub(join).context(EMPTY)?;
-        let item = match (opcode, &stack[from..]) {
-            // what goes into a container does not put the container itself deeper
-            (b'a' | b's' | b'e' | b'u', [container, parts @ ..]) => {
-                let parts = joined(parts)?;
-                Item { mark: false, depth: container.depth.max(parts.depth), nodes: container.nodes + parts.nodes }
-            }
-            (_, parts) => joined(parts)?,
-        };
-        stack.truncate(from);
-        stack.push(item);
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod testing {
     /// A zip archive without compression: all that PyTorch's format needs.
@@ -377,6 +262,27 @@ pub(crate) mod testing {
         out.extend([&directory[..], b"PK\x05\x06\0\0\0\0", &[n, 0, n, 0]].concat());
         out.extend([&size.to_le_bytes()[..], &offset.to_le_bytes(), &[0, 0]].concat());
         out
+    }
+
+    /// A file of the old format that holds [`state_dict`]: floats from 0 on.
+    pub(crate) fn legacy(protocol: u8) -> Vec<u8> {
+        let system = [b"}", &text("little_endian")[..], b"\x88s"].concat();
+        legacy_of(protocol, [b"M\xe9\x03", &system, &state_dict(), &[b"]", &text("0")[..], b"a"].concat()])
+    }
+
+    /// As [`legacy`], of the version, the facts, the object and the names given.
+    pub(crate) fn legacy_of(protocol: u8, parts: [&[u8]; 4]) -> Vec<u8> {
+        let mut file = Vec::new();
+        for part in [&b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"[..]].into_iter().chain(parts) {
+            file.extend([0x80, protocol]);
+            if protocol >= 4 {
+                file.extend([&[0x95][..], &(part.len() as u64 + 1).to_le_bytes()].concat());
+            }
+            file.extend([part, b"."].concat());
+        }
+        file.extend(6u64.to_le_bytes());
+        file.extend((0..6u8).flat_map(|i| f32::from(i).to_le_bytes()));
+        file
     }
 
     /// The opcode for a string.
@@ -424,6 +330,53 @@ mod tests {
             let found = read(&archive).unwrap();
             assert_eq!(values(&archive, &found.tensors["w"]), expected, "{shape:?}");
         }
+    }
+
+    #[test]
+    fn newer_protocols_say_the_same_in_other_opcodes() {
+        let short = |s: &str| [&[0x8c, s.len() as u8], s.as_bytes(), b"\x94"].concat();
+        let long = |s: &str| [b"\x8d", &(s.len() as u64).to_le_bytes()[..], s.as_bytes(), b"\x94"].concat();
+        // {"w": a tensor in a storage of six, "v": the same storage's last two}, with strings and classes out of the memo
+        let parts: [&[u8]; 16] = [
+            b"}\x94(",
+            &short("w"),                                                        // 1
+            &[short("torch._utils"), short("_rebuild_tensor_v2")].concat(),     // 2, 3
+            b"\x93\x94((",                                                      // 4
+            &[short("storage"), long("torch"), short("FloatStorage")].concat(), // 5, 6, 7
+            b"\x93\x94",                                                        // 8
+            &[short("0"), short("cpu")].concat(),                               // 9, 10
+            b"K\x06t\x94QK\0K\x02K\x03\x86\x94K\x03K\x01\x86\x94\x89",          // 11, 12, 13
+            &[short("collections"), short("OrderedDict")].concat(),             // 14, 15
+            b"\x93\x94)R\x94t\x94R\x94",                                        // 16, 17, 18, 19
+            &short("v"),                                                        // 20
+            b"h\x04((h\x05h\x08h\x09h\x0aK\x06tQK\x04K\x02\x85K\x01\x85\x89h\x11tR",
+            &short("other"),
+            b"\x8f(K\x01\x90",
+            &short("bytes"),
+            b"C\x02ab\x96\x01\0\0\0\0\0\0\0z0u",
+        ];
+        let frame = |pickle: &[u8]| [b"\x95", &(pickle.len() as u64 + 1).to_le_bytes()[..], pickle].concat();
+        for pickle in [parts.concat(), frame(&parts.concat())] {
+            let archive = archive(&pickle);
+            let found = read(&archive).unwrap();
+            assert_eq!(values(&archive, &found.tensors["w"]), [0., 1., 2., 3., 4., 5.]);
+            assert_eq!(values(&archive, &found.tensors["v"]), [4., 5.]);
+        }
+    }
+
+    #[test]
+    fn an_opcode_without_a_meaning_here_is_named_with_the_way_out() {
+        let e = read(&archive(b"\x82\x01")).unwrap_err().to_string();
+        assert!(e.contains("0x82") && e.contains("torch.save(torch.load("), "{e}");
+    }
+
+    #[test]
+    fn objects_that_hold_each_other_cost_what_they_weigh() {
+        // a list in itself; a tuple of two of the tuple before it, a hundred times
+        let nested: Vec<u8> = (0..100).flat_map(|i| [b'q', i, b'h', i, 0x86]).collect();
+        let pickle =
+            [b"}", &text("x")[..], b"]q\xc8h\xc8as", &text("y"), b")", &nested, b"s", &state_dict()[1..]].concat();
+        assert_eq!(read(&archive(&pickle)).unwrap().tensors.len(), 1);
     }
 
     #[test]

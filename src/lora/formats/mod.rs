@@ -27,12 +27,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use candle_core::{DType, Device, Tensor, safetensors::load_buffer};
-use safetensors::{Dtype, SafeTensors};
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::{Adapters, Factor};
-use crate::files::pickle;
+use crate::files::{Header, pickle};
 use crate::ops::is_finite;
 use keys::{Key, Part};
 pub use write::{KohyaHeader, save, save_diffusers, save_kohya, save_peft};
@@ -134,7 +134,7 @@ fn find_file(path: &Path) -> Result<PathBuf> {
 
 fn read(file: &Path) -> Result<LoadedLora> {
     let bytes = fs::read(file)?;
-    let (tensors, mut metadata) = if bytes.starts_with(b"PK") {
+    let (tensors, mut metadata) = if pickle::is_archive(&bytes) {
         eprintln!(
             "warning: {} is a pickle: its tensors are read and no code in it runs; other programs do run it, so prefer {}",
             file.display(),
@@ -142,7 +142,7 @@ fn read(file: &Path) -> Result<LoadedLora> {
         );
         (read_pickle(&bytes)?, HashMap::new())
     } else {
-        read_safetensors(&bytes)?
+        read_safetensors(&bytes, file)?
     };
     metadata.remove("format");
     let alphas = match metadata.remove(CONFIG_KEY) {
@@ -164,29 +164,31 @@ fn read(file: &Path) -> Result<LoadedLora> {
 }
 
 /// The tensors and the header's strings.
-fn read_safetensors(bytes: &[u8]) -> Result<(HashMap<String, Tensor>, HashMap<String, String>)> {
-    let (_, header) = SafeTensors::read_metadata(bytes).context(
-        "neither a safetensors file nor a PyTorch archive (1.6 or later), or a truncated one; \
-         copy it again, or save it as safetensors with Python",
-    )?;
-    Ok((load_buffer(bytes, &Device::Cpu)?, header.metadata().clone().unwrap_or_default()))
+fn read_safetensors(bytes: &[u8], file: &Path) -> Result<(HashMap<String, Tensor>, HashMap<String, String>)> {
+    let header = Header::read(bytes).map_err(|what| anyhow!("it {what}"))?;
+    header.warn(&file.display());
+    let tensors = header.tensors.into_iter().map(|(key, info)| {
+        let range = header.data + info.data_offsets.0..header.data + info.data_offsets.1;
+        let values = tensor_of(&key, &bytes[range], info.dtype, &info.shape)?;
+        Ok((key, values))
+    });
+    Ok((tensors.collect::<Result<_>>()?, header.texts))
 }
 
 fn read_pickle(bytes: &[u8]) -> Result<HashMap<String, Tensor>> {
     let archive = pickle::read(bytes).context("it cannot be read; save it as safetensors with Python")?;
     let tensors = archive.tensors.into_iter().map(|(key, tensor)| {
-        let dtype = match tensor.dtype {
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F32 => DType::F32,
-            Dtype::F64 => DType::F64,
-            Dtype::I64 => DType::I64,
-            other => bail!("`{key}` holds {other:?}; expected f16, bf16, f32 or f64"),
-        };
-        let values = Tensor::from_raw_buffer(&tensor.bytes(bytes), dtype, &tensor.shape, &Device::Cpu)?;
+        let values = tensor_of(&key, &tensor.bytes(bytes), tensor.dtype, &tensor.shape)?;
         Ok((key, values))
     });
     tensors.collect()
+}
+
+fn tensor_of(key: &str, bytes: &[u8], dtype: Dtype, shape: &[usize]) -> Result<Tensor> {
+    let ours = DType::try_from(dtype)
+        .ok()
+        .with_context(|| format!("`{key}` holds {dtype:?}; expected f16, bf16, f32 or f64"))?;
+    Ok(Tensor::from_raw_buffer(bytes, ours, shape, &Device::Cpu)?)
 }
 
 /// peft's `adapter_config.json`, which lies beside an `adapter_model` file.
@@ -519,6 +521,25 @@ mod tests {
     }
 
     #[test]
+    fn a_header_with_values_that_are_no_texts_keeps_its_alpha() {
+        let folder = folder();
+        let tensors = [("unet.m.lora_A.weight", count(&[2, 6])), ("unet.m.lora_B.weight", count(&[5, 2]))];
+        let config = r#"{"unet.lora_alpha": 8}"#;
+        let path = write(folder.path(), "x.safetensors", &tensors, &[(CONFIG_KEY, config)]);
+        let bytes = fs::read(&path).unwrap();
+        // the config as an object and not as its text
+        let length = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+        let mut header: Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        header["__metadata__"][CONFIG_KEY] = serde_json::from_str(config).unwrap();
+        header["__metadata__"]["steps"] = 3.into();
+        let header = serde_json::to_vec(&header).unwrap();
+        let odd = [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + length..]].concat();
+        fs::write(&path, odd).unwrap();
+        let lora = load(&path).unwrap();
+        assert_eq!((lora.adapters.get("m").unwrap().alpha, &*lora.metadata["steps"]), (8.0, "3"));
+    }
+
+    #[test]
     fn alpha_is_the_rank_if_nothing_says_otherwise() {
         let folder = folder();
         let tensors = [
@@ -649,6 +670,14 @@ mod tests {
         for length in (0..bytes.len()).step_by(7) {
             fs::write(&path, &bytes[..length]).unwrap();
             assert!(error(&path).contains("truncated"), "{}", error(&path));
+        }
+        for (garbage, word) in [
+            (&b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"[..], "Git LFS"),
+            (b"<html>404</html>", "web page"),
+            (b"{\"error\": \"not found\"}", "JSON"),
+        ] {
+            fs::write(&path, garbage).unwrap();
+            assert!(error(&path).contains(word) && !error(&path).contains("truncated"), "{}", error(&path));
         }
         for garbage in [&b"PK\x03\x04 no archive"[..], b"\x80\x02}q", b"<html>404</html>"] {
             fs::write(&path, garbage).unwrap();

@@ -84,6 +84,44 @@ fn a_single_file_is_the_pipeline_that_it_was_made_of() {
 }
 
 #[test]
+fn a_vae_beside_a_single_file_counts_before_the_one_inside() {
+    const VAE: &str = "first_stage_model.";
+    let model = fixture("tiny-sd15/model");
+    let config = format!("model.config={}", text(&model));
+    let checkpoint = original::checkpoint(&model);
+    // a VAE whose pictures are lighter
+    let mut lighter = checkpoint.clone();
+    let bias = lighter.get_mut("first_stage_model.decoder.conv_out.bias").unwrap();
+    *bias = bias.affine(1.0, 0.25).unwrap();
+    let vae = |keep: fn(&str) -> String| -> Tensors {
+        let parts = lighter.iter().filter(|(name, _)| name.starts_with(VAE));
+        let mut vae: Tensors = parts.map(|(name, tensor)| (keep(name), tensor.clone())).collect();
+        vae.insert("loss.logvar".into(), Tensor::zeros((), DType::F32, &Device::Cpu).unwrap());
+        vae
+    };
+    let folder = tempfile::tempdir().unwrap();
+    original::save(&lighter, &[], &folder.path().join("lighter.safetensors"));
+    let (want, quiet) = sample(folder.path(), "lighter.safetensors", &["--set", &config]);
+    assert!(!quiet.contains(".vae."), "{quiet}");
+
+    original::save(&checkpoint, &[], &folder.path().join("a.v1.safetensors"));
+    original::save(&vae(|name| name.to_owned()), &[], &folder.path().join("a.v1.vae.safetensors"));
+    let without: Tensors = checkpoint.into_iter().filter(|(name, _)| !name.starts_with(VAE)).collect();
+    original::save(&without, &[], &folder.path().join("b.safetensors"));
+    original::save_ckpt(&vae(|name| name[VAE.len()..].to_owned()), None, &folder.path().join("b.vae.pt"));
+    for (file, beside) in [("a.v1.safetensors", "a.v1.vae.safetensors"), ("b.safetensors", "b.vae.pt")] {
+        let (found, warnings) = sample(folder.path(), file, &["--set", &config]);
+        assert_same(&found, &want);
+        assert_eq!(warnings.lines().filter(|line| line.contains(beside)).count(), 1, "{warnings}");
+    }
+    fs::remove_file(folder.path().join("b.vae.pt")).unwrap();
+    let line = ["sample", "--prompt", "a", "--model", "b.safetensors", "--set", &config, "-o", "out.png"];
+    fails(folder.path(), &line, &["b.safetensors", "no VAE", ".vae.safetensors"]);
+    original::save(&original::component(&model.join("vae")), &[], &folder.path().join("b.vae.safetensors"));
+    fails(folder.path(), &line, &["b.vae.safetensors", "move it away"]);
+}
+
+#[test]
 fn the_configs_of_a_single_file_follow_from_its_shapes() {
     for (set, factor) in [("tiny-sd15", 8), ("tiny-sd21", 8)] {
         let folder = tempfile::tempdir().unwrap();

@@ -67,11 +67,12 @@ impl SingleFile {
                  pipeline in the diffusers layout give the folder"
             )
         })?;
-        check_is_whole(&weights)?;
+        let vae = vae_beside(path)?.unwrap_or_else(|| weights.pp(VAE));
+        check_is_whole(&weights, &vae)?;
         let v2 = has(&weights.pp(OPEN_CLIP));
         let folder = model.config.as_deref().map(Source::open).transpose().context("model.config")?;
 
-        let mut configs = recognise(&weights, v2)?;
+        let mut configs = recognise(&weights, &vae, v2)?;
         let prediction = prediction_type(path, &weights, v2)?;
         let guessed = prediction.unwrap_or(if v2 { "v_prediction" } else { "epsilon" });
         configs.insert("scheduler/scheduler_config.json", scheduler(guessed));
@@ -112,7 +113,7 @@ impl SingleFile {
             unet["upcast_attention"] = (v2 && v).into(); // needed in half precision only
         }
         complete(&configs, &label)?;
-        let parts = rename(&weights, v2, &configs)?;
+        let parts = rename(&weights, &vae, v2, &configs)?;
         let tokenizer = find_tokenizer(path, model, folder.as_ref())?;
         Ok(Self { label, configs, parts, tokenizer, v2 })
     }
@@ -143,7 +144,7 @@ fn has(weights: &Weights) -> bool {
 
 /// # Errors
 /// Says what the file is instead, or which part it lacks.
-fn check_is_whole(w: &Weights) -> Result<()> {
+fn check_is_whole(w: &Weights, vae: &Weights) -> Result<()> {
     let file = w.file();
     let names = w.names();
     let any = |text: &str| names.iter().any(|name| name.starts_with(text) || name.contains(&format!(".{text}")));
@@ -170,8 +171,9 @@ fn check_is_whole(w: &Weights) -> Result<()> {
         );
     }
     ensure!(
-        w.pp(VAE).contains("decoder.conv_in.weight"),
-        "{file} has no VAE (`{VAE}.*`): it is only a part of a model; take the whole checkpoint"
+        vae.contains("decoder.conv_in.weight"),
+        "{file} has no VAE (`{VAE}.*`): it is only a part of a model; take the whole checkpoint, or put its VAE beside it, under the same \
+         name with `.vae.safetensors` at its end"
     );
     ensure!(
         has(&w.pp(CLIP)) || has(&w.pp(OPEN_CLIP)),
@@ -192,7 +194,7 @@ fn count(w: &Weights, pattern: impl Fn(usize) -> String) -> usize {
 }
 
 /// The configs as far as the shapes and the generation tell; a key that they do not tell is left out.
-fn recognise(w: &Weights, v2: bool) -> Result<HashMap<&'static str, Json>> {
+fn recognise(w: &Weights, vae: &Weights, v2: bool) -> Result<HashMap<&'static str, Json>> {
     let index = json!({
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [null, null],
@@ -208,7 +210,7 @@ fn recognise(w: &Weights, v2: bool) -> Result<HashMap<&'static str, Json>> {
     Ok(HashMap::from([
         ("model_index.json", index),
         ("unet/config.json", unet_config(&w.pp(UNET), v2)?),
-        ("vae/config.json", vae_config(&w.pp(VAE))?),
+        ("vae/config.json", vae_config(vae)?),
         ("text_encoder/config.json", text_encoder),
     ]))
 }
@@ -483,17 +485,21 @@ fn complete(configs: &HashMap<&'static str, Json>, label: &str) -> Result<()> {
 }
 
 /// The tensors of each part under diffusers' names.
-fn rename(w: &Weights, v2: bool, configs: &HashMap<&'static str, Json>) -> Result<HashMap<&'static str, Weights>> {
+fn rename(
+    w: &Weights,
+    vae: &Weights,
+    v2: bool,
+    configs: &HashMap<&'static str, Json>,
+) -> Result<HashMap<&'static str, Weights>> {
     let number =
         |path: &str, key: &str| configs.get(path).and_then(|config| config[key].as_u64()).unwrap_or(1) as usize;
     // the file's own layers, which a wrong config does not rename
     let unet_layers = unet_config(&w.pp(UNET), v2)?["layers_per_block"].as_u64().unwrap_or(2) as usize;
     let unet = names::all(&w.pp(UNET), |name| Some(names::unet(name, unet_layers)))?;
-    let vae = w.pp(VAE);
-    let levels = count(&vae, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
-    let vae_names = names::all(&vae, |name| names::vae(name, levels))?
+    let levels = count(vae, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
+    let vae_names = names::all(vae, |name| names::vae(name, levels))?
         .into_iter()
-        .map(|renamed| names::attention_as_linear(&vae, renamed))
+        .map(|renamed| names::attention_as_linear(vae, renamed))
         .collect::<Vec<_>>();
     let layers = number("text_encoder/config.json", "num_hidden_layers");
     let text_encoder = if v2 {
@@ -510,6 +516,28 @@ fn rename(w: &Weights, v2: bool, configs: &HashMap<&'static str, Json>) -> Resul
         ("vae", vae.renamed(&vae_names)?),
         ("text_encoder", text_encoder),
     ]))
+}
+
+/// The VAE in a file beside the model's, which counts before the one inside: `x.vae.safetensors` for `x.safetensors`, as in
+/// AUTOMATIC1111's web interface. Says so.
+///
+/// # Errors
+/// It is no VAE in the original layout.
+fn vae_beside(path: &Path) -> Result<Option<Weights>> {
+    let names = ["safetensors", "pt", "ckpt"].map(|extension| path.with_extension(format!("vae.{extension}")));
+    let Some(file) = names.into_iter().find(|file| file.is_file()) else { return Ok(None) };
+    let place = || format!("{} is taken for the VAE of {}; move it away if it is none", file.display(), path.display());
+    let weights = Weights::open_file(&file).with_context(place)?;
+    let inner = weights.pp(VAE);
+    let vae = if has(&inner) { inner } else { weights };
+    let is_vae = vae.contains("decoder.conv_in.weight") && vae.contains("decoder.up.0.block.0.conv1.weight");
+    ensure!(is_vae, "{}: it is no VAE in the original layout (`decoder.up.0.*`)", place());
+    eprintln!(
+        "warning: the VAE in {} is used, which lies beside {}; move it away to use the one inside, if there is one",
+        file.display(),
+        path.display()
+    );
+    Ok(Some(vae))
 }
 
 /// Of `model.tokenizer`, of `model.config`, beside the file, or CLIP's own from the hub.

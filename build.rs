@@ -1,6 +1,7 @@
-//! Compiles the CUDA kernels of `src/ops/cuda/*.cu` when the feature `cuda` is on; does nothing otherwise.
+//! Lists the files that the program carries (`assets/`, `configs/`), and compiles the CUDA kernels of `src/ops/cuda/*.cu` when the feature
+//! `cuda` is on.
 //!
-//! Each file becomes a fat binary in `OUT_DIR` that the program embeds: machine code for the compute capability of
+//! Each kernel file becomes a fat binary in `OUT_DIR` that the program embeds: machine code for the compute capability of
 //! `CUDA_COMPUTE_CAP` (8.0 if it is not set) and for 9.0, and PTX that the driver translates for every newer card.
 //! `NVCC` names the compiler, else it is looked for in `CUDA_HOME/bin`, `CUDA_PATH/bin` and `PATH`. Without one an
 //! empty module is embedded, so that `cargo check` works anywhere; loading it is an error that says so.
@@ -18,16 +19,52 @@ mod signatures;
 
 const SOURCES: &str = "src/ops/cuda";
 
+/// What the program carries.
+const BUNDLED: [&str; 2] = ["assets", "configs"];
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed={SOURCES}");
     for name in ["NVCC", "CUDA_COMPUTE_CAP", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
-        return;
-    }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    std::fs::write(out.join("bundle.rs"), bundle()).expect("writing to OUT_DIR");
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        kernels(&out);
+    }
+}
+
+/// The carried files with their names and a number of all their bytes, as an expression in Rust.
+fn bundle() -> String {
+    let root = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let mut names = Vec::new();
+    for folder in BUNDLED {
+        println!("cargo:rerun-if-changed={folder}");
+        list(Path::new(folder), &mut names);
+    }
+    names.sort();
+    let (mut files, mut mark) = (String::new(), 0xcbf2_9ce4_8422_2325_u64);
+    for name in &names {
+        let content = std::fs::read(name).expect("a file of the bundle");
+        for &byte in name.to_str().expect("plain file names").as_bytes().iter().chain(&content) {
+            mark = (mark ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3); // FNV-1a
+        }
+        files += &format!("({name:?}, include_bytes!({:?})), ", root.join(name));
+    }
+    format!("alignprop::files::Bundle {{ mark: \"{mark:016x}\", files: &[{files}] }}")
+}
+
+/// All files below a folder.
+fn list(folder: &Path, names: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).expect("a folder of the bundle") {
+        let path = entry.expect("a readable folder").path();
+        if path.is_dir() { list(&path, names) } else { names.push(path) }
+    }
+}
+
+/// Compiles the kernels and lists them.
+fn kernels(out: &Path) {
     let mut sources: Vec<PathBuf> = std::fs::read_dir(SOURCES)
         .expect("the kernels' folder")
         .map(|entry| entry.expect("a readable folder").path())

@@ -1,14 +1,19 @@
 use std::process::ExitCode;
 
 use alignprop::allocator::{Allocator, keep_pages};
+use alignprop::files::Bundle;
 use alignprop::training::signals::Interrupted;
 use clap::Parser;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
+/// `assets/` and `configs/`, which build.rs lists.
+static BUNDLE: Bundle = include!(concat!(env!("OUT_DIR"), "/bundle.rs"));
+
 fn main() -> ExitCode {
     keep_pages();
+    BUNDLE.provide();
     let cli = alignprop::cli::Cli::parse();
     match alignprop::commands::run(cli) {
         Ok(true) => ExitCode::SUCCESS,

@@ -570,6 +570,33 @@ fn a_reward_model_with_damage_is_named() {
 }
 
 #[test]
+fn the_embedded_model_is_found_from_any_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("data");
+    let command = |line: &[&str]| {
+        let mut command = alignprop(folder.path());
+        command.env("ALIGNPROP_DATA", &place).args(line);
+        command
+    };
+    let dry_run = ["train", "--dry-run", "--set", "train.steps=1"];
+    command(&dry_run).assert().success();
+    let unpacked = |name: &str| place.join(&listing(&place)[0]).join(name);
+    let file = unpacked("assets/prompts/emoji-train.txt");
+    let prompts = fs::read(&file).unwrap();
+    fs::write(&file, "damaged").unwrap();
+    command(&["train", "--dry-run", "--config", "configs/emoji.toml"]).assert().success();
+    assert_eq!((fs::read(&file).unwrap(), listing(&place).len()), (prompts, 1));
+    // a folder of this name in the working directory counts before it
+    fs::create_dir_all(folder.path().join("assets/emoji-sd")).unwrap();
+    assert_command_fails(&mut command(&dry_run), &["assets/emoji-sd", "model_index.json"]);
+    fs::remove_dir_all(folder.path().join("assets")).unwrap();
+    // no place to unpack to
+    fs::remove_dir_all(&place).unwrap();
+    fs::write(&place, "").unwrap();
+    assert_command_fails(&mut command(&dry_run), &["unpacking", "ALIGNPROP_DATA"]);
+}
+
+#[test]
 fn a_hub_that_cannot_be_reached_is_said_with_the_way_out() {
     let folder = tempfile::tempdir().unwrap();
     let line = sample_line("owner/name", &[]);

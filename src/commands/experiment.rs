@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::cli::ConfigArgs;
 use crate::config::{Config, RunConfig};
+use crate::files::located;
 use crate::ops::device::Compute;
 use crate::training::run_folder::RunFolder;
 
@@ -52,7 +53,7 @@ pub(super) fn checkpoint_of(checkpoint: &Path, args: &ConfigArgs, settings: &[St
 /// The config of `--config`, or `fallback` (its text and its name), with `settings` applied.
 pub(super) fn config_of(path: Option<&Path>, settings: &[String], fallback: (&str, &str)) -> Result<Config> {
     match path {
-        Some(path) => Config::load(path, settings),
+        Some(path) => Config::load(&located(path)?, settings),
         None => Config::parse(fallback.0, fallback.1, settings),
     }
 }

@@ -109,6 +109,7 @@ fn builtin(name: &str) -> Result<&'static str> {
 }
 
 fn read_lines(path: &Path) -> Result<Vec<Prompt>> {
+    let path = &*crate::files::located(path)?;
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("reading the prompts from {} (prompts.file)", path.display()))?;
     if path.extension().is_some_and(|extension| extension == "jsonl") {

@@ -1,12 +1,14 @@
 //! Files on disk, whatever they are for: PyTorch's files read safely, safetensors and folders written whole or not at all, and the
 //! files that the program carries.
 
+mod bundle;
 mod header;
 mod kind;
 pub mod pickle;
 mod wrappers;
 mod write;
 
+pub use bundle::{Bundle, located};
 pub use header::Header;
 pub use kind::kind_of;
 pub use wrappers::unwrapped;

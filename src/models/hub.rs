@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use super::Weights;
 use super::single_file::SingleFile;
 use crate::config::ModelConfig;
+use crate::files::{kind_of, located};
 
 /// A model folder, local or on the hub, and the sub-folder of it that is being read.
 ///
@@ -38,9 +39,9 @@ impl Source {
     /// # Errors
     /// When `spec` is a file, or is neither a folder nor a hub id.
     pub fn open(spec: &str) -> Result<Self> {
-        let path = Path::new(spec);
+        let path = located(Path::new(spec))?;
         let root = if path.is_dir() {
-            Root::Local(path.to_owned())
+            Root::Local(path.into_owned())
         } else if path.is_file() {
             bail!(
                 "`{spec}` is a file; give the folder of the model (the one with its config and weights) or a hub id `owner/name`"
@@ -183,8 +184,12 @@ impl Source {
         }
         let path = self.require(file)?;
         let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        let mut json: serde_json::Value =
-            serde_json::from_slice(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let mut json: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| {
+            match kind_of(&bytes).filter(|kind| !kind.starts_with("JSON")) {
+                Some(kind) => anyhow!("{} is {kind}", path.display()),
+                None => anyhow!("{}: {e}", path.display()),
+            }
+        })?;
         drop_nulls(&mut json);
         serde_path_to_error::deserialize(json).map_err(|e| match e.path().to_string() {
             key if key == "." => anyhow!("{}: {}", path.display(), e.inner()),
@@ -264,9 +269,9 @@ fn drop_nulls(json: &mut serde_json::Value) {
 /// # Errors
 /// When there is no such file, or the hub does not give it.
 pub fn resolve_file(spec: &str, default_file: &str) -> Result<PathBuf> {
-    let path = Path::new(spec);
+    let path = located(Path::new(spec))?;
     if path.is_file() {
-        return Ok(path.to_owned());
+        return Ok(path.into_owned());
     }
     let (repo, file) = match spec.split_once(':') {
         Some((repo, file)) if parse_hub_id(repo).is_some() && !file.is_empty() => (repo, file),

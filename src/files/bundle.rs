@@ -1,0 +1,167 @@
+//! The files that the program carries: the embedded model, its rewards, prompts and experiments, found from any folder.
+//!
+//! They have the repository's relative names. Where there is no such file, it is unpacked into the user's cache on its first use.
+
+use std::borrow::Cow;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+
+use super::replace_file;
+
+/// Where the files are unpacked, if not in the user's cache.
+const VARIABLE: &str = "ALIGNPROP_DATA";
+
+/// What a program carries.
+#[derive(Clone, Copy, Debug)]
+pub struct Bundle {
+    /// Tells these files from those of another version.
+    pub mark: &'static str,
+    /// Relative names and contents.
+    pub files: &'static [(&'static str, &'static [u8])],
+}
+
+static BUNDLE: OnceLock<Bundle> = OnceLock::new();
+
+impl Bundle {
+    /// Makes the files known to [`located`], for as long as the process lives. Only programs carry them: a library that did would put a
+    /// copy into everything that is linked with it.
+    pub fn provide(self) {
+        let _ = BUNDLE.set(self);
+    }
+
+    fn below(&self, path: &Path) -> impl Iterator<Item = &(&'static str, &'static [u8])> {
+        self.files.iter().filter(move |(name, _)| path != Path::new("") && Path::new(name).starts_with(path))
+    }
+
+    /// `path`, unpacked below `place`; nothing where no such file is carried.
+    fn unpack(&self, path: &Path, place: impl FnOnce() -> Result<PathBuf>) -> Result<Option<PathBuf>> {
+        let path = path.strip_prefix(".").unwrap_or(path);
+        if self.below(path).next().is_none() {
+            return Ok(None);
+        }
+        let place = place()?.join(self.mark);
+        for (name, content) in self.below(path) {
+            let file = place.join(name);
+            write(&file, content).with_context(|| {
+                format!(
+                    "unpacking {}, which the program carries; set {VARIABLE} to a folder that can be written",
+                    file.display()
+                )
+            })?;
+        }
+        Ok(Some(place.join(path)))
+    }
+}
+
+/// The path of a file or folder: as it is where there is one, else of the one of this name that the program carries.
+///
+/// # Errors
+/// What is carried cannot be unpacked; names the way out.
+pub fn located(path: &Path) -> Result<Cow<'_, Path>> {
+    let unpacked = match BUNDLE.get() {
+        Some(bundle) if !path.exists() => bundle.unpack(path, place)?,
+        _ => None,
+    };
+    Ok(unpacked.map_or(Cow::Borrowed(path), Cow::Owned))
+}
+
+/// `$ALIGNPROP_DATA`, else `alignprop` in the user's cache, where the hub's library has its own.
+fn place() -> Result<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = || set("XDG_CACHE_HOME").or_else(|| Some(std::env::home_dir()?.join(".cache")));
+    set(VARIABLE).or_else(|| Some(cache()?.join("alignprop"))).with_context(|| {
+        format!(
+            "there is no home folder to unpack the embedded model in: set {VARIABLE} to a folder that can be written"
+        )
+    })
+}
+
+/// What a file that was unpacked and not touched since has as its time of change; its content is then not looked at.
+fn untouched() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_600_000_000)
+}
+
+/// Writes the file if it is not there whole. Other processes may do the same: each puts a whole file in its place.
+fn write(file: &Path, content: &[u8]) -> Result<()> {
+    if let Ok(there) = file.metadata()
+        && there.len() == content.len() as u64
+        && (there.modified()? == untouched() || fs::read(file)? == content)
+    {
+        return Ok(());
+    }
+    fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
+    replace_file(file, |out| Ok(out.write_all(content)?))?;
+    // where times cannot be set, the content is compared on each use
+    let _ = File::options().write(true).open(file).and_then(|file| file.set_modified(untouched()));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUNDLE: Bundle =
+        Bundle { mark: "m", files: &[("assets/a/x", b"one"), ("assets/a/b/y", b"two"), ("assets/c", b"three")] };
+
+    fn unpack(path: &str, place: &Path) -> Result<Option<PathBuf>> {
+        BUNDLE.unpack(Path::new(path), || Ok(place.to_owned()))
+    }
+
+    #[test]
+    fn what_is_asked_for_is_unpacked_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        for path in ["assets/a", "./assets/a/", "assets/a"] {
+            let found = unpack(path, folder.path()).unwrap().unwrap();
+            assert_eq!(fs::read(found.join("x")).unwrap(), b"one");
+            assert_eq!(fs::read(found.join("b/y")).unwrap(), b"two");
+        }
+        assert!(!folder.path().join("m/assets/c").exists());
+        assert_eq!(fs::read(unpack("assets/c", folder.path()).unwrap().unwrap()).unwrap(), b"three");
+        for other in ["", ".", "assets/a/z", "a", "assets/aa", "/assets/a", "../assets/a"] {
+            assert_eq!(unpack(other, folder.path()).unwrap(), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_was_changed_since_is_put_right() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = unpack("assets/c", folder.path()).unwrap().unwrap();
+        for damage in [&b"thr"[..], b"", b"THREE"] {
+            fs::write(&file, damage).unwrap();
+            unpack("assets/c", folder.path()).unwrap();
+            assert_eq!(fs::read(&file).unwrap(), b"three");
+        }
+        let first = file.metadata().unwrap().modified().unwrap();
+        assert_eq!(first, untouched());
+    }
+
+    #[test]
+    fn processes_at_once_leave_whole_files() {
+        let folder = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        let found = unpack("assets", folder.path()).unwrap().unwrap();
+                        assert_eq!(fs::read(found.join("a/x")).unwrap(), b"one");
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(folder.path().join("m/assets")).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_said_with_the_way_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = format!("{:#}", unpack("assets/c", &file).unwrap_err());
+        assert!(error.contains(VARIABLE) && error.contains("assets/c"), "{error}");
+    }
+}

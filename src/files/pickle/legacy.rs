@@ -9,12 +9,15 @@ use anyhow::{Context, Result, bail, ensure};
 use super::objects::{Object, Objects};
 use super::{Archive, BIG_ENDIAN, Storage, tensors};
 
-/// The number that the files begin with, as a pickle holds it.
+/// The number that the files begin with, as a pickle holds it, and as one of protocol 1 does.
 const MAGIC: &[u8] = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+const MAGIC_IN_TEXT: &[u8] = b"L119547037146038801333356L\n.";
 
 /// By how the file begins: the protocol's number is before the magic one, and from protocol 4 on a frame's length.
 pub(super) fn is_legacy(file: &[u8]) -> bool {
-    file.starts_with(b"\x80") && [2, 11].iter().any(|&at| file.get(at..).is_some_and(|rest| rest.starts_with(MAGIC)))
+    file.starts_with(MAGIC_IN_TEXT)
+        || file.starts_with(b"\x80")
+            && [2, 11].iter().any(|&at| file.get(at..).is_some_and(|rest| rest.starts_with(MAGIC)))
 }
 
 pub(super) fn read(file: &[u8]) -> Result<Archive> {

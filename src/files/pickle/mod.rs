@@ -365,6 +365,15 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_protocol_1_are_texts() {
+        let shape = tensor(b"I0\n", b"(L2L\nI3\nt", b"(I3\nL1L\nt");
+        let archive = archive(
+            &shape.iter().flat_map(|&b| if b == 0x89 { b"I00\n".to_vec() } else { vec![b] }).collect::<Vec<_>>(),
+        );
+        assert_eq!(values(&archive, &read(&archive).unwrap().tensors["w"]), [0., 1., 2., 3., 4., 5.]);
+    }
+
+    #[test]
     fn an_opcode_without_a_meaning_here_is_named_with_the_way_out() {
         let e = read(&archive(b"\x82\x01")).unwrap_err().to_string();
         assert!(e.contains("0x82") && e.contains("torch.save(torch.load("), "{e}");

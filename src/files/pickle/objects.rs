@@ -263,6 +263,15 @@ impl<'a> Machine<'a> {
                 self.push(Object::Int(n as i64))
             }
             b'J' => self.push_int(4),
+            // numbers and booleans of protocol 1, as text
+            b'I' | b'L' => {
+                let line = self.line()?;
+                let number = line.trim_end_matches('L').parse().ok();
+                self.push(match line {
+                    "00" | "01" => Object::Bool(line == "01"),
+                    _ => number.map_or(Object::Other, Object::Int),
+                })
+            }
             0x8a | 0x8b => {
                 let width = self.number(if opcode == 0x8a { 1 } else { 4 })?;
                 self.push_int(width)

@@ -25,7 +25,7 @@ pub fn run(args: &RunsArgs) -> Result<()> {
         args.dir.display()
     );
     let runs: Vec<Run> = folders.iter().map(|folder| Run::read(folder, &args.dir)).collect();
-    println!("{}", table(&runs));
+    say!("{}", table(&runs));
     Ok(())
 }
 

@@ -393,7 +393,7 @@ impl Hub {
         if let Err(failure) = &info
             && self.cached_commit().is_some()
         {
-            eprintln!("warning: {}: {failure}; using the cached files", self.label());
+            note!("warning: {}: {failure}; using the cached files", self.label());
         }
         let info = info?;
         Ok(Listing { commit: info.sha, files: info.siblings.into_iter().map(|s| s.rfilename).collect() })
@@ -404,7 +404,7 @@ impl Hub {
         match (self.repo().download(file), cached) {
             (Ok(path), _) => Ok(path),
             (Err(e), Some(path)) => {
-                eprintln!("warning: downloading `{file}` of {} failed ({e}); using the cached copy", self.label());
+                note!("warning: downloading `{file}` of {} failed ({e}); using the cached copy", self.label());
                 Ok(path)
             }
             (Err(e), None) => Err(e).with_context(|| format!("downloading `{file}` of {}; {HINT}", self.label())),

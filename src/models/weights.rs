@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,11 +11,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
-use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::files::pickle;
+use crate::files::{FileBytes, pickle};
 use crate::models::hub::Source;
 use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
@@ -37,7 +35,7 @@ pub struct Weights {
 
 struct Files {
     label: String,
-    maps: Vec<Arc<Mmap>>,
+    maps: Vec<Arc<FileBytes>>,
     entries: BTreeMap<String, Entry>,
     metadata: HashMap<String, String>,
     /// Whole numbers saved beside a pickled state dict.
@@ -96,7 +94,7 @@ impl Weights {
             if both {
                 let (taken, left, tool) =
                     if index_counts { (&index, &whole, "diffusers") } else { (&whole, &index, "transformers") };
-                eprintln!(
+                note!(
                     "warning: {} holds both {taken} and {left}; {taken} is read, as {tool} does; delete what is out of date",
                     source.label()
                 );
@@ -130,7 +128,7 @@ impl Weights {
         if !path.is_file() {
             bail!("there is no weight file {}", path.display());
         }
-        let map = map_file(path)?;
+        let map = FileBytes::open(path)?;
         if map.starts_with(pickle::MAGIC) {
             files.add_pickle(path, map)?;
         } else {
@@ -157,7 +155,7 @@ impl Weights {
             let path = source.require(shard).with_context(|| {
                 format!("a shard named in {} (delete that index if another file holds the weights)", files.label)
             })?;
-            files.add_safetensors(&path, map_file(&path)?)?;
+            files.add_safetensors(&path, FileBytes::open(&path)?)?;
         }
         if let Some((key, shard)) = weight_map.iter().find(|(key, _)| !files.entries.contains_key(*key)) {
             bail!("{}: `{key}` should be in {shard}, and is not; download the shards again", files.label);
@@ -339,7 +337,7 @@ impl Files {
         }
     }
 
-    fn add_safetensors(&mut self, path: &Path, map: Mmap) -> Result<()> {
+    fn add_safetensors(&mut self, path: &Path, map: FileBytes) -> Result<()> {
         // Validates the header against the length of the file: every range below lies inside the map.
         let (header, found) = SafeTensors::read_metadata(&map).map_err(|e| not_weights(path, &map, &e))?;
         let data = 8 + header;
@@ -355,7 +353,7 @@ impl Files {
         Ok(())
     }
 
-    fn add_pickle(&mut self, path: &Path, map: Mmap) -> Result<()> {
+    fn add_pickle(&mut self, path: &Path, map: FileBytes) -> Result<()> {
         let found = pickle::read(&map).with_context(|| {
             format!("{} is not a PyTorch weight file that can be read; download or save it again", path.display())
         })?;
@@ -416,19 +414,9 @@ fn random(seed: u64, key: &str, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-fn map_file(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    if file.metadata().with_context(|| format!("opening {}", path.display()))?.len() == 0 {
-        bail!("{} is empty; download or copy it again", path.display());
-    }
-    // SAFETY: the map is read-only. Weight files are replaced by renaming, here and in the hub's cache, never written
-    // in place; whoever truncates one while it is read gets a bus error, as with every program that maps weights.
-    unsafe { Mmap::map(&file) }.with_context(|| format!("mapping {}", path.display()))
-}
-
 /// Says that a pickle is read, and what would be better.
 pub(super) fn warn_of_pickle(path: &Path, better: &str) {
-    eprintln!(
+    note!(
         "warning: {} is a pickle: its tensors are read and no code in it runs; other programs do run it, so prefer {better}",
         path.display()
     );

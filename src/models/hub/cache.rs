@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs::{self, File, TryLockError};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -86,7 +86,7 @@ impl Cached {
             fetch(&part)?;
             fs::rename(&part, &blob).with_context(|| format!("renaming {}", part.display()))?;
         }
-        show(&blob, &snapshot, fresh, file).with_context(|| format!("writing {}", snapshot.display()))?;
+        show(&blob, &snapshot, fresh, file, link).with_context(|| format!("writing {}", snapshot.display()))?;
         Ok(snapshot)
     }
 
@@ -148,9 +148,15 @@ fn is_at(_: &File, _: &Path) -> bool {
     true
 }
 
+/// Makes a symbolic link to the first path at the second.
+type Link = fn(&Path, &Path) -> io::Result<()>;
+
 /// Makes the snapshot's file: a link to the blob; where links are refused, the blob itself if nobody else can know of it, or
 /// else a copy.
-fn show(blob: &Path, snapshot: &Path, fresh: bool, file: &str) -> std::io::Result<()> {
+fn show(blob: &Path, snapshot: &Path, fresh: bool, file: &str, link: Link) -> io::Result<()> {
+    if snapshot.is_file() {
+        return Ok(());
+    }
     // a link whose blob is gone
     if snapshot.symlink_metadata().is_ok() {
         fs::remove_file(snapshot)?;
@@ -173,12 +179,12 @@ fn show(blob: &Path, snapshot: &Path, fresh: bool, file: &str) -> std::io::Resul
 }
 
 #[cfg(unix)]
-fn link(target: &Path, at: &Path) -> std::io::Result<()> {
+fn link(target: &Path, at: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, at)
 }
 
 #[cfg(not(unix))]
-fn link(_: &Path, _: &Path) -> std::io::Result<()> {
+fn link(_: &Path, _: &Path) -> io::Result<()> {
     Err(ErrorKind::Unsupported.into())
 }
 
@@ -204,6 +210,25 @@ mod tests {
         let never = |_: &Path| anyhow::bail!("asked for");
         let other = repository.add("c2", "b.json", "e1", never).unwrap();
         assert_eq!(fs::read_to_string(other).unwrap(), "{ }");
+    }
+
+    #[test]
+    fn where_links_are_refused_or_lead_nowhere_the_file_itself_is_put_there() {
+        let refuses: Link = |_, _| Err(ErrorKind::PermissionDenied.into());
+        let leads_nowhere: Link = |_, at| link(Path::new("nowhere"), at);
+        for link in [refuses, leads_nowhere] {
+            let folder = tempfile::tempdir().unwrap();
+            let [blob, first, second] = ["blob", "first", "second"].map(|name| folder.path().join(name));
+            fs::write(&blob, "{}").unwrap();
+            // others may know the blob: a copy
+            show(&blob, &first, false, "first", link).unwrap();
+            assert!(blob.is_file());
+            show(&blob, &second, true, "second", link).unwrap();
+            assert!(!blob.exists());
+            for path in [first, second] {
+                assert!(!path.is_symlink() && fs::read_to_string(path).unwrap() == "{}");
+            }
+        }
     }
 
     #[test]

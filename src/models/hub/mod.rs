@@ -346,6 +346,15 @@ mod tests {
         assert!(e.contains("there is no folder"), "{e}");
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn a_link_of_a_folder_whose_file_is_gone_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("../blobs/gone", dir.path().join("config.json")).unwrap();
+        let e = Source::open(dir.path().to_str().unwrap()).unwrap().find("config.json").unwrap_err().to_string();
+        assert!(e.contains("config.json") && e.contains("is gone"), "{e}");
+    }
+
     #[test]
     fn a_mistyped_path_is_an_error_that_names_its_neighbour() {
         let dir = tempfile::tempdir().unwrap();

@@ -149,7 +149,7 @@ impl Client {
             .accept_encoding("identity")
             .timeout_connect(Some(CONNECT))
             .timeout_per_read(Some(SILENCE))
-            .tls_config(TlsConfig::builder().root_certs(root_certs()?).build());
+            .tls_config(TlsConfig::builder().root_certs(root_certs(|name| std::env::var(name).ok())?).build());
         Ok(self.agent.get_or_init(|| config.build().into()))
     }
 
@@ -339,8 +339,8 @@ impl From<std::io::Error> for Stop {
 }
 
 /// The certificates of a company's own authority, from the file that Python reads them from; else those of the web.
-fn root_certs() -> Result<RootCerts, Failure> {
-    let named = |name| Some((name, std::env::var(name).ok().filter(|file| Path::new(file).is_file())?));
+fn root_certs(variable: impl Fn(&str) -> Option<String>) -> Result<RootCerts, Failure> {
+    let named = |name| Some((name, variable(name).filter(|file| Path::new(file).is_file())?));
     let Some((name, file)) = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"].into_iter().find_map(named)
     else {
         return Ok(RootCerts::WebPki);
@@ -415,6 +415,19 @@ mod tests {
         let url = client.url(["o", "n", "resolve", "refs/pr/1", "a b", "c#1.bin"]);
         assert_eq!(url.as_str(), "http://mirror:81/hf/o/n/resolve/refs%2Fpr%2F1/a%20b/c%231.bin");
         assert_eq!(bare(&Url::parse("http://cdn/a?Signature=x").unwrap()), "http://cdn/a");
+    }
+
+    #[test]
+    fn the_certificates_of_a_company_are_read_where_python_reads_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("company.pem");
+        let read = |name| root_certs(|asked| (asked == name).then(|| file.display().to_string()));
+        assert!(matches!(read("SSL_CERT_FILE").unwrap(), RootCerts::WebPki));
+        std::fs::write(&file, "no certificate").unwrap();
+        assert!(read("SSL_CERT_FILE").unwrap_err().to_string().contains("SSL_CERT_FILE"));
+        let one = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+        std::fs::write(&file, one.repeat(2)).unwrap();
+        assert!(matches!(read("REQUESTS_CA_BUNDLE").unwrap(), RootCerts::Specific(both) if both.len() == 2));
     }
 
     #[test]

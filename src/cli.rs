@@ -198,7 +198,7 @@ Examples:
 
 Best is the guard's held-out score where the run has one, else the score of its samples, else that of a batch.")]
 pub struct RunsArgs {
-    /// A folder of runs; they may lie deeper in it
+    /// A folder of runs; they may lie deeper in it, or be linked into it
     #[arg(value_name = "DIR", default_value = "runs")]
     pub dir: PathBuf,
 }

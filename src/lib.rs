@@ -27,10 +27,17 @@
 //! files        pickles read safely, files and folders written whole or not at all
 //! ops          forward and backward kernels on tensors
 //! allocator    where memory comes from, and how much is in use
+//! terminal     the one door to stdout and stderr
 //! ```
 //!
 //! The loop is `Trainer::train` in `training/trainer.rs`, its step `training/alignprop.rs`. Contracts and decisions are in `docs/architecture.md`,
 //! the backward passes in `docs/backward.md`.
+
+// a closed pipe must not end a training: see `terminal`
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
+#[macro_use]
+pub mod terminal;
 
 pub mod allocator;
 pub mod cli;

@@ -1,7 +1,9 @@
 use std::process::ExitCode;
 
 use alignprop::allocator::{Allocator, keep_pages};
+use alignprop::cli::Command;
 use alignprop::files::Bundle;
+use alignprop::terminal::{lost, note};
 use alignprop::training::signals::Interrupted;
 use clap::Parser;
 
@@ -15,16 +17,32 @@ fn main() -> ExitCode {
     keep_pages();
     BUNDLE.provide();
     let cli = alignprop::cli::Cli::parse();
-    match alignprop::commands::run(cli) {
+    // what a training made is in its files: words that were lost do not make it a failure
+    let in_files = matches!(cli.command, Command::Train(_));
+    let code = match alignprop::commands::run(cli) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
-                eprintln!("{interrupted}");
+                note(format_args!("{interrupted}"));
                 return ExitCode::from(interrupted.exit_code());
             }
-            eprintln!("error: {error}");
-            error.chain().skip(1).for_each(|cause| eprintln!("  caused by: {cause}"));
+            note(format_args!("error: {error}"));
+            error.chain().skip(1).for_each(|cause| note(format_args!("  caused by: {cause}")));
+            return ExitCode::FAILURE;
+        }
+    };
+    match lost() {
+        None => code,
+        Some(cause) if in_files => {
+            note(format_args!("warning: the run is whole, but not what it says on stdout ({cause})"));
+            code
+        }
+        Some(cause) => {
+            note(format_args!(
+                "error: what was printed is not whole; free the disk that stdout goes to, or send it elsewhere"
+            ));
+            note(format_args!("  caused by: writing to stdout: {cause}"));
             ExitCode::FAILURE
         }
     }

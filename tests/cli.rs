@@ -16,7 +16,9 @@ use support::*;
 fn alignprop(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_alignprop"));
     command.current_dir(folder).env("HF_HUB_OFFLINE", "1").env("HF_HOME", folder.join("no-cache"));
-    for name in ["HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"] {
+    for name in
+        ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"]
+    {
         command.env_remove(name).env_remove(name.to_uppercase());
     }
     command

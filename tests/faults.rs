@@ -336,6 +336,93 @@ fn a_second_interrupt_stops_at_once_with_nothing_half_written() {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
+#[cfg(unix)]
+#[test]
+fn what_terminals_and_clusters_send_finishes_the_step_and_saves_however_often_it_comes() {
+    let whole = whole();
+    let signals =
+        [("-HUP", libc::SIGHUP), ("-USR1", libc::SIGUSR1), ("-USR2", libc::SIGUSR2), ("-XCPU", libc::SIGXCPU)];
+    for (name, signal) in signals {
+        let experiment = experiment();
+        let mut child = start(&experiment, false);
+        wait_for(&mut child, || experiment.checkpoint(1).is_dir());
+        // a shell and the system both tell of a closed terminal
+        send(&child, name);
+        let _ = Command::new("kill").args([name, &child.id().to_string()]).output();
+        let output = child.wait_with_output().unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(128 + signal), "{message}");
+        let done = experiment.metrics().last().unwrap()["step"].as_u64().unwrap() as usize;
+        assert!(experiment.checkpoint(done).is_dir(), "{:?}", experiment.checkpoints());
+        assert!(message.contains(&format!("stopped after step {done} of 6, saved")), "{message}");
+        let output = command(&experiment, true, &[]).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_same_end(&experiment, &whole);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_closed_terminal_is_ignored_by_whoever_was_told_to() {
+    let whole = whole();
+    let experiment = experiment();
+    let stopped = command(&experiment, false, &SETTINGS).args(["--stop-at", "1"]).output().unwrap();
+    assert!(stopped.status.success(), "{}", stderr(&stopped));
+    // as nohup does
+    let mut shell = Command::new("bash");
+    shell.current_dir(experiment.folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    shell.args(["-c", "trap '' HUP && exec \"$0\" train --resume run", env!("CARGO_BIN_EXE_alignprop")]);
+    let mut child = shell.spawn().unwrap();
+    wait_for(&mut child, || experiment.checkpoint(2).is_dir());
+    send(&child, "-HUP");
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_same_end(&experiment, &whole);
+}
+
+// ---------------------------------------------------------------------------------------------------- nobody reads
+
+#[cfg(unix)]
+#[test]
+fn a_run_whose_output_nobody_reads_trains_to_its_end() {
+    use std::io::{BufRead, BufReader};
+    let whole = whole();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let never = experiment();
+    let mut closed = command(&never, false, &SETTINGS);
+    let status = closed.stdout(writer.try_clone().unwrap()).stderr(writer).status().unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert_same_end(&never, &whole);
+
+    let leaves = experiment();
+    let mut child = start(&leaves, false);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("model"));
+    drop((lines, child.stdout.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_same_end(&leaves, &whole);
+
+    // what is asked for and cannot be said: a list ends quietly, or says why it is not whole
+    let runs = |stdout: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_alignprop"));
+        let output = command.args(["runs", &text(whole.run_folder())]).stdout(stdout).output().unwrap();
+        (output.status.code(), stderr(&output))
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    assert_eq!(runs(writer.into()), (Some(0), String::new()));
+    if let Ok(full) = fs::File::options().write(true).open("/dev/full") {
+        let (code, message) = runs(full.try_clone().unwrap().into());
+        assert!(code == Some(1) && message.contains("stdout") && message.contains("No space"), "{code:?} {message}");
+        // a training is in its files
+        let full_disk = experiment();
+        let output = command(&full_disk, false, &SETTINGS).stdout(full).output().unwrap();
+        assert!(output.status.success() && stderr(&output).contains("No space"), "{}", stderr(&output));
+        assert_same_end(&full_disk, &whole);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------- no disk
 
 /// A limit on the size of a file stands in for a full disk: the write fails in the middle.

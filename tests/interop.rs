@@ -36,7 +36,7 @@ fn fails<S: AsRef<str>>(folder: &Path, line: &[S], words: &[&str]) -> String {
 fn command(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_alignprop"));
     command.current_dir(folder).env("HF_HUB_OFFLINE", "1").env("HF_HOME", folder.join("no-cache"));
-    command.env_remove("HF_HUB_CACHE").env_remove("HF_TOKEN");
+    command.env_remove("HF_HUB_CACHE").env_remove("HUGGINGFACE_HUB_CACHE").env_remove("HF_TOKEN");
     command
 }
 

@@ -138,9 +138,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         share_of_peak: (0..4).map(tflop).sum::<f64>() * 1e3 / matmul_gflops / step_s,
     };
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        say!("{}", serde_json::to_string(&report)?);
     } else {
-        println!(
+        say!(
             "{} {}x{}, batch {}, {} steps, {} back, {} (reward {}) on {}",
             report.model,
             report.size[0],
@@ -158,17 +158,17 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             ("VAE and reward", report.reward_s, report.reward_tflop),
             ("backprop", report.backprop_s, report.backprop_tflop),
         ] {
-            println!("{phase:<15} {seconds:8.3} s  {tflop:7.3} TFLOP  {:6.0} GFLOP/s", tflop * 1e3 / seconds);
+            say!("{phase:<15} {seconds:8.3} s  {tflop:7.3} TFLOP  {:6.0} GFLOP/s", tflop * 1e3 / seconds);
         }
-        println!(
+        say!(
             "{:<15} {step_s:8.3} s  {:.0}% of this device's {matmul_gflops:.0} GFLOP/s in matrix products",
             "step",
             100.0 * report.share_of_peak
         );
         if let Some(peak) = report.peak_mib {
-            println!("{:<15} {peak:8} MiB", "peak memory");
+            say!("{:<15} {peak:8} MiB", "peak memory");
         }
-        println!(
+        say!(
             "{:<15} {:8.0} MiB at the peak, {:.0} MiB estimated (ratio {:.2})",
             "allocated",
             report.allocated_mib,

@@ -192,12 +192,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     write_bytes(&json, serde_json::to_string_pretty(&report)?.as_bytes())?;
 
     print_tables(&report);
-    println!(
+    say!(
         "{} images each of the base model and the checkpoint; base above, tuned below, scale by scale: {}",
         prompts.len() * args.seeds,
         out.join("grid.png").display()
     );
-    println!("all scores: {}", json.display());
+    say!("all scores: {}", json.display());
     Ok(())
 }
 
@@ -253,7 +253,7 @@ fn print_tables(report: &Report) {
             c.difference.to_string(),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
     if report.sweep.is_empty() {
         return;
     }
@@ -269,7 +269,7 @@ fn print_tables(report: &Report) {
             overall.difference.to_string(),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
 }
 
 #[cfg(test)]

@@ -63,7 +63,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
             folder
         }
     };
-    println!("{}", written.display());
+    say!("{}", written.display());
     Ok(())
 }
 
@@ -119,7 +119,7 @@ fn kohya_header(adapters: &Adapters, model: Option<&ModelConfig>, title: String)
     match described {
         Some(Ok(header)) => return Ok(header),
         Some(Err(error)) => {
-            eprintln!("warning: the base model's configs cannot be read ({error:#}); the header says less")
+            note!("warning: the base model's configs cannot be read ({error:#}); the header says less")
         }
         None => {}
     }

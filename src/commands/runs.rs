@@ -1,6 +1,6 @@
 //! `alignprop runs DIR`: the runs in a folder side by side.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
@@ -16,31 +16,50 @@ const DEPTH: usize = 4;
 
 pub fn run(args: &RunsArgs) -> Result<()> {
     ensure!(args.dir.is_dir(), "{} is no folder: name the one that your runs are in", args.dir.display());
-    let mut folders = Vec::new();
-    find(&args.dir, DEPTH, &mut folders);
-    folders.sort();
+    let folders = find(&args.dir);
     ensure!(
         !folders.is_empty(),
         "{} holds no run: a run is a folder with config.toml and metrics.jsonl, which `alignprop train` writes",
         args.dir.display()
     );
     let runs: Vec<Run> = folders.iter().map(|folder| Run::read(folder, &args.dir)).collect();
-    println!("{}", table(&runs));
+    say!("{}", table(&runs));
     Ok(())
 }
 
-/// Collects the run folders below `dir`.
-fn find(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
-    if dir.join("metrics.jsonl").is_file() || (dir.join("config.toml").is_file() && dir.join("checkpoints").is_dir()) {
-        found.push(dir.to_owned());
-        return;
+/// The run folders below `dir`, through links too, each once: the name that needs no link counts.
+fn find(dir: &Path) -> Vec<PathBuf> {
+    let mut runs = BTreeMap::new();
+    // how deep a folder was searched already: links may lead there again, or up
+    let mut searched = BTreeMap::new();
+    let mut open = VecDeque::from([(dir.to_owned(), DEPTH)]);
+    while let Some((dir, depth)) = open.pop_front() {
+        // what cannot be read is passed over
+        let Ok(real) = dir.canonicalize() else { continue };
+        if searched.get(&real).is_some_and(|before| *before >= depth) {
+            continue;
+        }
+        searched.insert(real.clone(), depth);
+        if is_run(&dir) {
+            runs.entry(real).or_insert(dir);
+        } else if depth > 0 {
+            let mut inside: Vec<PathBuf> = dir.read_dir().into_iter().flatten().flatten().map(|e| e.path()).collect();
+            inside.sort();
+            for path in inside.into_iter().filter(|path| path.is_dir()) {
+                match path.is_symlink() {
+                    true => open.push_back((path, depth - 1)),
+                    false => open.push_front((path, depth - 1)),
+                }
+            }
+        }
     }
-    if depth == 0 {
-        return;
-    }
-    // a folder that cannot be read is passed over
-    let entries = std::fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
-    entries.filter(|path| path.is_dir() && !path.is_symlink()).for_each(|path| find(&path, depth - 1, found));
+    let mut folders: Vec<PathBuf> = runs.into_values().collect();
+    folders.sort();
+    folders
+}
+
+fn is_run(dir: &Path) -> bool {
+    dir.join("metrics.jsonl").is_file() || (dir.join("config.toml").is_file() && dir.join("checkpoints").is_dir())
 }
 
 /// What is known of one run; whatever of it cannot be read is absent.
@@ -183,10 +202,7 @@ mod tests {
         write("headless", "metrics.jsonl", "no json at all");
         write("other", "notes.txt", "");
 
-        let mut folders = Vec::new();
-        find(folder.path(), DEPTH, &mut folders);
-        folders.sort();
-        let runs: Vec<Run> = folders.iter().map(|f| Run::read(f, folder.path())).collect();
+        let runs: Vec<Run> = find(folder.path()).iter().map(|f| Run::read(f, folder.path())).collect();
         let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
         assert_eq!(names, ["a", "broken", "deep/b", "headless"]);
 
@@ -203,5 +219,34 @@ mod tests {
         assert!(settings[1].starts_with("config.toml: ") && settings[3] == "no config.toml", "{settings:?}");
         let text = table(&runs).to_string();
         assert!(text.contains("2/9") && text.contains("3.0 min") && text.contains("4/?"), "{text}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn linked_runs_are_found_each_once_whatever_the_links_lead_to() {
+        use std::os::unix::fs::symlink;
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for run in ["scratch/one", "scratch/deep/two", "runs/own", "runs/a/b/c/d/five"] {
+            fs::create_dir_all(at(run)).unwrap();
+            fs::write(at(run).join("metrics.jsonl"), "").unwrap();
+        }
+        for (target, link) in [
+            ("scratch/one", "runs/0-linked"),
+            ("scratch/one", "runs/linked-again"),
+            ("scratch/deep", "runs/folder"),
+            ("runs/own", "runs/0-own-again"),
+            ("runs", "runs/a/up"),
+            ("gone", "runs/dead"),
+            ("runs/a/b/c", "runs/z"),
+        ] {
+            symlink(at(target), at(link)).unwrap();
+        }
+        let found = find(&at("runs"));
+        let names: Vec<_> = found.iter().map(|run| run.strip_prefix(at("runs")).unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["0-linked", "folder/two", "own", "z/d/five"]);
+        // the folder may be a link itself
+        symlink(at("runs"), at("link")).unwrap();
+        assert_eq!(find(&at("link")).len(), 4);
     }
 }

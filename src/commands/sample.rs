@@ -23,7 +23,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         None => Adapters::default(),
     };
     for (prompt, tokens) in sampler.truncated_prompts(&prompts)? {
-        eprintln!(
+        note!(
             "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
             sampler.pipeline.tokenizer.max_length()
         );
@@ -40,7 +40,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
     let columns = (images.len() as f64).sqrt().ceil() as usize;
     pictures::save_png(&pictures::grid(&images, columns)?, &args.output)?;
-    println!("{}", args.output.display());
+    say!("{}", args.output.display());
     Ok(())
 }
 

@@ -33,7 +33,7 @@ pub fn run(args: &SoupArgs) -> Result<()> {
     base_models.sort();
     base_models.dedup();
     if base_models.len() > 1 {
-        eprintln!("warning: these adapters were trained on different models: {}", base_models.join(", "));
+        note!("warning: these adapters were trained on different models: {}", base_models.join(", "));
     }
     let average = match args.average {
         cli::Average::Factors => Average::Factors,
@@ -52,7 +52,7 @@ pub fn run(args: &SoupArgs) -> Result<()> {
     };
     if args.rank.is_some() {
         let exact = mix(&parts, Average::Product { rank: None })?;
-        eprintln!(
+        note!(
             "truncation to rank {}: relative error {:.2e} of the exact average",
             args.rank.unwrap_or(0),
             relative_error(&exact, &mixed)?
@@ -67,7 +67,7 @@ pub fn run(args: &SoupArgs) -> Result<()> {
         metadata.insert("base_model".into(), base_model.clone());
     }
     formats::save(&mixed, &metadata, &args.output)?;
-    println!("{}: {} layers of rank {}", args.output.display(), mixed.factors().len(), mixed.ranks());
+    say!("{}: {} layers of rank {}", args.output.display(), mixed.factors().len(), mixed.ranks());
     Ok(())
 }
 

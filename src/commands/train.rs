@@ -49,13 +49,13 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     let plan = &RunPlan::resolve(config, &sampler, &rewards, &state.adapters)?;
     if let Some(memory) = &plan.memory {
-        eprintln!("memory      {}", plan.describe_memory(memory));
+        note!("memory      {}", plan.describe_memory(memory));
         if !memory.fits {
-            eprintln!("warning: the run may need more memory than is free");
+            note!("warning: the run may need more memory than is free");
         }
     }
     let Some(mut run) = run else {
-        println!("dry run: nothing was trained and nothing was written");
+        say!("dry run: nothing was trained and nothing was written");
         return Ok(());
     };
 
@@ -77,12 +77,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     match end {
         End::Finished => {}
         End::Paused => {
-            println!("stopped after step {step} of {steps}; go on with `{resume}`");
+            say!("stopped after step {step} of {steps}; go on with `{resume}`");
             return Ok(());
         }
         End::Guard(objection) => {
-            println!("stopped after step {step} of {steps} by the guard: {objection}");
-            println!("to go on all the same: `{resume} --set guard.patience=0`");
+            say!("stopped after step {step} of {steps} by the guard: {objection}");
+            say!("to go on all the same: `{resume} --set guard.patience=0`");
         }
         End::Signal(signal) => return Err(Interrupted { signal, step, steps, resume }.into()),
     }
@@ -114,11 +114,13 @@ fn describe(
     let Config { train, sampler: sampling, .. } = config;
     let batch = train.batch_size * train.gradient_accumulation_steps;
     let rule = toml::to_string(&config.truncation)?.trim().replace('\n', ", ");
-    eprintln!(
+    note!(
         "model       {} ({height}x{width}, {} DDIM steps, guidance {})",
-        config.model.path, sampling.num_inference_steps, sampling.guidance_scale
+        config.model.path,
+        sampling.num_inference_steps,
+        sampling.guidance_scale
     );
-    eprintln!(
+    note!(
         "adapters    rank {} on {} layers, {} parameters",
         state.adapters.ranks(),
         state.adapters.factors().len(),
@@ -127,16 +129,16 @@ fn describe(
     let (compute, for_rewards) = (sampler.compute(), sampler.compute().for_rewards());
     let apart = for_rewards.dtype() != compute.dtype();
     let towers = if apart { format!(" (rewards in {})", for_rewards.precision_name()) } else { String::new() };
-    eprintln!("device      {}, {}{towers}", compute.describe(), compute.precision_name());
+    note!("device      {}, {}{towers}", compute.describe(), compute.precision_name());
     let names: Vec<String> = rewards
         .iter()
         .map(|r| if r.weight == 1.0 { r.name.to_owned() } else { format!("{} x {}", r.weight, r.name) })
         .collect();
-    eprintln!("reward      {} on {} prompts", names.join(" + "), prompts.len());
-    eprintln!("truncation  {rule}");
-    eprintln!("steps       {} of {batch} images, from step {}", train.steps, state.step);
+    note!("reward      {} on {} prompts", names.join(" + "), prompts.len());
+    note!("truncation  {rule}");
+    note!("steps       {} of {batch} images, from step {}", train.steps, state.step);
     for (prompt, tokens) in sampler.truncated_prompts(prompts)? {
-        eprintln!(
+        note!(
             "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
             sampler.pipeline.tokenizer.max_length()
         );
@@ -168,7 +170,7 @@ impl Watch for ProgressBar {
     }
 
     fn skipped(&self, step: usize, cause: &Error) {
-        self.suspend(|| eprintln!("warning: optimizer step {step} is skipped: {cause:#}"));
+        self.suspend(|| note!("warning: optimizer step {step} is skipped: {cause:#}"));
     }
 }
 
@@ -177,20 +179,20 @@ fn report(config: &Config, run: &Run, rewards: &Rewards, adapters: &Path) -> Res
     for name in rewards.names() {
         let batches = run.metrics().history(&names::reward(name));
         if let (Some((_, first)), Some((step, last))) = (batches.first(), batches.last()) {
-            println!("{name}: {first:.4} in the first batch, {last:.4} in that of step {step}");
+            say!("{name}: {first:.4} in the first batch, {last:.4} in that of step {step}");
         }
         if let [(_, before), .., (_, after)] = run.metrics().history(&names::sample(name)) {
-            println!(
+            say!(
                 "{name}: {before:.4} before, {after:.4} after, on {} images of the same prompts and noise",
                 config.run.num_samples
             );
         }
     }
     if let Some(best) = run.best_checkpoint()?.filter(|_| config.run.keep_best) {
-        println!("best checkpoint: {} ({} {:.4})", run.checkpoint(best.step).display(), best.by(), best.score);
+        say!("best checkpoint: {} ({} {:.4})", run.checkpoint(best.step).display(), best.by(), best.score);
     }
-    println!("adapter: {}", adapters.display());
-    println!("run: {}", run.dir().display());
+    say!("adapter: {}", adapters.display());
+    say!("run: {}", run.dir().display());
     Ok(())
 }
 
@@ -198,7 +200,7 @@ fn report(config: &Config, run: &Run, rewards: &Rewards, adapters: &Path) -> Res
 fn report_memory(plan: &MemoryPlan, meter: Meter) -> Result<()> {
     let (peak, estimate) = (meter.peak()? as f64, plan.estimate.total());
     let resident = meter.held().map(|bytes| format!("; resident at most {}", memory::size(bytes)));
-    eprintln!(
+    note!(
         "memory      {} at the peak, {} estimated (ratio {:.2}){}",
         memory::size(peak),
         memory::size(estimate),

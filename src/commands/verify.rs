@@ -243,15 +243,15 @@ pub fn run(args: &VerifyArgs) -> Result<bool> {
         verify_on(&args.dir, args.head.as_deref(), &compute)?
     };
     if !args.json {
-        println!("{}, {}", compute.describe(), compute.precision_name());
+        say!("{}, {}", compute.describe(), compute.precision_name());
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        println!("{}", report.table());
-        report.skipped.iter().for_each(|reason| println!("skipped: {reason}"));
+        say!("{}", report.table());
+        report.skipped.iter().for_each(|reason| say!("skipped: {reason}"));
         let failed = report.rows.iter().filter(|row| !row.pass).count();
-        println!("{} compared, {failed} failed, {} skipped", report.rows.len(), report.skipped.len());
+        say!("{} compared, {failed} failed, {} skipped", report.rows.len(), report.skipped.len());
     }
     Ok(report.passed())
 }

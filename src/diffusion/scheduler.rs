@@ -82,12 +82,12 @@ pub(super) fn load(pipeline: &Source) -> Result<SchedulerConfig> {
     };
     if let Some(said) = said {
         config.steps_offset = 1;
-        eprintln!("warning: {place} {said}; diffusers takes 1 for Stable Diffusion, and so does this program");
+        note!("warning: {place} {said}; diffusers takes 1 for Stable Diffusion, and so does this program");
     }
     // clipping is meant for pixels
     if judged.clip_sample == Some(true) {
         config.clip_sample = Some(false);
-        eprintln!(
+        note!(
             "warning: {place} says clip_sample = true; diffusers turns it off for Stable Diffusion, and so does this program"
         );
     }
@@ -105,7 +105,7 @@ fn name_of(class: &str) -> &str {
 fn judge_class(place: &str, class: &str) -> Result<()> {
     let name = name_of(class);
     if DISTILLED.contains(&name) {
-        eprintln!(
+        note!(
             "warning: {place} names the {class}, whose models are distilled to few steps of it; DDIM samples them otherwise"
         );
     } else if !RELATIVES.contains(&name) {

@@ -43,7 +43,7 @@ impl Header {
     /// Says that the header of `file` was not by the letter.
     pub fn warn(&self, file: &impl std::fmt::Display) {
         if !self.repaired.is_empty() {
-            eprintln!(
+            note!(
                 "warning: {file}: `{FREE_TEXTS}` may hold texts only, and {} of it are none; they are read as JSON text",
                 self.repaired.join(", ")
             );

@@ -2,6 +2,7 @@
 //! files that the program carries.
 
 mod bundle;
+mod bytes;
 mod header;
 mod kind;
 pub mod pickle;
@@ -9,6 +10,7 @@ mod wrappers;
 mod write;
 
 pub use bundle::{Bundle, located};
+pub use bytes::FileBytes;
 pub use header::Header;
 pub use kind::kind_of;
 pub use wrappers::unwrapped;

@@ -64,7 +64,7 @@ pub(super) fn check(source: &Source) -> Result<()> {
     let unread: Vec<&str> =
         index.iter().filter(|(name, said)| !known(name) && named(said).is_some()).map(|(name, _)| &**name).collect();
     let unread = if unread.is_empty() { String::new() } else { format!("; not read: {}", unread.join(", ")) };
-    eprintln!("warning: {place}: it is a {class}, whose parts are read as those of a StableDiffusionPipeline{unread}");
+    note!("warning: {place}: it is a {class}, whose parts are read as those of a StableDiffusionPipeline{unread}");
     Ok(())
 }
 

@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,11 +11,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
-use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use crate::files::{Header, pickle, unwrapped};
+use crate::files::{FileBytes, Header, pickle, unwrapped};
 use crate::models::hub::Source;
 use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
@@ -37,7 +35,7 @@ pub struct Weights {
 
 struct Files {
     label: String,
-    maps: Vec<Arc<Mmap>>,
+    maps: Vec<Arc<FileBytes>>,
     entries: BTreeMap<String, Entry>,
     metadata: HashMap<String, String>,
     /// Whole numbers saved beside a pickled state dict.
@@ -88,19 +86,19 @@ impl Weights {
         let dots: Vec<String> = variants.iter().map(|v| v.map_or(String::new(), |v| format!(".{v}"))).collect();
         let mut tried = Vec::new();
         // transformers calls its pickles otherwise than its safetensors
-        for (stem, extension) in [(stem, "safetensors"), (stem, "bin"), ("pytorch_model", "bin")] {
+        for (name, extension) in [(stem, "safetensors"), (stem, "bin"), ("pytorch_model", "bin")] {
             for dot in &dots {
                 let (whole, index) =
-                    (format!("{stem}{dot}.{extension}"), format!("{stem}.{extension}.index{dot}.json"));
-                let Some(name) = whole_or_index(source, &whole, &index)? else {
+                    (format!("{name}{dot}.{extension}"), format!("{name}.{extension}.index{dot}.json"));
+                let Some(file) = whole_or_index(source, &whole, &index)? else {
                     tried.extend([whole, index]);
                     continue;
                 };
-                let path = source.require(&name)?;
+                let path = source.require(&file)?;
                 if extension == "bin" {
-                    warn_of_pickle(&path, "safetensors files");
+                    warn_of_pickle(&path, &format!("{stem}.safetensors"));
                 }
-                return if name == index { Self::open_shards(source, &index) } else { Self::open_file(&path) };
+                return if file == index { Self::open_shards(source, &index) } else { Self::open_file(&path) };
             }
         }
         Err(source.missing(&format!("weights (looked for {})", tried.join(", "))))
@@ -324,11 +322,11 @@ impl Files {
 
     /// Adds the tensors of a file, whose format its content tells.
     fn add(&mut self, path: &Path) -> Result<()> {
-        let map = map_file(path)?;
+        let map = FileBytes::open(path)?;
         if pickle::is_archive(&map) { self.add_pickle(path, map) } else { self.add_safetensors(path, map) }
     }
 
-    fn add_safetensors(&mut self, path: &Path, map: Mmap) -> Result<()> {
+    fn add_safetensors(&mut self, path: &Path, map: FileBytes) -> Result<()> {
         let header = Header::read(&map).map_err(|what| anyhow!("{} {what}", path.display()))?;
         header.warn(&path.display());
         for (key, info) in header.tensors {
@@ -343,7 +341,7 @@ impl Files {
         Ok(())
     }
 
-    fn add_pickle(&mut self, path: &Path, map: Mmap) -> Result<()> {
+    fn add_pickle(&mut self, path: &Path, map: FileBytes) -> Result<()> {
         let found = pickle::read(&map).with_context(|| {
             format!("{} is not a PyTorch weight file that can be read; download or save it again", path.display())
         })?;
@@ -395,7 +393,7 @@ fn whole_or_index(source: &Source, whole: &str, index: &str) -> Result<Option<St
         let of_transformers = whole.starts_with("model.") || whole.starts_with("pytorch_model.");
         let (taken, left, tool) =
             if of_transformers { (whole, index, "transformers") } else { (index, whole, "diffusers") };
-        eprintln!(
+        note!(
             "warning: {} holds both {taken} and {left}; {taken} is read, as {tool} does; delete what is out of date",
             source.label()
         );
@@ -431,19 +429,9 @@ fn random(seed: u64, key: &str, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-fn map_file(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    if file.metadata().with_context(|| format!("opening {}", path.display()))?.len() == 0 {
-        bail!("{} is empty; download or copy it again", path.display());
-    }
-    // SAFETY: the map is read-only. Weight files are replaced by renaming, here and in the hub's cache, never written
-    // in place; whoever truncates one while it is read gets a bus error, as with every program that maps weights.
-    unsafe { Mmap::map(&file) }.with_context(|| format!("mapping {}", path.display()))
-}
-
 /// Says that a pickle is read, and what would be better.
 pub(super) fn warn_of_pickle(path: &Path, better: &str) {
-    eprintln!(
+    note!(
         "warning: {} is a pickle: its tensors are read and no code in it runs; other programs do run it, so prefer {better}",
         path.display()
     );

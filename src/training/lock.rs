@@ -142,7 +142,7 @@ fn cannot_lock(error: &io::Error) -> bool {
 fn warn(dir: &Path, error: &io::Error) {
     static WARNED: Once = Once::new();
     WARNED.call_once(|| {
-        eprintln!(
+        note!(
             "warning: the file system of {} has no locks ({error}): nothing keeps a second process from training this run",
             dir.display()
         );

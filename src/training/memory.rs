@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use candle_core::{DType, Tensor};
 
+use super::limits;
 use super::step::{Critic, Tally, credit};
 use crate::allocator;
 use crate::config::{Checkpointing, Prompt};
@@ -80,7 +81,7 @@ impl<'a> Meter<'a> {
     /// Bytes that can still be had; `None` where nobody says.
     pub fn available(self) -> Option<f64> {
         match self {
-            Self::Host => available(),
+            Self::Host => limits::available(),
             Self::Gpu(compute) => compute.gpu_memory()?.available().ok().map(|bytes| bytes as f64),
         }
     }
@@ -353,16 +354,6 @@ impl fmt::Display for Estimate {
 pub fn size(bytes: f64) -> String {
     let mib = bytes / f64::from(1 << 20);
     if mib < 1024.0 { format!("{mib:.0} MiB") } else { format!("{:.2} GiB", mib / 1024.0) }
-}
-
-/// What the machine can still give, in bytes: Linux's `MemAvailable`, and less where a control group has a limit.
-pub fn available() -> Option<f64> {
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<f64>().ok();
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
-    let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
-    Some(group.map_or(kib * 1024.0, |(limit, used)| (limit - used).min(kib * 1024.0)))
 }
 
 /// The largest resident memory of this process so far in bytes, where the system tells it (Linux).

@@ -5,6 +5,7 @@ mod backprop;
 pub mod checkpoint;
 pub mod guard;
 pub mod health;
+mod limits;
 pub mod lock;
 pub mod loss_scale;
 pub mod memory;

@@ -97,14 +97,14 @@ impl LoadedLora {
     /// Says what of the file at `path` is not used.
     pub fn warn(&self, path: &Path) {
         if !self.ignored.is_empty() {
-            eprintln!(
+            note!(
                 "warning: {}: {} text-encoder tensors are ignored, only the UNet is adapted",
                 path.display(),
                 self.ignored.len()
             );
         }
         if let Some(first) = self.embeddings.first() {
-            eprintln!(
+            note!(
                 "warning: {}: {} tensors of bundled embeddings (`{first}`) are ignored: prompts have no words of textual inversion here",
                 path.display(),
                 self.embeddings.len()
@@ -135,7 +135,7 @@ fn find_file(path: &Path) -> Result<PathBuf> {
 fn read(file: &Path) -> Result<LoadedLora> {
     let bytes = fs::read(file)?;
     let (tensors, mut metadata) = if pickle::is_archive(&bytes) {
-        eprintln!(
+        note!(
             "warning: {} is a pickle: its tensors are read and no code in it runs; other programs do run it, so prefer {}",
             file.display(),
             file.with_extension("safetensors").display()
@@ -338,7 +338,7 @@ fn check_is_plain(config: &Map<String, Value>, file: &Path) -> Result<()> {
                  which makes a plain LoRA of it"
             ),
             "bias" if word == "none" => {}
-            "bias" => eprintln!(
+            "bias" => note!(
                 "warning: {}: `bias` = {value}: biases were trained too, and none are in the file; the model's own are used",
                 file.display()
             ),

@@ -85,11 +85,11 @@ impl SingleFile {
             (Some(asked), found) => {
                 let asked = asked.as_str();
                 if let Some(found) = found.filter(|found| *found != asked) {
-                    eprintln!("warning: {label} says of itself {found}; model.prediction_type = {asked} counts");
+                    note!("warning: {label} says of itself {found}; model.prediction_type = {asked} counts");
                 }
                 scheduler["prediction_type"] = asked.into();
             }
-            (None, None) if v2 && folder.is_none() => eprintln!(
+            (None, None) if v2 && folder.is_none() => note!(
                 "warning: {label} does not say whether it predicts v (Stable Diffusion 2.x for 768x768) or epsilon (2.x-base for \
                  512x512); v is assumed; model.prediction_type = \"epsilon\" says otherwise"
             ),
@@ -97,7 +97,7 @@ impl SingleFile {
         }
         let v = scheduler["prediction_type"] == "v_prediction";
         if v && folder.is_none() && weights.contains("ztsnr") {
-            eprintln!(
+            note!(
                 "warning: {label} has the mark `ztsnr`: its betas are rescaled to zero terminal SNR and its timesteps spaced `trailing`"
             );
             scheduler["rescale_betas_zero_snr"] = true.into();
@@ -403,7 +403,7 @@ fn prediction_type(path: &Path, w: &Weights, v2: bool) -> Result<Option<&'static
     }
     let Some((first, prediction)) = said.first() else { return Ok(None) };
     if let Some((other, another)) = said.iter().find(|(_, named)| named != prediction) {
-        eprintln!(
+        note!(
             "warning: {other} says {another} and {first} says {prediction}; {prediction} is taken (model.prediction_type says otherwise)"
         );
     }
@@ -451,7 +451,7 @@ fn replace_configs(configs: &mut HashMap<&'static str, Json>, folder: &Source) -
             // the file is one size for all, and the class of a scheduler does not matter
             if !seen.is_null() && !key.starts_with('_') && key != "sample_size" && said != seen && !is_text_detail(key)
             {
-                eprintln!(
+                note!(
                     "warning: model.config has `{key}` = {said} in {path}, the file looks like {seen}; the config counts"
                 );
             }
@@ -532,7 +532,7 @@ fn vae_beside(path: &Path) -> Result<Option<Weights>> {
     let vae = if has(&inner) { inner } else { weights };
     let is_vae = vae.contains("decoder.conv_in.weight") && vae.contains("decoder.up.0.block.0.conv1.weight");
     ensure!(is_vae, "{}: it is no VAE in the original layout (`decoder.up.0.*`)", place());
-    eprintln!(
+    note!(
         "warning: the VAE in {} is used, which lies beside {}; move it away to use the one inside, if there is one",
         file.display(),
         path.display()

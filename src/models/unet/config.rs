@@ -107,7 +107,7 @@ impl UnetConfig {
             && size < 64
             && is_before_0_9(version)
         {
-            eprintln!(
+            note!(
                 "warning: {label}: config.json says sample_size = {size}, and was written by diffusers {version}, which did not know better; \
                  64 is taken, as diffusers does (sampler.height and sampler.width choose another size)"
             );

@@ -1,14 +1,20 @@
 //! Where the files of a model come from: a local folder, or a repository on the Hugging Face hub.
 
-use std::collections::HashSet;
-use std::io::{ErrorKind, IsTerminal};
+mod cache;
+mod remote;
+mod repository;
+mod settings;
+#[cfg(test)]
+mod testing;
+
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
-use hf_hub::{Cache, Repo, RepoType};
 use serde::de::DeserializeOwned;
+
+use repository::{Hub, check_link};
 
 use super::Weights;
 use super::single_file::SingleFile;
@@ -129,7 +135,9 @@ impl Source {
                 match path.metadata() {
                     Ok(meta) if meta.is_file() => Ok(Some(path)),
                     Ok(_) => Ok(None),
-                    Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+                    Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                        check_link(&path).map(|()| None)
+                    }
                     Err(e) => Err(e).with_context(|| format!("looking at {}", path.display())),
                 }
             }
@@ -240,13 +248,7 @@ impl Source {
                 anyhow!("{what} not found: there is no folder {label}")
             }
             Root::Local(_) => anyhow!("{what} not found in {label}"),
-            Root::Hub(hub) if hub.offline => {
-                anyhow!("{what} not found in the cached files of {label}; unset HF_HUB_OFFLINE to download")
-            }
-            Root::Hub(hub) => match hub.listing.get() {
-                Some(Err(failure)) => anyhow!("{what} not found in the cached files of {label}, and {failure}"),
-                _ => anyhow!("{what} not found in {label} on the hub"),
-            },
+            Root::Hub(hub) => anyhow!("{what} not found in {}", hub.looked_at(&label)),
         }
     }
 }
@@ -281,167 +283,6 @@ pub fn resolve_file(spec: &str, default_file: &str) -> Result<PathBuf> {
         return Err(no_such_path(spec, "file"));
     }
     Source::open(repo)?.require(file)
-}
-
-/// One repository at one revision. The files of a repository are listed once, so that looking for an optional file
-/// costs no request.
-#[derive(Debug)]
-struct Hub {
-    id: String,
-    revision: String,
-    api: Api,
-    /// The repository's folder in the cache.
-    cache: PathBuf,
-    offline: bool,
-    listing: OnceLock<Result<Listing, Failure>>,
-}
-
-#[derive(Debug)]
-struct Listing {
-    commit: String,
-    files: HashSet<String>,
-}
-
-/// Why a repository could not be listed.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("the hub refused it (status {0}): it does not exist, has no such revision, or is private or gated")]
-    Refused(u16),
-    #[error("the hub could not be reached ({0})")]
-    Unreachable(String),
-}
-
-impl Hub {
-    /// Honours `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, and `HF_TOKEN` or the saved token.
-    fn from_env(id: &str, revision: &str) -> Result<Self> {
-        let set = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
-        let mut api = ApiBuilder::from_env();
-        let mut cache = Cache::from_env();
-        if let Some(folder) = set("HF_HUB_CACHE") {
-            cache = Cache::new(folder.clone().into());
-            api = api.with_cache_dir(folder.into());
-        }
-        if let Some(token) = set("HF_TOKEN") {
-            api = api.with_token(Some(token));
-        }
-        let offline = set("HF_HUB_OFFLINE").is_some_and(|v| ["1", "on", "yes", "true"].contains(&&*v.to_lowercase()));
-        Self::new(api, &cache, offline, id, revision)
-    }
-
-    fn new(api: ApiBuilder, cache: &Cache, offline: bool, id: &str, revision: &str) -> Result<Self> {
-        let api = api.with_progress(std::io::stderr().is_terminal()).build().context("preparing the hub client")?;
-        let cache = cache.path().join(Repo::model(id.to_owned()).folder_name());
-        Ok(Self { id: id.into(), revision: revision.into(), api, cache, offline, listing: OnceLock::new() })
-    }
-
-    fn label(&self) -> String {
-        if self.revision == "main" { self.id.clone() } else { format!("{}@{}", self.id, self.revision) }
-    }
-
-    fn find(&self, file: &str) -> Result<Option<PathBuf>> {
-        let cached = self.cached_commit().and_then(|commit| self.cached(&commit, file));
-        // A full commit hash names one content for ever: nothing to ask.
-        if cached.is_some() && (self.offline || is_commit(&self.revision)) {
-            return Ok(cached);
-        }
-        if self.offline {
-            self.cached_commit().with_context(|| {
-                format!(
-                    "{} is not in the Hugging Face cache and HF_HUB_OFFLINE forbids asking the hub; {HINT}",
-                    self.label()
-                )
-            })?;
-            return Ok(None);
-        }
-        match self.listing.get_or_init(|| self.list()) {
-            Ok(listing) if !listing.files.contains(file) => Ok(None),
-            Ok(listing) => match self.cached(&listing.commit, file) {
-                Some(path) => Ok(Some(path)),
-                None => self.download(file, cached).map(Some),
-            },
-            // Something of the repository is cached: work with that, as HF_HUB_OFFLINE would.
-            Err(_) if self.cached_commit().is_some() => Ok(cached),
-            Err(failure) => Err(anyhow!("cannot get `{file}` of {}: {failure}; {}", self.label(), self.hint(failure))),
-        }
-    }
-
-    /// As far as the cache or the repository's listing tells.
-    fn has(&self, file: &str) -> bool {
-        match self.listing.get() {
-            Some(Ok(listing)) => listing.files.contains(file),
-            _ => self.cached_commit().is_some_and(|commit| self.cached(&commit, file).is_some()),
-        }
-    }
-
-    fn hint(&self, failure: &Failure) -> String {
-        match failure {
-            Failure::Unreachable(_) => HINT.into(),
-            Failure::Refused(_) => format!(
-                "check the name{}, and for a gated repository accept its terms and set HF_TOKEN",
-                nearby(Path::new(&self.id))
-            ),
-        }
-    }
-
-    fn repo(&self) -> hf_hub::api::sync::ApiRepo {
-        self.api.repo(Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone()))
-    }
-
-    fn list(&self) -> Result<Listing, Failure> {
-        let info = self.repo().info().map_err(|e| {
-            let text = e.to_string();
-            match status(e) {
-                Some(code @ (401 | 403 | 404)) => Failure::Refused(code),
-                _ => Failure::Unreachable(text),
-            }
-        });
-        if let Err(failure) = &info
-            && self.cached_commit().is_some()
-        {
-            eprintln!("warning: {}: {failure}; using the cached files", self.label());
-        }
-        let info = info?;
-        Ok(Listing { commit: info.sha, files: info.siblings.into_iter().map(|s| s.rfilename).collect() })
-    }
-
-    /// Downloads `file`; an older cached copy serves when that fails.
-    fn download(&self, file: &str, cached: Option<PathBuf>) -> Result<PathBuf> {
-        match (self.repo().download(file), cached) {
-            (Ok(path), _) => Ok(path),
-            (Err(e), Some(path)) => {
-                eprintln!("warning: downloading `{file}` of {} failed ({e}); using the cached copy", self.label());
-                Ok(path)
-            }
-            (Err(e), None) => Err(e).with_context(|| format!("downloading `{file}` of {}; {HINT}", self.label())),
-        }
-    }
-
-    /// The commit that the cache holds for this revision.
-    fn cached_commit(&self) -> Option<String> {
-        match std::fs::read_to_string(self.cache.join("refs").join(&self.revision)) {
-            Ok(commit) => Some(commit.trim().to_owned()),
-            // Other clients write no ref for a commit hash.
-            Err(_) => self.cache.join("snapshots").join(&self.revision).is_dir().then(|| self.revision.clone()),
-        }
-    }
-
-    fn cached(&self, commit: &str, file: &str) -> Option<PathBuf> {
-        Some(self.cache.join("snapshots").join(commit).join(file)).filter(|path| path.is_file())
-    }
-}
-
-const HINT: &str = "give a local folder instead (for the pipeline: `--set model.path=DIR`), or fill the Hugging Face cache on a machine with network and set HF_HOME";
-
-fn is_commit(revision: &str) -> bool {
-    revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
-}
-
-/// The HTTP status of a request that got an answer.
-fn status(e: ApiError) -> Option<u16> {
-    match e {
-        ApiError::RequestError(e) => e.into_response().map(|response| response.status()),
-        _ => None,
-    }
 }
 
 /// `owner/name[@revision]` as (id, revision). A name that ends like a weight file is a mistyped path, not an id.
@@ -493,53 +334,6 @@ fn nearby(path: &Path) -> String {
 mod tests {
     use super::*;
     use std::fs;
-    use std::io::{Read, Write};
-    use std::net::TcpListener;
-
-    const DEAD: &str = "http://127.0.0.1:1";
-
-    fn hub(endpoint: &str, cache: &Path, offline: bool) -> Source {
-        let api = ApiBuilder::new().with_endpoint(endpoint.into()).with_cache_dir(cache.into());
-        let hub = Hub::new(api, &Cache::new(cache.into()), offline, "owner/name", "main").unwrap();
-        Source { root: Root::Hub(Arc::new(hub)), prefix: String::new() }
-    }
-
-    fn fill(cache: &Path, commit: &str) {
-        let repo = cache.join("models--owner--name");
-        fs::create_dir_all(repo.join("refs")).unwrap();
-        fs::create_dir_all(repo.join("snapshots").join(commit).join("unet")).unwrap();
-        fs::write(repo.join("refs/main"), format!("{commit}\n")).unwrap();
-        fs::write(repo.join("snapshots").join(commit).join("unet/config.json"), "{}").unwrap();
-    }
-
-    /// Serves one repository with the file `unet/config.json` holding `{"a": 1}`, or refuses with `refuse`.
-    fn serve(refuse: Option<u16>) -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let mut stream = stream.unwrap();
-                let mut request = Vec::new();
-                while !request.ends_with(b"\r\n\r\n") {
-                    let mut byte = [0];
-                    stream.read_exact(&mut byte).unwrap();
-                    request.push(byte[0]);
-                }
-                let request = String::from_utf8(request).unwrap();
-                let (status, body) = match refuse {
-                    Some(code) => (format!("{code} No"), ""),
-                    None if request.starts_with("GET /api/models/owner/name/revision/main ") => {
-                        ("200 OK".into(), r#"{"sha": "c0", "siblings": [{"rfilename": "unet/config.json"}]}"#)
-                    }
-                    None if request.contains("bytes=0-0") => ("206 Partial Content".into(), "{"),
-                    None => ("206 Partial Content".into(), r#"{"a": 1}"#),
-                };
-                let head = "etag: \"e\"\r\nx-repo-commit: c0\r\ncontent-range: bytes 0-0/8\r\nconnection: close";
-                write!(stream, "HTTP/1.1 {status}\r\n{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
-            }
-        });
-        endpoint
-    }
 
     #[test]
     fn a_local_folder_gives_its_files_and_names_what_is_missing() {
@@ -555,6 +349,15 @@ mod tests {
         assert!(e.contains("`none.json`") && e.contains(&unet.label()), "{e}");
         let e = unet.sub("deeper").require("none.json").unwrap_err().to_string();
         assert!(e.contains("there is no folder"), "{e}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_of_a_folder_whose_file_is_gone_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("../blobs/gone", dir.path().join("config.json")).unwrap();
+        let e = Source::open(dir.path().to_str().unwrap()).unwrap().find("config.json").unwrap_err().to_string();
+        assert!(e.contains("config.json") && e.contains("is gone"), "{e}");
     }
 
     #[test]
@@ -602,45 +405,5 @@ mod tests {
         assert_eq!(resolve_file(file.to_str().unwrap(), "other").unwrap(), file);
         assert_eq!(resolve_file(dir.path().to_str().unwrap(), "head.pth").unwrap(), file);
         assert!(resolve_file(dir.path().to_str().unwrap(), "other").is_err());
-    }
-
-    #[test]
-    fn the_cache_serves_when_the_hub_is_away_or_forbidden() {
-        let cache = tempfile::tempdir().unwrap();
-        for offline in [true, false] {
-            let e = hub(DEAD, cache.path(), offline).find("unet/config.json").unwrap_err().to_string();
-            assert!(e.contains("owner/name") && e.contains("model.path=DIR"), "{e}");
-            assert!(offline || e.contains("could not be reached"), "{e}");
-        }
-        fill(cache.path(), "c1");
-        for offline in [true, false] {
-            let unet = hub(DEAD, cache.path(), offline).sub("unet");
-            assert!(unet.find("config.json").unwrap().is_some());
-            assert!(unet.find("none.json").unwrap().is_none());
-            let e = unet.require("none.json").unwrap_err().to_string();
-            assert!(
-                e.contains("owner/name:unet") && e.contains(if offline { "HF_HUB_OFFLINE" } else { "reached" }),
-                "{e}"
-            );
-        }
-    }
-
-    #[test]
-    fn files_come_from_the_hub_and_a_refusal_is_told_from_a_failure() {
-        if ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"].iter().any(|v| std::env::var_os(v).is_some()) {
-            return eprintln!("skipped: a proxy stands between this test and its server");
-        }
-        let cache = tempfile::tempdir().unwrap();
-        fill(cache.path(), "stale");
-        let unet = hub(&serve(None), cache.path(), false).sub("unet");
-        assert!(unet.find("none.json").unwrap().is_none());
-        assert_eq!(unet.read_json::<serde_json::Value>("config.json").unwrap()["a"], 1);
-        assert!(hub(DEAD, cache.path(), true).find("unet/config.json").unwrap().unwrap().starts_with(cache.path()));
-
-        let empty = tempfile::tempdir().unwrap();
-        let e = hub(&serve(Some(401)), empty.path(), false).find("x").unwrap_err().to_string();
-        assert!(e.contains("401") && e.contains("gated"), "{e}");
-        let e = hub(&serve(Some(503)), empty.path(), false).find("x").unwrap_err().to_string();
-        assert!(e.contains("could not be reached"), "{e}");
     }
 }

@@ -40,7 +40,9 @@ impl Bundle {
 
     /// `path`, unpacked below `place`; nothing where no such file is carried.
     fn unpack(&self, path: &Path, place: impl FnOnce() -> Result<PathBuf>) -> Result<Option<PathBuf>> {
-        let path = path.strip_prefix(".").unwrap_or(path);
+        // a whole path of the current folder means the same as a relative one
+        let here = std::env::current_dir().unwrap_or_default();
+        let path = [Path::new("."), &here].iter().find_map(|start| path.strip_prefix(start).ok()).unwrap_or(path);
         if self.below(path).next().is_none() {
             return Ok(None);
         }
@@ -115,7 +117,8 @@ mod tests {
     #[test]
     fn what_is_asked_for_is_unpacked_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
-        for path in ["assets/a", "./assets/a/", "assets/a"] {
+        let whole = std::env::current_dir().unwrap().join("assets/a");
+        for path in ["assets/a", "./assets/a/", "assets/a", whole.to_str().unwrap()] {
             let found = unpack(path, folder.path()).unwrap().unwrap();
             assert_eq!(fs::read(found.join("x")).unwrap(), b"one");
             assert_eq!(fs::read(found.join("b/y")).unwrap(), b"two");

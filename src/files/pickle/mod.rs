@@ -27,7 +27,7 @@ pub fn is_archive(file: &[u8]) -> bool {
 }
 
 /// Names that training scripts give the state dict inside of what they save.
-const NESTED: [&str; 3] = ["state_dict", "model", "module"];
+const NESTED: [&str; 4] = ["state_dict", "model", "module", "model_state_dict"];
 
 /// What a state dict holds.
 #[derive(Debug, Default)]
@@ -75,7 +75,7 @@ pub fn gather<'a>(bytes: &'a [u8], dtype: Dtype, shape: &[usize], stride: Option
     Cow::Owned(out)
 }
 
-/// Finds the tensors of a file: of a bare state dict, or of one under `state_dict`, `model` or `module`.
+/// Finds the tensors of a file: of a bare state dict, or of one under `state_dict`, `model`, `module` or `model_state_dict`.
 ///
 /// # Errors
 /// Not such a file, a truncated or malformed one, or one that holds no named tensors.

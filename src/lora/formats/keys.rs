@@ -65,11 +65,16 @@ pub(super) fn kohya_name(module: &str) -> String {
 }
 
 /// The endings that name a factor; the first two are peft's.
-const ENDINGS: [(&str, Part); 8] = [
+const ENDINGS: [(&str, Part); 12] = [
     (".lora_A.weight", Part::A),
     (".lora_B.weight", Part::B),
     (".lora.down.weight", Part::A),
     (".lora.up.weight", Part::B),
+    // the modules of older diffusers
+    (".lora_layer.down.weight", Part::A),
+    (".lora_layer.up.weight", Part::B),
+    (".lora_linear_layer.down.weight", Part::A),
+    (".lora_linear_layer.up.weight", Part::B),
     (".lora_down.weight", Part::A),
     (".lora_up.weight", Part::B),
     (".network_alpha", Part::Alpha),
@@ -80,12 +85,12 @@ fn ending<'a>(key: &'a str, endings: &[(&str, Part)]) -> Option<(&'a str, Part)>
     endings.iter().find_map(|&(suffix, part)| Some((key.strip_suffix(suffix)?, part)))
 }
 
-/// kohya's scripts (`lora_unet_down_blocks_0_..`), and ComfyUI with the original names (`diffusion_model.input_blocks.1..`).
+/// kohya's scripts (`lora_unet_down_blocks_0_..`), LyCORIS for diffusers (`lycoris_`), and ComfyUI with the original names (`diffusion_model.input_blocks.1..`).
 fn kohya(key: &str) -> Option<(Format, String, Part)> {
     let (name, part) = ending(key, &ENDINGS)?;
-    let name = match name.strip_prefix("lora_unet_") {
+    let name = match ["lora_unet_", "lycoris_"].iter().find_map(|prefix| name.strip_prefix(prefix)) {
         Some(name) => dotted(name),
-        None => name.strip_prefix("diffusion_model.")?.to_owned(),
+        None => name.strip_prefix("model.").unwrap_or(name).strip_prefix("diffusion_model.")?.to_owned(),
     };
     Some((Format::Kohya, from_original(&name).unwrap_or(name), part))
 }
@@ -229,6 +234,10 @@ mod tests {
             (format!("{under}_to_k.alpha"), Kohya, "to_k", Alpha),
             (format!("{original}.to_v.lora_down.weight"), Kohya, "to_v", A),
             (format!("{original}.to_out.0.lora_B.weight"), Kohya, "to_out.0", B),
+            (format!("model.{original}.to_out.0.lora_up.weight"), Kohya, "to_out.0", B),
+            (format!("{}_to_v.lora_down.weight", under.replace("lora_unet", "lycoris")), Kohya, "to_v", A),
+            (format!("unet.{attn}.to_q.lora_linear_layer.down.weight"), Diffusers, "to_q", A),
+            (format!("{attn}.to_out.0.lora_layer.up.weight"), Peft, "to_out.0", B),
             (format!("_orig_mod.unet.{attn}.to_q.lora_A.weight"), Diffusers, "to_q", A),
             (format!("unet._orig_mod.{attn}.to_q.lora_A.weight"), Diffusers, "to_q", A),
             (format!("module._orig_mod.{attn}.to_q.lora_A.weight"), Peft, "to_q", A),

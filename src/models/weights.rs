@@ -88,8 +88,12 @@ impl Weights {
         // transformers calls its pickles otherwise than its safetensors
         for (name, extension) in [(stem, "safetensors"), (stem, "bin"), ("pytorch_model", "bin")] {
             for dot in &dots {
-                let (whole, index) =
-                    (format!("{name}{dot}.{extension}"), format!("{name}.{extension}.index{dot}.json"));
+                let whole = format!("{name}{dot}.{extension}");
+                let mut index = format!("{name}.{extension}.index{dot}.json");
+                let older = format!("{whole}.index.json");
+                if source.find(&index)?.is_none() && source.find(&older)?.is_some() {
+                    index = older;
+                }
                 let Some(file) = whole_or_index(source, &whole, &index)? else {
                     tried.extend([whole, index]);
                     continue;
@@ -637,6 +641,7 @@ mod tests {
         for (stem, index) in [
             ("diffusion_pytorch_model", "diffusion_pytorch_model.bin.index.json"),
             ("diffusion_pytorch_model", "diffusion_pytorch_model.bin.index.fp16.json"),
+            ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16.bin.index.json"),
             ("model", "pytorch_model.bin.index.json"),
         ] {
             let dir = tempfile::tempdir().unwrap();

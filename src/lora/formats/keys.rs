@@ -46,6 +46,8 @@ const TEXT_ENCODERS: [&str; 5] = ["text_encoder.", "text_encoder_2.", "lora_te_"
 
 pub(super) fn parse(key: &str) -> Key {
     let key = &unwrapped(key);
+    // the whole original model around the UNet
+    let key = key.strip_prefix("model.").filter(|rest| rest.starts_with("diffusion_model.")).unwrap_or(key);
     if key.starts_with("bundle_emb.") {
         return Key::Embedding;
     }
@@ -90,7 +92,7 @@ fn kohya(key: &str) -> Option<(Format, String, Part)> {
     let (name, part) = ending(key, &ENDINGS)?;
     let name = match ["lora_unet_", "lycoris_"].iter().find_map(|prefix| name.strip_prefix(prefix)) {
         Some(name) => dotted(name),
-        None => name.strip_prefix("model.").unwrap_or(name).strip_prefix("diffusion_model.")?.to_owned(),
+        None => name.strip_prefix("diffusion_model.")?.to_owned(),
     };
     Some((Format::Kohya, from_original(&name).unwrap_or(name), part))
 }

@@ -4,6 +4,7 @@ pub mod clip;
 pub mod hub;
 pub mod merge;
 mod model_index;
+mod numbers;
 mod parameters;
 pub mod pipeline;
 mod single_file;

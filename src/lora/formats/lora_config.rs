@@ -5,6 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value};
 
+use crate::files::unwrapped;
+
 /// What a peft `LoraConfig` says about alpha.
 #[derive(Debug, Default)]
 pub(super) struct AlphaRule {
@@ -28,7 +30,7 @@ impl AlphaRule {
         let mut pattern = Vec::new();
         for (layer, alpha) in field("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
             // peft takes the keys for regular expressions; diffusers writes `^` and the layer's name.
-            let name = layer.replace("\\.", ".");
+            let name = unwrapped(&layer.replace("\\.", ".").replace("^_orig_mod.", "^"));
             let plain = name.strip_prefix('^').unwrap_or(&name);
             if !plain.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) {
                 bail!("the alpha_pattern `{layer}` is a regular expression; only names of layers are understood");
@@ -43,17 +45,34 @@ impl AlphaRule {
         })
     }
 
+    /// Says which alphas of single layers are of no layer in the file.
+    pub fn warn_of_unused<'a>(&self, modules: impl Iterator<Item = &'a String> + Clone, file: &Path) {
+        let is_unused = |name: &str| !modules.clone().any(|module| matches(name, module));
+        let unused: Vec<&str> = self.pattern.iter().map(|(name, _)| &**name).filter(|name| is_unused(name)).collect();
+        if let Some(first) = unused.first() {
+            note!(
+                "warning: {}: {} entries of its alpha_pattern match no layer of the file and count for nothing, for example `{first}`",
+                file.display(),
+                unused.len()
+            );
+        }
+    }
+
     pub fn alpha(&self, module: &str, rank: usize) -> f64 {
-        let names = |name: &str| match name.strip_prefix('^') {
-            Some(name) => module == name,
-            None => module == name || module.strip_suffix(name).is_some_and(|head| head.ends_with('.')),
-        };
-        let special = self.pattern.iter().find(|(name, _)| names(name)).map(|&(_, alpha)| alpha);
+        let special = self.pattern.iter().find(|(name, _)| matches(name, module)).map(|&(_, alpha)| alpha);
         match special.or(self.alpha) {
             Some(alpha) if self.rslora => alpha * (rank as f64).sqrt(),
             Some(alpha) => alpha,
             None => rank as f64,
         }
+    }
+}
+
+/// Whether an entry of `alpha_pattern` is of this layer.
+fn matches(name: &str, module: &str) -> bool {
+    match name.strip_prefix('^') {
+        Some(name) => module == name,
+        None => module == name || module.strip_suffix(name).is_some_and(|head| head.ends_with('.')),
     }
 }
 

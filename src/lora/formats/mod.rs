@@ -151,6 +151,7 @@ fn read(file: &Path) -> Result<LoadedLora> {
         None => read_adapter_config(file)?,
     };
     let Grouped { layers, format, ignored, embeddings } = group_by_layer(tensors)?;
+    alphas.warn_of_unused(layers.keys(), file);
     let factors: Vec<Factor> =
         layers.into_iter().map(|(module, parts)| parts.into_factor(module, &alphas)).collect::<Result<_>>()?;
     for factor in &factors {
@@ -473,6 +474,10 @@ mod tests {
         assert_eq!(alphas(r#"{"r": 4, "lora_alpha": 8, "alpha_pattern": null}"#), [8.0, 8.0, 8.0]);
         assert_eq!(alphas(r#"{"lora_alpha": 8, "alpha_pattern": {"^a\\.to_q": 1, "to_q": 2}}"#), [1.0, 2.0, 8.0]);
         assert_eq!(alphas(r#"{"lora_alpha": 8, "use_rslora": true}"#), [16.0, 16.0, 16.0]);
+        assert_eq!(
+            alphas(r#"{"lora_alpha": 8, "alpha_pattern": {"^_orig_mod\\.a.to_q": 1, "none": 3}}"#),
+            [1.0, 8.0, 8.0]
+        );
         fs::write(folder.path().join("adapter_config.json"), r#"{"lora_alpha": 8, "alpha_pattern": {"to_(q|k)": 2}}"#)
             .unwrap();
         assert!(error(folder.path()).contains("regular expression"), "{}", error(folder.path()));

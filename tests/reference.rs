@@ -67,7 +67,7 @@ fn half_precision_stays_near_the_reference() {
             assert_eq!(failures(&report), [""; 0], "{set} in {}", compute.precision_name());
             let angles = report.rows.iter().filter(|row| row.what.starts_with("1 - cosine")).count();
             // one of each chain, one of a single evaluation, and those of two rewards
-            assert_eq!(angles, 7, "{set}");
+            assert_eq!(angles, 8, "{set}");
         }
         // and no further: what is wrong by more than rounding is found
         let (_folder, dir) = copy("tiny-sd15");

@@ -197,6 +197,9 @@ fn a_folder_that_is_no_set_is_named() {
     std::fs::remove_file(dir.join("train3.safetensors")).unwrap();
     let error = format!("{:#}", verify(&dir, None).err().unwrap());
     assert!(error.contains("train3.safetensors"), "{error}");
+    edit(&dir.join("reference.json"), "\"steps\": 4", "\"steps\": 5");
+    let error = format!("{:#}", verify(&dir, None).err().unwrap());
+    assert!(error.contains("reference.json") && error.contains("`keep`"), "{error}");
 }
 
 /// Ids that transformers gives, with its padding: end-of-text in 1.x, `!` in 2.x.

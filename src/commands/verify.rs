@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
@@ -533,7 +533,13 @@ impl Subject<'_> {
         let x_t = inputs.get("x_T").context("chain_inputs.safetensors has no `x_T`")?;
         let noises = inputs.get("noises").context("chain_inputs.safetensors has no `noises`")?;
         let batch = x_t.dims()[0];
-        let schedule = DdimSchedule::load(&self.pipeline.source, self.reference.steps, case.eta)?;
+        let steps = self.reference.steps;
+        ensure!(
+            case.keep.len() == steps,
+            "reference.json: {name} has {} in `keep`, for {steps} steps",
+            case.keep.len()
+        );
+        let schedule = DdimSchedule::load(&self.pipeline.source, steps, case.eta)?;
         let plan = Plan::with_mask(&schedule, &case.keep, batch);
         let denoiser = self.denoiser(start, &self.conditioning(case.guidance_scale, case.guidance_rescale)?);
         self.pipeline.latent_shape(self.reference.size[0], self.reference.size[1])?;

@@ -237,6 +237,8 @@ tests! {
     lora_pickle: "lora-pickle",
     adapter_config: "adapter-config",
     lora_commands: "lora-commands",
+    lora_merged: "lora-merged",
+    aesthetic_head: "aesthetic-head",
     unet_config: "unet-config",
     vae_config: "vae-config",
     text_encoder_config: "text-encoder-config",
@@ -260,5 +262,6 @@ tests! {
     merges: "merges",
     prompt: "prompt",
     metrics: "metrics",
+    runs: "runs",
     checkpoint_state: "checkpoint-state",
 }

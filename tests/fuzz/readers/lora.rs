@@ -5,10 +5,13 @@ use std::path::Path;
 
 use alignprop::lora::Adapters;
 use alignprop::lora::formats::{self, save};
+use alignprop::models::Source;
+use alignprop::models::unet::Unet;
+use alignprop::ops::device::Compute;
 use candle_core::{DType, Device, Tensor};
 
 use super::models::PICKLE_WORDS;
-use super::{Reader, Shape, bytes_of, of_file, words, zeros};
+use super::{MODEL, Reader, Shape, bytes_of, of_file, words, zeros};
 use crate::support::{copy_folder, fixture, listing, original, run, text};
 
 const LAYER: &str = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
@@ -161,5 +164,25 @@ pub fn commands(folder: &Path) -> Reader {
         result
     };
     let (seeds, words) = (lora_seeds(folder, 1), LORA_WORDS.to_vec());
+    Reader { shape: Shape::Safetensors, seeds, words, read: of_file(folder.join("x.safetensors"), read) }
+}
+
+/// A pipeline with the adapter folded in: the folder is there and can be read, or nothing is.
+pub fn merged(folder: &Path) -> Reader {
+    let (out, model) = (folder.join("out"), text(fixture(MODEL)));
+    let read = move |path: &Path| {
+        formats::load(path)?;
+        let _ = fs::remove_dir_all(&out);
+        fs::create_dir_all(&out)?;
+        let merged = out.join("merged");
+        let (from, to) = (text(path), text(&merged));
+        let done = run(&["export", &from, "--format", "merged", "--model", &model, "--out", &to]);
+        match &done {
+            Ok(_) => drop(Unet::load(&Source::open(&to)?.sub("unet"), None, &Compute::cpu()).unwrap()),
+            Err(_) => assert_eq!(listing(&out), [""; 0], "what the export left"),
+        }
+        done.map(drop)
+    };
+    let (seeds, words) = (lora_seeds(folder, 2), LORA_WORDS.to_vec());
     Reader { shape: Shape::Safetensors, seeds, words, read: of_file(folder.join("x.safetensors"), read) }
 }

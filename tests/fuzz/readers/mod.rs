@@ -39,6 +39,7 @@ pub fn reader(name: &str, folder: &Path) -> Reader {
         "lora" | "lora-pickle" => lora::file(name == "lora", folder),
         "adapter-config" => lora::adapter_config(folder),
         "lora-commands" => lora::commands(folder),
+        "lora-merged" => lora::merged(folder),
         "unet-config" => models::unet(folder),
         "vae-config" => models::vae(folder),
         "text-encoder-config" => models::text_encoder(folder),
@@ -46,6 +47,7 @@ pub fn reader(name: &str, folder: &Path) -> Reader {
         "open-clip-config" => models::open_clip(folder),
         "preprocessor-config" => models::preprocessor(folder),
         "scheduler-config" => models::scheduler(folder),
+        "aesthetic-head" => models::aesthetic_head(folder),
         "shards-index" => models::shards_index(folder),
         "yaml" => models::single_file(folder, true),
         "single-file" => models::single_file(folder, false),
@@ -66,6 +68,7 @@ pub fn reader(name: &str, folder: &Path) -> Reader {
         "merges" => tokenizer("tiny-sd15", "merges.txt", Shape::Text),
         "prompt" => texts::prompt(),
         "metrics" => texts::metrics(folder),
+        "runs" => texts::runs(folder),
         "checkpoint-state" => texts::checkpoint_state(folder),
         other => panic!("there is no reader `{other}`: {}", super::NAMES.join(", ")),
     }

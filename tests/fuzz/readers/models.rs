@@ -4,17 +4,19 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use alignprop::config::ModelConfig;
+use alignprop::config::{AestheticConfig, ModelConfig, RewardsConfig};
 use alignprop::diffusion::DdimSchedule;
 use alignprop::files;
 use alignprop::lora::Adapters;
 use alignprop::models::clip::{Clip, OpenClipConfig, PixelStatistics};
 use alignprop::models::text_encoder::TextEncoder;
+use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::unet::Unet;
 use alignprop::models::vae::Vae;
 use alignprop::models::{Source, Weights};
 use alignprop::nn::tape::Value;
 use alignprop::ops::device::Compute;
+use alignprop::rewards::Rewards;
 use anyhow::Result;
 use candle_core::DType;
 
@@ -244,5 +246,20 @@ pub fn single_file(folder: &Path, of_yaml: bool) -> Reader {
             "parameterization: v",
         ],
         read: of_file(model.with_extension("yaml"), move |_| Source::pipeline(&config).map(drop)),
+    }
+}
+
+/// A reward's head on the embedding of a CLIP.
+pub fn aesthetic_head(folder: &Path) -> Reader {
+    let path = folder.join("head.safetensors");
+    let aesthetic = AestheticConfig { clip: text(fixture("tiny-sd15/clip")), head: text(&path), ..Default::default() };
+    let config = RewardsConfig { aesthetic: Some(aesthetic), ..Default::default() };
+    let tokenizer = Source::open(&text(fixture(MODEL))).unwrap().sub("tokenizer");
+    let tokenizer = Arc::new(ClipTokenizer::load(&tokenizer).unwrap());
+    Reader {
+        shape: Shape::Safetensors,
+        seeds: vec![bytes_of("tiny-sd15/aesthetic_head.safetensors")],
+        words: words("layers.0.weight ~ layers.7.bias ~ layers.9.weight ~ F16 ~ F64 ~ I64 ~ mlp.0.weight"),
+        read: of_file(path, move |_| Rewards::load(&config, &tokenizer).map(drop)),
     }
 }

@@ -17,7 +17,7 @@ use anyhow::{Result, ensure};
 use candle_core::DType;
 
 use super::{MODEL, Reader, Shape, bytes_of, of_file, words};
-use crate::support::{copy_folder, fixture, text};
+use crate::support::{copy_folder, fixture, run, text};
 
 /// Prompts in a file.
 pub fn prompts(folder: &Path, extension: &str, shape: Shape, seed: &[u8]) -> Reader {
@@ -190,5 +190,22 @@ pub fn checkpoint_state(folder: &Path) -> Reader {
         seeds: vec![fs::read(&file).unwrap()],
         words: vec!["ema", "x"],
         read: of_file(file, move |_| Checkpoint::load(&root, &OptimizerConfig::default()).map(drop)),
+    }
+}
+
+/// The config of another version's run, as the table of all runs shows it.
+pub fn runs(folder: &Path) -> Reader {
+    let all = folder.join("runs");
+    for name in ["a", "b"] {
+        fs::create_dir_all(all.join(name)).unwrap();
+        fs::write(all.join(name).join("metrics.jsonl"), "{\"step\":1,\"loss\":2}\n").unwrap();
+        fs::write(all.join(name).join("config.toml"), Config::default().to_toml().unwrap()).unwrap();
+    }
+    let (path, all) = (all.join("b/config.toml"), text(all));
+    Reader {
+        shape: Shape::Text,
+        seeds: vec![fs::read(&path).unwrap()],
+        words: words("[reward.hps] ~ weight = 0 ~ [[a.b]] ~ x.y.z = 1 ~ 1979-05-27T07:32:00Z ~ name = \"a\\u0000b\""),
+        read: of_file(path, move |_| run(&["runs", &all]).map(drop)),
     }
 }

@@ -34,9 +34,8 @@ impl Seen {
                 self.0.push(0);
             }
             if count > 0 {
-                // 1, 2, 3, 4-7, 8-15, 16-31, 32-127, more
-                let magnitude =
-                    1u8 << [0, 1, 2, 3, 4, 5, 6, 6, 7][(usize::from(count)).ilog2() as usize + usize::from(count == 3)];
+                // 1, 2-3, 4-7, .., 128-255
+                let magnitude = 1u8 << count.ilog2();
                 new += usize::from(self.0[i] & magnitude == 0);
                 self.0[i] |= magnitude;
             }

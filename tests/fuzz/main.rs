@@ -3,7 +3,8 @@
 //!
 //! `cargo test --test fuzz` reads the inputs that once failed (`tests/fuzz/corpus/READER/`) and some changed ones, the same
 //! each time. `just fuzz READER SECONDS` goes on for as long as it is told, keeps changing what reached new branches, and puts
-//! inputs that fail into `target/fuzz/READER/`.
+//! inputs that fail into `target/fuzz/READER/`. Where the whole process ends (a stack that is used up, memory refused), the input is
+//! the last `current` in `target/tmp/fuzz/READER/` or `target/fuzz/READER/`.
 
 mod coverage;
 mod memory;

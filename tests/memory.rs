@@ -81,6 +81,8 @@ impl Chain {
     fn denoiser(&self, batch: usize, checkpointing: Checkpointing) -> Denoiser<'_> {
         let embeds = |text: &str| self.pipeline.encode_prompts(&[text.to_owned()]).unwrap();
         let conditioning = Conditioning::new(embeds("a cat"), embeds(""), 5.0, &Compute::cpu());
+        // with all that guidance may need
+        let conditioning = conditioning.rescaled(0.7);
         let conditioning = conditioning.select(&Tensor::zeros(batch, DType::U32, &Device::Cpu).unwrap()).unwrap();
         Denoiser { unet: &self.pipeline.unet, adapters: &self.adapters, conditioning, checkpointing }
     }

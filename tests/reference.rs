@@ -67,7 +67,7 @@ fn half_precision_stays_near_the_reference() {
             assert_eq!(failures(&report), [""; 0], "{set} in {}", compute.precision_name());
             let angles = report.rows.iter().filter(|row| row.what.starts_with("1 - cosine")).count();
             // one of each chain, one of a single evaluation, and those of two rewards
-            assert_eq!(angles, 7, "{set}");
+            assert_eq!(angles, 8, "{set}");
         }
         // and no further: what is wrong by more than rounding is found
         let (_folder, dir) = copy("tiny-sd15");
@@ -197,6 +197,9 @@ fn a_folder_that_is_no_set_is_named() {
     std::fs::remove_file(dir.join("train3.safetensors")).unwrap();
     let error = format!("{:#}", verify(&dir, None).err().unwrap());
     assert!(error.contains("train3.safetensors"), "{error}");
+    edit(&dir.join("reference.json"), "\"steps\": 4", "\"steps\": 5");
+    let error = format!("{:#}", verify(&dir, None).err().unwrap());
+    assert!(error.contains("reference.json") && error.contains("`keep`"), "{error}");
 }
 
 /// Ids that transformers gives, with its padding: end-of-text in 1.x, `!` in 2.x.

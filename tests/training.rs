@@ -325,6 +325,7 @@ fn stored_steps_give_the_same_run_to_the_last_bit() {
     for settings in [
         &["truncation={ rule = \"fixed\", k = 3 }"][..],
         &["truncation={ rule = \"fixed\", k = 3 }", "sampler.guidance_scale=1"],
+        &["truncation={ rule = \"fixed\", k = 3 }", "sampler.guidance_rescale=0.7"],
         &["truncation={ rule = \"fixed\", k = 3 }", "regularization.kl_weight=0.1"],
         // some images of the batch keep a step and some do not: those are evaluated again
         &["truncation={ rule = \"uniform\" }"],
@@ -350,6 +351,20 @@ fn without_guidance_the_negative_prompt_is_not_read() {
     assert_ne!(plain.metric("reward/aesthetic"), negative.metric("reward/aesthetic"));
     assert!(distance(&negative.first_gradients(), &plain.first_gradients()) > 1e-3);
     assert_ne!(run("1.0", "").metric("reward/aesthetic"), plain.metric("reward/aesthetic"));
+}
+
+#[test]
+fn a_rescaled_guidance_is_another_run_and_one_of_nothing_the_same() {
+    let run = |more: &[&str]| Experiment::trained(&[&["train.steps=1"], more].concat());
+    let plain = run(&[]);
+    assert!(bytes(run(&["sampler.guidance_rescale=0"]).adapters(1)) == bytes(plain.adapters(1)));
+    let rescaled = run(&["sampler.guidance_rescale=0.7"]);
+    assert_ne!(rescaled.metric("reward/aesthetic"), plain.metric("reward/aesthetic"));
+    assert!(distance(&rescaled.first_gradients(), &plain.first_gradients()) > 1e-3);
+    // without guidance there is nothing to rescale
+    let alone = run(&["sampler.guidance_scale=1"]);
+    let both = run(&["sampler.guidance_scale=1", "sampler.guidance_rescale=0.7"]);
+    assert!(bytes(both.adapters(1)) == bytes(alone.adapters(1)));
 }
 
 // ---------------------------------------------------------------------------------------------------- rewards

@@ -16,6 +16,7 @@ tiny-sd15, tiny-sd21   one reference set each, the folders that `alignprop verif
     train3.safetensors       the LoRA factors after three optimizer steps
 lora/                  the adapter tiny-sd15/lora_start.safetensors in three file formats
 tokenizer_cases.json   prompts and their ids in both small tokenizers
+guidance_rescale.safetensors   guidance of two images with diffusers' rescale_noise_cfg, and its gradients, in f64
 
 The two sets differ in whatever real checkpoints differ in: see the comments at SETS. Everything random that a number
 depends on is stored. Numbers come from the weights as stored (f16 or bf16), computed in f64 and stored as f32.
@@ -24,6 +25,7 @@ import argparse, json, os, shutil
 import open_clip, torch, torchvision
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
@@ -45,9 +47,10 @@ SETS = {
     "tiny-sd21": dict(variant="sd21", seed=5, size=(64, 96), steps=4, rank=3, text_dim=32, text_act="gelu", pad="!",
                       channels=(8, 8, 16, 16), heads=[1, 1, 2, 2], layers=2, groups=8, prompts=["Two red foxes,  in the snow"]),
 }
-# name, eta, guidance scale, reward, the kept steps of four
-CASES = [("k1_eta0_cfg7.5", 0.0, 7.5, "aesthetic", [3]), ("k3_eta1_cfg5", 1.0, 5.0, "hps", [1, 2, 3]),
-         ("full_eta0_cfg1", 0.0, 1.0, "aesthetic", [0, 1, 2, 3]), ("per_step_eta0_cfg7.5", 0.0, 7.5, "hps", [0, 2, 3])]
+# name, eta, guidance scale, guidance rescale, reward, the kept steps of four
+CASES = [("k1_eta0_cfg7.5", 0.0, 7.5, 0.0, "aesthetic", [3]), ("k3_eta1_cfg5", 1.0, 5.0, 0.0, "hps", [1, 2, 3]),
+         ("full_eta0_cfg1", 0.0, 1.0, 0.0, "aesthetic", [0, 1, 2, 3]), ("per_step_eta0_cfg7.5", 0.0, 7.5, 0.0, "hps", [0, 2, 3]),
+         ("k2_eta0_cfg7.5_rescale0.7", 0.0, 7.5, 0.7, "aesthetic", [2, 3])]
 TRAIN = dict(lr=1e-3, weight_decay=0.1, max_grad_norm=7e-5, loss_coeff=0.01, aesthetic_target=10, eta=0.0, guidance_scale=7.5, backprop_steps=2)
 
 TOKENIZER_PROMPTS = [
@@ -178,7 +181,12 @@ def hps_score(model, ids, image):
     return (out["image_features"] * out["text_features"]).sum(-1)
 
 
-def denoise(unet, scheduler, x, cond, uncond, noises, steps, eta, guidance, keep):
+def guide(u, c, guidance, rescale):
+    eps = u + guidance * (c - u)
+    return rescale_noise_cfg(eps, c, rescale) if rescale > 0 else eps
+
+
+def denoise(unet, scheduler, x, cond, uncond, noises, steps, eta, guidance, keep, rescale=0.0):
     """DDIM chain; where keep[i] is False, step i's noise prediction is detached."""
     scheduler.set_timesteps(steps)
     for i, t in enumerate(scheduler.timesteps):
@@ -187,7 +195,7 @@ def denoise(unet, scheduler, x, cond, uncond, noises, steps, eta, guidance, keep
                 eps = unet(x, t, cond).sample
             else:
                 u, c = unet(torch.cat([x, x]), t, torch.cat([uncond, cond])).sample.chunk(2)
-                eps = u + guidance * (c - u)
+                eps = guide(u, c, guidance, rescale)
         x = scheduler.step(eps if keep[i] else eps.detach(), t, x, eta=eta, variance_noise=noises[i] if eta > 0 else None).prev_sample
     return x
 
@@ -241,14 +249,14 @@ def make_set(s, out, tokenizer):
     x_T, noises = random(B, 4, h, w), random(steps, B, 4, h, w)
     save_f32(dict(x_T=x_T, noises=noises), f"{out}/chain_inputs.safetensors")
     cases = {}
-    for name, eta, guidance, reward, kept in CASES:
+    for name, eta, guidance, rescale, reward, kept in CASES:
         keep = [i in kept for i in range(steps)]
-        latents = denoise(unet, scheduler, x_T, cond, uncond, noises, steps, eta, guidance, keep)
+        latents = denoise(unet, scheduler, x_T, cond, uncond, noises, steps, eta, guidance, keep, rescale)
         decoded = vae.decode(latents / vae.config.scaling_factor).sample
         r = aesthetic(clip, head, decoded) if reward == "aesthetic" else hps_score(hps, hps_ids, decoded)
         loss = (r - 10).abs().mean() if reward == "aesthetic" else (1 - r).mean()
         grads = dict(zip(lora, torch.autograd.grad(loss, list(lora.values()))))
-        cases[f"{name}_{reward}"] = dict(eta=eta, guidance_scale=guidance, keep=keep, reward=reward, loss=loss.item(), rewards=r.tolist())
+        cases[f"{name}_{reward}"] = dict(eta=eta, guidance_scale=guidance, guidance_rescale=rescale, keep=keep, reward=reward, loss=loss.item(), rewards=r.tolist())
         save_f32({**{f"grad.{n}": g for n, g in grads.items()}, "latents": latents, "image": decoded, "rewards": r}, f"{out}/chain_{name}_{reward}.safetensors")
 
     # Three steps of AdamW with clipped gradients.
@@ -292,6 +300,18 @@ def make_lora_files(set_dir, out):
     save_file(old, f"{out}/attn_procs/pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 
+def make_guidance_rescale(path):
+    torch.manual_seed(11)
+    u, c, d = random(2, 4, 3, 5), 0.8 * random(2, 4, 3, 5) + 0.3, random(2, 4, 3, 5)
+    tensors = dict(uncond=u, cond=c, cotangent=d)
+    u.requires_grad_(True), c.requires_grad_(True)
+    for rescale in (0.0, 0.7, 1.0):
+        y = guide(u, c, 7.5, rescale)
+        d_u, d_c = torch.autograd.grad(y, (u, c), d)
+        tensors |= {f"{rescale}.guided": y, f"{rescale}.d_uncond": d_u, f"{rescale}.d_cond": d_c}
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("tokenizer")
@@ -308,6 +328,7 @@ def main():
             tokenizers[name].save_pretrained(f"{a.out}/{name}/model/tokenizer")
         make_set(s, f"{a.out}/{name}", tokenizers[name])
     make_lora_files(f"{a.out}/tiny-sd15", f"{a.out}/lora")
+    make_guidance_rescale(f"{a.out}/guidance_rescale.safetensors")
     stored = {name: CLIPTokenizer.from_pretrained(f"{a.out}/{name}/model/tokenizer") for name in SETS}
     cases = [dict(prompt=p, **{name: t(p, padding="max_length", truncation=True, max_length=77).input_ids for name, t in stored.items()}) for p in TOKENIZER_PROMPTS]
     with open(f"{a.out}/tokenizer_cases.json", "w") as f:

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
@@ -121,6 +121,8 @@ struct Reference {
 struct Case {
     eta: f64,
     guidance_scale: f64,
+    #[serde(default)]
+    guidance_rescale: f64,
     keep: Vec<bool>,
     reward: String,
     loss: f64,
@@ -136,6 +138,8 @@ struct Train {
     aesthetic_target: f64,
     eta: f64,
     guidance_scale: f64,
+    #[serde(default)]
+    guidance_rescale: f64,
     backprop_steps: usize,
 }
 
@@ -393,11 +397,12 @@ impl Subject<'_> {
         Rewards::load_on(&config, &self.pipeline.tokenizer, self.compute).map(Some)
     }
 
-    fn conditioning(&self, guidance_scale: f64) -> Result<Conditioning> {
+    fn conditioning(&self, guidance_scale: f64, guidance_rescale: f64) -> Result<Conditioning> {
         let prompts = &self.reference.prompts;
         let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
         let negative_prompt_embeds = self.pipeline.encode_prompts(&vec![String::new(); prompts.len()])?;
-        Ok(Conditioning::new(prompt_embeds, negative_prompt_embeds, guidance_scale, self.compute))
+        let conditioning = Conditioning::new(prompt_embeds, negative_prompt_embeds, guidance_scale, self.compute);
+        Ok(conditioning.rescaled(guidance_rescale))
     }
 
     fn prompts(&self) -> Vec<Prompt> {
@@ -431,7 +436,7 @@ impl Subject<'_> {
             let ids: Vec<f64> = ids.into_iter().flatten().map(f64::from).collect();
             report.push("tokenizer", name, unequal(&ids, part(name)?)?, 0.0);
         }
-        let conditioning = self.conditioning(1.0)?;
+        let conditioning = self.conditioning(1.0, 0.0)?;
         report.compare(
             "text encoder",
             "text_embeds",
@@ -528,9 +533,15 @@ impl Subject<'_> {
         let x_t = inputs.get("x_T").context("chain_inputs.safetensors has no `x_T`")?;
         let noises = inputs.get("noises").context("chain_inputs.safetensors has no `noises`")?;
         let batch = x_t.dims()[0];
-        let schedule = DdimSchedule::load(&self.pipeline.source, self.reference.steps, case.eta)?;
+        let steps = self.reference.steps;
+        ensure!(
+            case.keep.len() == steps,
+            "reference.json: {name} has {} in `keep`, for {steps} steps",
+            case.keep.len()
+        );
+        let schedule = DdimSchedule::load(&self.pipeline.source, steps, case.eta)?;
         let plan = Plan::with_mask(&schedule, &case.keep, batch);
-        let denoiser = self.denoiser(start, &self.conditioning(case.guidance_scale)?);
+        let denoiser = self.denoiser(start, &self.conditioning(case.guidance_scale, case.guidance_rescale)?);
         self.pipeline.latent_shape(self.reference.size[0], self.reference.size[1])?;
 
         let mut tally = Tally::scaled(start, self.loss_scale());
@@ -621,7 +632,7 @@ impl Subject<'_> {
         let schedule = DdimSchedule::load(&self.pipeline.source, steps, train.eta)?;
         let keep: Vec<bool> = (0..steps).map(|i| i + train.backprop_steps >= steps).collect();
         let plan = Plan::with_mask(&schedule, &keep, batch);
-        let conditioning = self.conditioning(train.guidance_scale)?;
+        let conditioning = self.conditioning(train.guidance_scale, train.guidance_rescale)?;
         let (critic, prompts) = (self.critic(&rewards), self.prompts());
 
         let mut adapters = start.clone();

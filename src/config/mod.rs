@@ -171,6 +171,10 @@ table! {
         num_inference_steps: usize = 50,
         /// Classifier-free guidance; 0 or more. 1 or less turns it off and halves the work.
         guidance_scale: f64 = 7.5,
+        /// How far guidance's overexposure is undone, as diffusers' `guidance_rescale` (Lin et al. 2023, section 3.4): from 0
+        /// (not at all) to 1 (the guided prediction has the standard deviation of the prompt's). 0.7 is the paper's. Its
+        /// gradient goes through the standard deviations.
+        guidance_rescale: f64 = 0.0,
         /// Noise of the DDIM step: from 0 (deterministic) to 1 (ancestral, as DDPM).
         eta: f64 = 0.0,
         /// Image height in pixels. Absent: the size that the model was trained on.

@@ -46,6 +46,11 @@ impl Config {
 
         at_least_one("sampler.num_inference_steps", sampler.num_inference_steps)?;
         zero_or_more("sampler.guidance_scale", sampler.guidance_scale)?;
+        let rescale = sampler.guidance_rescale;
+        ensure!(
+            (0.0..=1.0).contains(&rescale),
+            "sampler.guidance_rescale = {rescale}: must be from 0 (off) to 1; 0.7 is usual"
+        );
         let eta = sampler.eta;
         ensure!((0.0..=1.0).contains(&eta), "sampler.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
         for (key, size) in [("sampler.height", sampler.height), ("sampler.width", sampler.width)] {
@@ -305,6 +310,9 @@ mod tests {
             ("lora.target_modules = []", "lora.target_modules = []: name at least one layer"),
             ("sampler.num_inference_steps = 0", "sampler.num_inference_steps = 0: must be 1"),
             ("sampler.guidance_scale = nan", "sampler.guidance_scale = NaN: must be"),
+            ("sampler.guidance_rescale = 1.5", "sampler.guidance_rescale = 1.5: must be from 0 (off) to 1"),
+            ("sampler.guidance_rescale = -0.1", "sampler.guidance_rescale = -0.1: must be from 0 (off) to 1"),
+            ("sampler.guidance_rescale = nan", "sampler.guidance_rescale = NaN: must be from 0 (off) to 1"),
             ("sampler.eta = -0.1", "sampler.eta = -0.1: must be from 0"),
             ("sampler.eta = 1.1", "sampler.eta = 1.1: must be from 0"),
             ("sampler.height = 0", "sampler.height = 0: give pixels"),

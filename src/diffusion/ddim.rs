@@ -97,6 +97,9 @@ impl DdimStep {
     }
 }
 
+/// More would be a damaged file; each timestep takes memory.
+const MAX_TRAIN_TIMESTEPS: usize = 1_000_000;
+
 /// A schedule of inference steps, from the noisiest on.
 #[derive(Clone, Debug)]
 pub struct DdimSchedule {
@@ -123,6 +126,11 @@ impl DdimSchedule {
         let train = config.num_train_timesteps;
         if num_inference_steps == 0 || num_inference_steps > train {
             bail!("sampler.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
+        }
+        if train > MAX_TRAIN_TIMESTEPS {
+            bail!(
+                "scheduler_config.json: num_train_timesteps = {train}: at most {MAX_TRAIN_TIMESTEPS}; Stable Diffusion has 1000"
+            );
         }
         if config.thresholding {
             bail!("scheduler_config.json asks for thresholding, which latent diffusion does not use; set it to false");

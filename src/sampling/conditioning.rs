@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
-use crate::diffusion::guidance::{guide, guide_bwd};
+use crate::diffusion::guidance::{guide, guide_bwd, rescale, rescale_bwd};
 use crate::ops::device::Compute;
 
 /// Embeddings of the prompts of a batch, and how they guide.
@@ -20,8 +20,14 @@ impl Conditioning {
     /// A `guidance_scale` of 1 or less means no guidance: only the prompts are evaluated.
     pub fn new(prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: f64, compute: &Compute) -> Self {
         let scale = (guidance_scale > 1.0).then_some(guidance_scale);
-        let guidance = Guidance { scale, one_batch: scale.is_some() && compute.batches_guidance() };
+        let guidance = Guidance { scale, rescale: None, one_batch: scale.is_some() && compute.batches_guidance() };
         Self { prompt_embeds, negative_prompt_embeds, guidance }
+    }
+
+    /// The same with the guided prediction rescaled by this much, from 0 (not) to 1. Without guidance there is nothing to
+    /// rescale.
+    pub fn rescaled(self, amount: f64) -> Self {
+        Self { guidance: Guidance { rescale: (amount > 0.0).then_some(amount), ..self.guidance }, ..self }
     }
 
     /// These rows of the batch only.
@@ -53,6 +59,8 @@ impl Conditioning {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Guidance {
     scale: Option<f64>,
+    /// How much of the guided prediction's standard deviation becomes that of the prompt's; nothing without a `scale`.
+    rescale: Option<f64>,
     one_batch: bool,
 }
 
@@ -79,17 +87,26 @@ impl Guidance {
     /// The guided prediction (B, C, h, w) from those of the evaluations.
     pub(super) fn combine(self, predictions: Vec<Tensor>) -> Result<Tensor> {
         let branches = self.unstack(predictions)?;
-        Ok(match self.scale {
-            Some(scale) => guide(&branches[0], &branches[1], scale)?,
-            None => branches[0].clone(),
+        let Some(scale) = self.scale else { return Ok(branches[0].clone()) };
+        let guided = guide(&branches[0], &branches[1], scale)?;
+        Ok(match self.rescale {
+            Some(amount) => rescale(&guided, &branches[1], amount)?,
+            None => guided,
         })
     }
 
-    /// The cotangent of each evaluation's prediction from that of the guided one.
-    pub(super) fn combine_bwd(self, cotangent: &Tensor) -> Result<Vec<Tensor>> {
-        self.stack(match self.scale {
-            Some(scale) => guide_bwd(cotangent, scale)?.to_vec(),
-            None => vec![cotangent.clone()],
+    /// The cotangent of each evaluation's prediction from that of the guided one, and from what the evaluations gave.
+    pub(super) fn combine_bwd(self, cotangent: &Tensor, predictions: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        self.stack(match (self.scale, self.rescale) {
+            (Some(scale), Some(amount)) => {
+                let branches = self.unstack(predictions)?;
+                let guided = guide(&branches[0], &branches[1], scale)?;
+                let [d_guided, d_rescaled_to] = rescale_bwd(cotangent, &guided, &branches[1], amount)?;
+                let [d_uncond, d_cond] = guide_bwd(&d_guided, scale)?;
+                vec![d_uncond, (d_cond + d_rescaled_to)?]
+            }
+            (Some(scale), None) => guide_bwd(cotangent, scale)?.to_vec(),
+            (None, _) => vec![cotangent.clone()],
         })
     }
 
@@ -100,5 +117,34 @@ impl Guidance {
             [d_uncond, d_cond] => (d_uncond + d_cond)?,
             _ => branches[0].clone(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, safetensors};
+
+    use super::*;
+    use crate::ops::testing::relative_error;
+
+    /// Against PyTorch's autograd through diffusers' own function, in f64 (`tools/make_fixtures.py`).
+    #[test]
+    fn rescaling_agrees_with_diffusers() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/guidance_rescale.safetensors");
+        let recorded = safetensors::load(path, &Device::Cpu).unwrap();
+        let [uncond, cond, d] = ["uncond", "cond", "cotangent"].map(|name| recorded[name].clone());
+        for amount in ["0.0", "0.7", "1.0"] {
+            let rescale = amount.parse().ok().filter(|amount| *amount > 0.0);
+            for one_batch in [false, true] {
+                let guidance = Guidance { scale: Some(7.5), rescale, one_batch };
+                let evaluations = guidance.stack(vec![uncond.clone(), cond.clone()]).unwrap();
+                let y = guidance.combine(evaluations.clone()).unwrap();
+                let back = guidance.unstack(guidance.combine_bwd(&d, evaluations).unwrap()).unwrap();
+                for (name, found) in [("guided", &y), ("d_uncond", &back[0]), ("d_cond", &back[1])] {
+                    let error = relative_error(found, &recorded[&format!("{amount}.{name}")]);
+                    assert!(error < 1e-13, "{name} with {amount}: relative error {error:.2e}");
+                }
+            }
+        }
     }
 }

@@ -151,7 +151,8 @@ impl Recording<'_> {
 
     /// The gradient with respect to x_t of <cotangent, prediction>; those of the adapters are added to `gradients`.
     pub fn pull(self, cotangent: &Tensor, gradients: &mut LoraGradients) -> Result<Tensor> {
-        let evaluations = self.traces.into_iter().zip(self.guidance.combine_bwd(cotangent)?);
+        let predictions = self.traces.iter().map(|trace| trace.prediction().clone()).collect();
+        let evaluations = self.traces.into_iter().zip(self.guidance.combine_bwd(cotangent, predictions)?);
         let pull = |(trace, cotangent): (UnetTrace, Tensor)| {
             let mut own = LoraGradients::new(self.adapters);
             Ok((trace.pull(&cotangent, &mut own)?, own))

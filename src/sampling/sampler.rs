@@ -22,6 +22,7 @@ pub struct Sampler {
     /// (channels, h, w) of one sample's latents.
     pub latent_shape: (usize, usize, usize),
     guidance_scale: f64,
+    guidance_rescale: f64,
     /// (1, tokens, D)
     negative_prompt_embeds: Tensor,
 }
@@ -49,7 +50,14 @@ impl Sampler {
         let latent_shape = pipeline.latent_shape(sampler.height.unwrap_or(height), sampler.width.unwrap_or(width))?;
         let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(&sampler.negative_prompt))?;
         ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
-        Ok(Self { pipeline, schedule, latent_shape, guidance_scale: sampler.guidance_scale, negative_prompt_embeds })
+        let SamplerConfig { guidance_scale, guidance_rescale, .. } = *sampler;
+        if guidance_rescale > 0.0 && guidance_scale <= 1.0 {
+            eprintln!(
+                "warning: sampler.guidance_rescale = {guidance_rescale} does nothing: there is no guidance with \
+                 sampler.guidance_scale = {guidance_scale}"
+            );
+        }
+        Ok(Self { pipeline, schedule, latent_shape, guidance_scale, guidance_rescale, negative_prompt_embeds })
     }
 
     /// What it computes on.
@@ -72,7 +80,9 @@ impl Sampler {
         let of = quoted(prompts);
         ledger.finite(&prompt_embeds, move |_| format!("the text encoder's output for {of} is not finite"))?;
         let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
-        Ok(Conditioning::new(prompt_embeds, negative_prompt_embeds, self.guidance_scale, self.compute()))
+        let conditioning =
+            Conditioning::new(prompt_embeds, negative_prompt_embeds, self.guidance_scale, self.compute());
+        Ok(conditioning.rescaled(self.guidance_rescale))
     }
 
     /// The UNet with these adapters and prompts.

@@ -4,8 +4,10 @@
 //! `read` turns text and `--set` overrides into a [`Config`] and words the complaints about keys and types; `validate`
 //! checks the ranges. A path in a config is relative to the current directory, as in diffusers.
 
+mod prompt_file;
 mod prompts;
 mod read;
+mod shown;
 mod validate;
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
 pub use prompts::{Prompt, PromptsConfig};
+pub use shown::{shown, shown_lines};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.

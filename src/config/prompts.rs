@@ -1,17 +1,20 @@
 //! `[prompts]`: what the images are of.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
+
+use super::prompt_file;
+use super::shown::shown;
 
 /// What an image is asked to show.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prompt {
     /// What the model is given.
     pub text: String,
-    /// What a score may read beside the text: a number of things, an object, an answer. From a file of JSON lines.
+    /// What a score may read beside the text: a number of things, an object, an answer. From a file of objects or a table.
     pub fields: Map<String, Json>,
 }
 
@@ -33,9 +36,10 @@ impl AsRef<str> for Prompt {
     }
 }
 
+/// As a message or a table shows it.
 impl std::fmt::Display for Prompt {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(&self.text)
+        f.write_str(&shown(&self.text))
     }
 }
 
@@ -51,7 +55,8 @@ super::table! {
         /// The prompts themselves; at least one.
         list: Option<Vec<String>> = None,
         /// A text file with one prompt per line; empty lines and lines that start with `#` are skipped. Or JSON lines
-        /// (`.jsonl`): one object per line, with the text as `prompt` and any other fields, which scores may read.
+        /// (`.jsonl`), a JSON list (`.json`) or a table with a heading (`.csv`, `.tsv`): the text is the key or column
+        /// `prompt` (or `text`, or `caption`), any others are fields, which scores may read.
         file: Option<PathBuf> = None,
         /// A list inside the program: `animals`, the 45 simple animals of DDPO.
         builtin: Option<String> = None,
@@ -66,9 +71,11 @@ impl PromptsConfig {
             return Ok(list.iter().cloned().map(Prompt::from).collect());
         }
         if let Some(path) = &self.file {
-            return read_lines(path);
+            let found = prompt_file::read(path)?;
+            found.warnings.iter().for_each(|warning| eprintln!("warning: {}: {warning}", path.display()));
+            return Ok(found.prompts);
         }
-        Ok(prompts_of(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?))
+        Ok(prompt_file::lines(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?).prompts)
     }
 
     /// Says the default aloud, so that a saved config names its prompts.
@@ -106,52 +113,6 @@ fn builtin(name: &str) -> Result<&'static str> {
             )
         }
     }
-}
-
-fn read_lines(path: &Path) -> Result<Vec<Prompt>> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("reading the prompts from {} (prompts.file)", path.display()))?;
-    if path.extension().is_some_and(|extension| extension == "jsonl") {
-        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-        let prompts = lines.map(|(number, line)| {
-            record(line).with_context(|| format!("{}, line {number} (prompts.file)", path.display()))
-        });
-        let prompts = prompts.collect::<Result<Vec<_>>>()?;
-        ensure!(
-            !prompts.is_empty(),
-            "{} (prompts.file) has no prompt: put an object on each line, such as {EXAMPLE}",
-            path.display()
-        );
-        return Ok(prompts);
-    }
-    let prompts = prompts_of(&text);
-    ensure!(
-        !prompts.is_empty(),
-        "{} (prompts.file) has no prompt: put one on each line; empty lines and lines that start with # are skipped",
-        path.display()
-    );
-    Ok(prompts)
-}
-
-const EXAMPLE: &str = r#"{"prompt": "two cats", "count": 2}"#;
-
-/// One line of JSON.
-fn record(line: &str) -> Result<Prompt> {
-    let mut fields = match serde_json::from_str(line) {
-        Ok(Json::Object(fields)) => fields,
-        Ok(_) => bail!("not an object: write {EXAMPLE}"),
-        Err(error) => bail!("not JSON ({error}): write {EXAMPLE}"),
-    };
-    match fields.shift_remove("prompt") {
-        Some(Json::String(text)) => Ok(Prompt { text, fields }),
-        Some(other) => bail!("`prompt` is {other}: it must be a text, as in {EXAMPLE}"),
-        None => bail!("no `prompt`: it is the text of the prompt, as in {EXAMPLE}"),
-    }
-}
-
-fn prompts_of(text: &str) -> Vec<Prompt> {
-    let lines = text.lines().map(str::trim);
-    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(Prompt::from).collect()
 }
 
 #[cfg(test)]
@@ -197,8 +158,8 @@ mod tests {
         assert_eq!(loaded[1], "# a dog".into());
         for (line, problem) in [
             ("{\"prompt\": \"a", "not JSON (EOF while parsing a string"),
-            ("\"a cat\"", "not an object: write {\"prompt\": "),
-            ("{\"text\": \"a cat\"}", "no `prompt`: it is the text of the prompt"),
+            ("[\"a cat\"]", "neither a text nor an object: write {\"prompt\": "),
+            ("{\"prmpt\": \"a cat\"}", "no `prompt`: it is the text of the prompt"),
             ("{\"prompt\": 2}", "`prompt` is 2: it must be a text"),
         ] {
             std::fs::write(&path, format!("{{\"prompt\": \"good\"}}\n\n{line}\n")).unwrap();

@@ -1,6 +1,7 @@
 use std::process::ExitCode;
 
 use alignprop::allocator::{Allocator, keep_pages};
+use alignprop::config::shown_lines;
 use alignprop::training::signals::Interrupted;
 use clap::Parser;
 
@@ -18,8 +19,8 @@ fn main() -> ExitCode {
                 eprintln!("{interrupted}");
                 return ExitCode::from(interrupted.exit_code());
             }
-            eprintln!("error: {error}");
-            error.chain().skip(1).for_each(|cause| eprintln!("  caused by: {cause}"));
+            eprintln!("error: {}", shown_lines(error.to_string()));
+            error.chain().skip(1).for_each(|cause| eprintln!("  caused by: {}", shown_lines(cause.to_string())));
             ExitCode::FAILURE
         }
     }

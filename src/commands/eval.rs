@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::experiment::{Checkpointed, checkpoint_of, compute_of};
 use crate::cli::EvalArgs;
-use crate::config::PromptsConfig;
+use crate::config::{PromptsConfig, shown};
 use crate::files::write_bytes;
 use crate::lora::Adapters;
 use crate::report::pictures;
@@ -237,7 +237,7 @@ fn print_tables(report: &Report) {
                 let c = &row.comparison;
                 table.add_row([
                     reward.reward.clone(),
-                    row.prompt.clone(),
+                    shown(&row.prompt),
                     c.base.to_string(),
                     c.tuned.to_string(),
                     c.difference.to_string(),

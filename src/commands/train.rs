@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
-use crate::config::{Config, Prompt};
+use crate::config::{Config, Prompt, shown_lines};
 use crate::diffusion::Noise;
 use crate::report::names;
 use crate::rewards::Rewards;
@@ -168,7 +168,7 @@ impl Watch for ProgressBar {
     }
 
     fn skipped(&self, step: usize, cause: &Error) {
-        self.suspend(|| eprintln!("warning: optimizer step {step} is skipped: {cause:#}"));
+        self.suspend(|| eprintln!("warning: optimizer step {step} is skipped: {}", shown_lines(format!("{cause:#}"))));
     }
 }
 

@@ -179,5 +179,5 @@ impl Sampler {
 
 /// Prompts for a message.
 fn quoted(prompts: &[Prompt]) -> String {
-    prompts.iter().map(|prompt| format!("`{}`", prompt.text)).collect::<Vec<_>>().join(", ")
+    prompts.iter().map(|prompt| format!("`{prompt}`")).collect::<Vec<_>>().join(", ")
 }

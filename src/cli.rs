@@ -139,7 +139,7 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
 
-    /// A text file with one prompt per line; instead of the config's prompts
+    /// A file of prompts as prompts.file may name it: text, .csv, .tsv, .json, .jsonl; instead of the config's prompts
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
 

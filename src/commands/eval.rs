@@ -114,7 +114,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         None => config.prompts.load()?,
     };
     let reward_config = if args.reward.is_empty() { config.reward.clone() } else { config.reward.select(&args.reward) };
+    let setting = if args.prompts.is_some() { "--prompts" } else { "prompts" };
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
+    sampler.warn_of_cut(setting, &prompts)?;
     let tuned = sampler.load_lora(&adapters_path)?.adapters;
     let rewards = Rewards::load_on(&reward_config, &sampler.pipeline.tokenizer, &compute)?;
     // the base model, then each scale of the LoRA

@@ -22,12 +22,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         Some(path) => sampler.load_lora(path)?.adapters.scaled(args.lora_scale),
         None => Adapters::default(),
     };
-    for (prompt, tokens) in sampler.truncated_prompts(&prompts)? {
-        eprintln!(
-            "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
-            sampler.pipeline.tokenizer.max_length()
-        );
-    }
+    sampler.warn_of_cut("--prompt", &prompts)?;
     let (mut images, mut drawn) = (Vec::with_capacity(prompts.len()), Vec::new());
     for (number, prompt) in (0..).zip(&prompts) {
         let noise = sampler.evaluation_noise(args.seed, number..number + 1);

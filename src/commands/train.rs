@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Error, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
@@ -19,13 +19,13 @@ use crate::training::memory::{self, Meter};
 use crate::training::run_folder::{Run, RunFolder};
 use crate::training::signals::{Interrupt, Interrupted};
 use crate::training::trainer::{End, Trainer, Watch, begin, go_on};
-use crate::training::{AlignProp, MemoryPlan, RunPlan};
+use crate::training::{AlignProp, MemoryPlan, PromptLists, RunPlan};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let config = &read_config(args)?;
     let compute = compute_of(&config.run)?.with_rewards_in(config.run.reward_precision)?;
     config.require_trained()?;
-    let prompts = config.prompts.load()?;
+    let prompts = &PromptLists::load(config)?;
     // before gigabytes are read: whoever trains a run has its folder for itself; a dry run writes nothing there
     let run = match &args.resume {
         Some(dir) if !args.dry_run => Some(Run::resume(dir)?),
@@ -36,17 +36,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
-    let guard = Guard::load(config, &prompts, tokenizer, &compute)?;
+    let guard = Guard::load(config, prompts.guard(), tokenizer, &compute)?;
     let noise = Noise::new(config.run.seed);
     let state = match &args.resume {
         Some(dir) => go_on(dir, config, &sampler, &noise)?,
         None => begin(config, &sampler, &noise)?,
     };
-    describe(config, &sampler, &rewards, &prompts, &state)?;
-    let sample_prompts = match &config.run.sample_prompts {
-        Some(sample_prompts) => sample_prompts.load().context("in run.sample_prompts")?,
-        None => prompts.clone(),
-    };
+    describe(config, &sampler, &rewards, &prompts.training, &state)?;
+    prompts.warn_of_cut(&sampler)?;
     let plan = &RunPlan::resolve(config, &sampler, &rewards, &state.adapters)?;
     if let Some(memory) = &plan.memory {
         eprintln!("memory      {}", plan.describe_memory(memory));
@@ -60,6 +57,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
 
     let interrupt = Interrupt::listen()?;
+    prompts.save(run.dir())?; // before the config, which makes the folder a run
     run.save_config(&plan.as_config(config).to_toml()?)?;
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;
@@ -67,8 +65,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let progress = progress_bar(plan, config.train.steps, state.step);
     let meter = Meter::of(&compute);
     meter.reset_peak()?;
-    let method = AlignProp { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts, noise };
-    let mut trainer = Trainer { method, guard: guard.as_ref(), sample_prompts: &sample_prompts, run, state };
+    let method = AlignProp { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts.training, noise };
+    let mut trainer = Trainer { method, guard: guard.as_ref(), sample_prompts: prompts.samples(), run, state };
     let steps = config.train.steps;
     let end = trainer.train(args.stop_at.unwrap_or(steps), &interrupt, &progress)?;
     progress.finish_and_clear();
@@ -93,13 +91,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 
 /// The config of the command line: a file, or a run's own where it is resumed.
 fn read_config(args: &TrainArgs) -> Result<Config> {
-    match (&args.resume, &args.config.config) {
+    let config = match (&args.resume, &args.config.config) {
         (Some(_), Some(_)) => {
             bail!("--resume goes on with the run's own config: leave --config out and change settings with --set")
         }
-        (Some(dir), None) => Config::load(&RunFolder::open(dir)?.config(), &args.settings()),
+        (Some(dir), None) => RunFolder::open(dir)?.read_config(&args.settings()),
         (None, path) => config_of(path.as_deref(), &args.settings(), EMBEDDED),
-    }
+    };
+    config?.with_whole_paths() // the run may be resumed from another folder
 }
 
 /// The run's head, on stderr.
@@ -135,12 +134,6 @@ fn describe(
     eprintln!("reward      {} on {} prompts", names.join(" + "), prompts.len());
     eprintln!("truncation  {rule}");
     eprintln!("steps       {} of {batch} images, from step {}", train.steps, state.step);
-    for (prompt, tokens) in sampler.truncated_prompts(prompts)? {
-        eprintln!(
-            "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
-            sampler.pipeline.tokenizer.max_length()
-        );
-    }
     Ok(())
 }
 

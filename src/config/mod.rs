@@ -2,8 +2,10 @@
 //!
 //! Each table is a struct; a field's doc comment gives its meaning and its range, its default stands beside its type.
 //! `read` turns text and `--set` overrides into a [`Config`] and words the complaints about keys and types; `validate`
-//! checks the ranges. A path in a config is relative to the current directory, as in diffusers.
+//! checks the ranges. A path in a config is relative to the current directory, as in diffusers; a run's own
+//! config has whole paths (`paths`).
 
+mod paths;
 mod prompt_file;
 mod prompts;
 mod read;

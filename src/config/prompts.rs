@@ -1,12 +1,12 @@
 //! `[prompts]`: what the images are of.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
-use super::prompt_file;
+use super::prompt_file::{self, Found};
 use super::shown::shown;
 
 /// What an image is asked to show.
@@ -60,22 +60,51 @@ super::table! {
         file: Option<PathBuf> = None,
         /// A list inside the program: `animals`, the 45 simple animals of DDPO.
         builtin: Option<String> = None,
+        /// The file in which a run keeps these prompts since it began; they count, whatever the others say now.
+        #[serde(skip)]
+        kept: Option<PathBuf> = None,
     }
 }
 
 impl PromptsConfig {
-    /// The prompts, in order; at least one.
+    /// The prompts, in order; at least one. Warns of what a file has that may not be meant, and of one that has changed under
+    /// a run.
+    ///
+    /// # Errors
+    /// There is more than one source, or it cannot be read or has no prompt.
     pub fn load(&self) -> Result<Vec<Prompt>> {
         self.validate()?;
+        if let Some(kept) = &self.kept {
+            return self.load_kept(kept);
+        }
+        let found = self.find()?;
+        let file = self.file.as_deref().unwrap_or(Path::new("")).display();
+        found.warnings.iter().for_each(|warning| eprintln!("warning: {file}: {warning}"));
+        Ok(found.prompts)
+    }
+
+    fn load_kept(&self, kept: &Path) -> Result<Vec<Prompt>> {
+        let prompts = prompt_file::read(kept)?.prompts;
+        // a source that is gone is no loss
+        if self.find().is_ok_and(|now| now.prompts != prompts) {
+            eprintln!(
+                "warning: {} has other prompts than when the run began, which are in {} and count; give the new ones by --set",
+                self.file.as_deref().unwrap_or(Path::new("its config")).display(),
+                kept.display()
+            );
+        }
+        Ok(prompts)
+    }
+
+    fn find(&self) -> Result<Found> {
         if let Some(list) = &self.list {
-            return Ok(list.iter().cloned().map(Prompt::from).collect());
+            return Ok(Found { prompts: list.iter().cloned().map(Prompt::from).collect(), ..Default::default() });
         }
         if let Some(path) = &self.file {
-            let found = prompt_file::read(path)?;
-            found.warnings.iter().for_each(|warning| eprintln!("warning: {}: {warning}", path.display()));
-            return Ok(found.prompts);
+            return prompt_file::read(path);
         }
-        Ok(prompt_file::lines(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?).prompts)
+        let lines = prompt_file::lines(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?);
+        Ok(Found { prompts: lines.prompts, ..Default::default() })
     }
 
     /// Says the default aloud, so that a saved config names its prompts.

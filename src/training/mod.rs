@@ -9,6 +9,7 @@ pub mod lock;
 pub mod loss_scale;
 pub mod memory;
 pub mod plan;
+mod prompts;
 pub mod run_folder;
 pub mod signals;
 pub mod step;
@@ -18,4 +19,5 @@ pub mod truncation;
 
 pub use alignprop::AlignProp;
 pub use plan::{MemoryPlan, RunPlan};
+pub use prompts::PromptLists;
 pub use truncation::Plan;

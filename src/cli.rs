@@ -347,7 +347,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "PIXELS", value_parser = at_least_one)]
     pub width: Option<usize>,
 
-    /// The PNG file to write
+    /// The picture to write: .png, .jpg or .webp
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
 

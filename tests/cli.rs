@@ -218,7 +218,7 @@ fn bad_settings_are_named_and_start_no_run() {
         (&["run.reward_precision=half"], &["`run.reward_precision`", "`half`", "`f16`"]),
         // places
         (&["model.path=no/such/model"], &["`no/such/model` does not exist", "hub id"]),
-        (&["model.path=file"], &["`file` is a file", "folder"]),
+        (&["model.path=file"], &["file` is a file", "folder"]),
         (&["model.path=."], &["model_index.json", "not found"]),
         (&["run.dir=file"], &["file"]),
         (&["run.dir=file/run"], &["file/run"]),

@@ -510,6 +510,7 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
         "checkpoints",
         "config.toml",
         "metrics.jsonl",
+        "prompts.jsonl",
         "pytorch_lora_weights.safetensors",
         "report.html",
         "samples",

@@ -4,6 +4,6 @@ pub mod pickle;
 mod write;
 
 pub use write::{
-    SafetensorsEntry, UNFINISHED, float_bytes, new_folder, replace_file, save_tensors, sync_folder, write_bytes,
-    write_safetensors,
+    SafetensorsEntry, UNFINISHED, check_writable, float_bytes, make_folder_of, new_folder, replace_file, save_tensors,
+    sync_folder, write_bytes, write_safetensors,
 };

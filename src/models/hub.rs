@@ -440,7 +440,7 @@ fn status(e: ApiError) -> Option<u16> {
 }
 
 /// `owner/name[@revision]` as (id, revision). A name that ends like a weight file is a mistyped path, not an id.
-fn parse_hub_id(spec: &str) -> Option<(&str, &str)> {
+pub(crate) fn parse_hub_id(spec: &str) -> Option<(&str, &str)> {
     let (id, revision) = spec.split_once('@').unwrap_or((spec, "main"));
     let (owner, name) = id.split_once('/')?;
     let allowed = |s: &str, more: &str| {

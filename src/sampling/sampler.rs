@@ -170,7 +170,11 @@ impl Sampler {
 
     /// Reads a LoRA and checks that it belongs to this UNet.
     pub fn load_lora(&self, path: &Path) -> Result<LoadedLora> {
-        let mut loaded = formats::load(path)?;
+        self.fit_lora(formats::load(path)?, path)
+    }
+
+    /// Checks that a LoRA, which was read from `path`, belongs to this UNet.
+    pub fn fit_lora(&self, mut loaded: LoadedLora, path: &Path) -> Result<LoadedLora> {
         loaded.adapters = loaded
             .adapters
             .fitted(&self.pipeline.unet.targets())

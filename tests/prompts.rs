@@ -1,4 +1,4 @@
-//! Lists of prompts on their way through the program.
+//! Lists of prompts on their way through the program, and what else a run must not lose sight of.
 
 mod support;
 
@@ -106,4 +106,21 @@ fn a_run_goes_on_with_the_prompts_that_it_began_with() {
     let said = resume("4", &["--set", "prompts.file=list.csv"]);
     assert!(said.contains("on 1 prompts") && !said.contains(changed), "{said}");
     assert_eq!(fs::read_to_string(run.join("prompts.jsonl")).unwrap(), "{\"prompt\":\"a horse\"}\n");
+}
+
+#[test]
+fn a_run_says_which_of_its_models_has_changed() {
+    let experiment = Experiment::new("tiny-sd15");
+    let folder = experiment.folder.path();
+    copy_folder(&fixture("tiny-sd15/model"), &folder.join("base"));
+    let config = experiment.config();
+    succeeds(folder, &["train", "--config", &config, "--stop-at", "1", "--set", "model.path=base"]);
+    let resume = ["train", "--resume", "run", "--dry-run"];
+    assert_eq!(warnings(folder, &resume, "has changed"), [""; 0]);
+    edit(&folder.join("base/scheduler/scheduler_config.json"), "\"beta_end\": 0.012", "\"beta_end\": 0.013");
+    let found = warnings(folder, &resume, "has changed");
+    assert!(found.len() == 1 && found[0].contains("base") && found[0].contains("scheduler_config.json"), "{found:?}");
+    // another model is no changed one
+    let other = format!("model.path={}", text(fixture("tiny-sd15/model")));
+    assert_eq!(warnings(folder, &[&resume[..], &["--set", &other]].concat(), "has changed"), [""; 0]);
 }

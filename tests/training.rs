@@ -514,6 +514,7 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
         "pytorch_lora_weights.safetensors",
         "report.html",
         "samples",
+        "sources.json",
         "tensorboard",
     ];
     assert_eq!(listing(&folder), expected);

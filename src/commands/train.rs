@@ -19,7 +19,7 @@ use crate::training::memory::{self, Meter};
 use crate::training::run_folder::{Run, RunFolder};
 use crate::training::signals::{Interrupt, Interrupted};
 use crate::training::trainer::{End, Trainer, Watch, begin, go_on};
-use crate::training::{AlignProp, MemoryPlan, PromptLists, RunPlan};
+use crate::training::{AlignProp, MemoryPlan, PromptLists, RunPlan, Sources};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let config = &read_config(args)?;
@@ -33,6 +33,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         None => RunFolder::check_free(&config.run.dir).map(|()| None)?,
         Some(_) => None,
     };
+    let sources = Sources::of(config, args.resume.as_deref())?;
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
@@ -57,7 +58,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
 
     let interrupt = Interrupt::listen()?;
-    prompts.save(run.dir())?; // before the config, which makes the folder a run
+    // before the config, which makes the folder a run
+    prompts.save(run.dir())?;
+    sources.save(run.dir())?;
     run.save_config(&plan.as_config(config).to_toml()?)?;
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;

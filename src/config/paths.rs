@@ -25,6 +25,12 @@ impl Config {
         Ok(self)
     }
 
+    /// The models and heads that are files or folders here.
+    pub fn local_models(&self) -> Vec<String> {
+        let names = self.clone().models().into_iter().map(std::mem::take).collect::<Vec<_>>();
+        names.into_iter().filter(|name| Path::new(name).exists()).collect()
+    }
+
     fn files(&mut self) -> Vec<&mut PathBuf> {
         let lists = [Some(&mut self.prompts), self.guard.prompts.as_mut(), self.run.sample_prompts.as_mut()];
         let lists = lists.into_iter().flatten().filter_map(|PromptsConfig { file, .. }| file.as_mut());

@@ -1,4 +1,4 @@
-//! A run on disk: `config.toml`, `prompts.jsonl`, `metrics.jsonl`, `samples/`, `checkpoints/`, `tensorboard/`, `report.html`.
+//! A run on disk: `config.toml`, `prompts.jsonl`, `sources.json`, `metrics.jsonl`, `samples/`, `checkpoints/`, `tensorboard/`, `report.html`.
 
 use std::collections::HashMap;
 use std::fs;

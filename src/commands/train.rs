@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
-use crate::config::{Config, Prompt, shown_lines};
+use crate::config::{Config, Prompt, shown, shown_lines};
 use crate::diffusion::Noise;
 use crate::report::names;
 use crate::rewards::Rewards;
@@ -118,7 +118,9 @@ fn describe(
     let rule = toml::to_string(&config.truncation)?.trim().replace('\n', ", ");
     eprintln!(
         "model       {} ({height}x{width}, {} DDIM steps, guidance {})",
-        config.model.path, sampling.num_inference_steps, sampling.guidance_scale
+        shown(&config.model.path),
+        sampling.num_inference_steps,
+        sampling.guidance_scale
     );
     eprintln!(
         "adapters    rank {} on {} layers, {} parameters",

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value as Json};
 
 use super::prompts::Prompt;
-use super::shown::shown;
+use super::text::{decode, shown};
 
 /// What the key or column with the texts may be called, the first that is there.
 const TEXT_KEYS: [&str; 5] = ["prompt", "prompts", "text", "caption", "captions"];
@@ -99,35 +99,6 @@ pub(super) fn read(path: &Path) -> Result<Found> {
 #[error("line {0}")]
 struct AtLine(usize, anyhow::Error);
 
-/// Text in UTF-8 or, where its mark says so, in UTF-16; without marks, with `\n` at the ends of lines.
-fn decode(bytes: &[u8]) -> Result<String> {
-    let text = match bytes {
-        [0xFF, 0xFE, rest @ ..] => utf16(rest, u16::from_le_bytes)?,
-        [0xFE, 0xFF, rest @ ..] => utf16(rest, u16::from_be_bytes)?,
-        _ => utf8(bytes)?,
-    };
-    ensure!(!text.contains('\0'), "it holds zeros, so it is no text, or not in UTF-8: save it as text in UTF-8");
-    Ok(text.replace('\u{feff}', "").replace("\r\n", "\n").replace('\r', "\n"))
-}
-
-fn utf8(bytes: &[u8]) -> Result<String> {
-    std::str::from_utf8(bytes).map(str::to_owned).map_err(|error| {
-        let at = error.valid_up_to();
-        let line = 1 + bytes[..at].iter().filter(|byte| **byte == b'\n').count();
-        let error = anyhow!("byte {at} (0x{:02x}) is not UTF-8: save the file as UTF-8", bytes[at]);
-        AtLine(line, error).into()
-    })
-}
-
-fn utf16(bytes: &[u8], unit: impl Fn([u8; 2]) -> u16) -> Result<String> {
-    let (pairs, rest) = bytes.as_chunks::<2>();
-    let text = String::from_utf16(&pairs.iter().map(|pair| unit(*pair)).collect::<Vec<_>>());
-    match text {
-        Ok(text) if rest.is_empty() => Ok(text),
-        _ => bail!("it is marked as UTF-16 and is damaged: save it as UTF-8"),
-    }
-}
-
 /// One prompt a line.
 pub(super) fn lines(text: &str) -> Found {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
@@ -153,6 +124,9 @@ pub(super) fn lines(text: &str) -> Found {
     if !lines.is_empty() && lines.iter().all(|line| is_quoted(line)) {
         warnings.push("every line stands in quotes, which are taken as part of the prompts; take them out".to_owned());
     }
+    if lines.len() > 1 && lines.iter().all(|line| is_list_item(line)) {
+        warnings.push("every line begins with a number or a dash, as parts of the prompts; take them out".to_owned());
+    }
     Found { prompts: lines.into_iter().map(Prompt::from).collect(), warnings }
 }
 
@@ -164,6 +138,13 @@ fn is_quoted(line: &str) -> bool {
     let line = line.trim_end_matches(',');
     let between = |open, close| line.len() > 1 && line.starts_with(open) && line.ends_with(close);
     between('"', '"') || between('\'', '\'') || between('“', '”')
+}
+
+/// `- a cat`, `2. a dog`, `3) a cow`.
+fn is_list_item(line: &str) -> bool {
+    let (mark, _) = line.split_once(' ').unwrap_or_default();
+    let number = mark.strip_suffix(['.', ')']).unwrap_or_default();
+    ["-", "*"].contains(&mark) || (!number.is_empty() && number.chars().all(|c| c.is_ascii_digit()))
 }
 
 impl Found {
@@ -387,6 +368,7 @@ mod tests {
         let warning = |content: &str| of("p.txt", content).unwrap().warnings.join("\n");
         assert!(warning("a mule --n ugly --w 512\na yak\n").starts_with("1 of 2 prompts hold options"));
         assert!(warning("\"a mule\"\n'a yak',\n").contains("every line stands in quotes"));
+        assert!(warning("1. a mule\n2. a yak\n").contains("every line begins with a number"));
         assert!(warning("id;Prompt\n1;a mule\n").contains("`id;Prompt`, looks like the heading of a table"));
         assert_eq!(warning("a mule -- well-fed\n\"yak\" on a wall\n"), "");
     }

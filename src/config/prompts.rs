@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use super::prompt_file::{self, Found};
-use super::shown::shown;
+use super::text::shown;
 
 /// What an image is asked to show.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

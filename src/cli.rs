@@ -139,7 +139,7 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
 
-    /// A text file with one prompt per line; instead of the config's prompts
+    /// A file of prompts as prompts.file may name it: text, .csv, .tsv, .json, .jsonl; instead of the config's prompts
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
 
@@ -347,7 +347,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "PIXELS", value_parser = at_least_one)]
     pub width: Option<usize>,
 
-    /// The PNG file to write
+    /// The picture to write: .png, .jpg or .webp
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
 

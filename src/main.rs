@@ -2,6 +2,7 @@ use std::process::ExitCode;
 
 use alignprop::allocator::{Allocator, keep_pages};
 use alignprop::cli::Command;
+use alignprop::config::shown_lines;
 use alignprop::files::Bundle;
 use alignprop::terminal::{lost, note};
 use alignprop::training::signals::Interrupted;
@@ -27,8 +28,11 @@ fn main() -> ExitCode {
                 note(format_args!("{interrupted}"));
                 return ExitCode::from(interrupted.exit_code());
             }
-            note(format_args!("error: {error}"));
-            error.chain().skip(1).for_each(|cause| note(format_args!("  caused by: {cause}")));
+            note(format_args!("error: {}", shown_lines(error.to_string())));
+            error
+                .chain()
+                .skip(1)
+                .for_each(|cause| note(format_args!("  caused by: {}", shown_lines(cause.to_string()))));
             return ExitCode::FAILURE;
         }
     };

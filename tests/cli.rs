@@ -5,45 +5,12 @@ mod support;
 use std::fs;
 use std::path::Path;
 
-use assert_cmd::Command;
 use image::RgbImage;
 use predicates::prelude::*;
 use predicates::str::contains;
 use serde_json::Value;
+use support::program::*;
 use support::*;
-
-/// The program in this folder, cut off from the hub and from the user's cache.
-fn alignprop(folder: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_alignprop"));
-    command.current_dir(folder).env("HF_HUB_OFFLINE", "1").env("HF_HOME", folder.join("no-cache"));
-    for name in
-        ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"]
-    {
-        command.env_remove(name).env_remove(name.to_uppercase());
-    }
-    command
-}
-
-/// What a failed command says: one `error:` on stderr with all of `words`, exit code 1, no panic, nothing on stdout.
-fn assert_fails<S: AsRef<str>>(folder: &Path, line: &[S], words: &[&str]) -> String {
-    assert_command_fails(alignprop(folder).args(line.iter().map(AsRef::as_ref)), words)
-}
-
-fn assert_command_fails(command: &mut Command, words: &[&str]) -> String {
-    let output = command.assert().code(1).stdout("");
-    let stderr = String::from_utf8(output.get_output().stderr.clone()).unwrap();
-    let message = &stderr[stderr.find("error: ").unwrap_or_else(|| panic!("no `error:` in {stderr}"))..];
-    assert!(!stderr.contains("panicked"), "{stderr}");
-    for word in words {
-        assert!(message.contains(word), "`{word}` is not in:\n{message}");
-    }
-    message.to_owned()
-}
-
-fn succeeds<S: AsRef<str>>(folder: &Path, line: &[S]) -> String {
-    let output = alignprop(folder).args(line.iter().map(AsRef::as_ref)).assert().success();
-    String::from_utf8(output.get_output().stdout.clone()).unwrap()
-}
 
 fn model(set: &str) -> String {
     text(fixture(set).join("model"))
@@ -251,7 +218,7 @@ fn bad_settings_are_named_and_start_no_run() {
         (&["run.reward_precision=half"], &["`run.reward_precision`", "`half`", "`f16`"]),
         // places
         (&["model.path=no/such/model"], &["`no/such/model` does not exist", "hub id"]),
-        (&["model.path=file"], &["`file` is a file", "folder"]),
+        (&["model.path=file"], &["file` is a file", "folder"]),
         (&["model.path=."], &["model_index.json", "not found"]),
         (&["run.dir=file"], &["file"]),
         (&["run.dir=file/run"], &["file/run"]),

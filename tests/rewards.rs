@@ -15,6 +15,7 @@ use alignprop::models::{Pipeline, Source};
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, Number};
 use alignprop::rewards::{ImageScores, Judge, Judged, Rewards, Score, TapedImages, Weighted};
+use alignprop::training::PromptLists;
 use alignprop::training::guard::Guard;
 use alignprop::training::step::{Critic, Tally, credit};
 use anyhow::Context;
@@ -161,7 +162,9 @@ fn the_guard_reports_a_score_that_reads_fields() {
     std::fs::write(&file, "{\"prompt\": \"two cats\", \"count\": 2}\n{\"prompt\": \"five cats\", \"count\": 5}\n")
         .unwrap();
     let config = Config::parse(&format!("guard.every = 1\nguard.prompts.file = '{}'", text(&file)), "test", &[]);
-    let guard = Guard::load(&config.unwrap(), &[], &tokenizer(), &Compute::cpu()).unwrap().unwrap();
+    let config = config.unwrap();
+    let prompts = PromptLists::load(&config).unwrap();
+    let guard = Guard::load(&config, prompts.guard(), &tokenizer(), &Compute::cpu()).unwrap().unwrap();
     let image = |prompt: &Prompt, _, _| {
         assert!(prompt.fields.contains_key("count"));
         Ok((Tensor::zeros((1, 3, 16, 16), candle_core::DType::F32, &Device::Cpu)?, 0.0))

@@ -525,9 +525,11 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
         "checkpoints",
         "config.toml",
         "metrics.jsonl",
+        "prompts.jsonl",
         "pytorch_lora_weights.safetensors",
         "report.html",
         "samples",
+        "sources.json",
         "tensorboard",
     ];
     assert_eq!(listing(&folder), expected);

@@ -7,11 +7,12 @@ use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
+use super::base_model;
 use super::experiment::{Checkpointed, checkpoint_of, compute_of};
 use crate::cli::EvalArgs;
-use crate::config::PromptsConfig;
-use crate::files::write_bytes;
-use crate::lora::Adapters;
+use crate::config::{PromptsConfig, shown};
+use crate::files::{check_writable, write_bytes};
+use crate::lora::{Adapters, formats};
 use crate::report::pictures;
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
@@ -105,17 +106,25 @@ struct ScaleReport {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let Checkpointed { config, adapters: adapters_path, run, .. } =
-        checkpoint_of(&args.checkpoint, &args.config, &args.settings())?;
+    let settings = args.settings();
+    let Checkpointed { mut config, adapters: adapters_path, run, has_config } =
+        checkpoint_of(&args.checkpoint, &args.config, &settings)?;
     let adapters_path = if args.ema { average(&adapters_path)? } else { adapters_path };
+    let out = args.out.clone().unwrap_or_else(|| run.map_or("eval".into(), |run| run.join("eval")));
+    let (grid, json) = (out.join("grid.png"), out.join("eval.json"));
+    [&grid, &json].into_iter().try_for_each(|file| check_writable(file))?; // before there is work to lose
+    let lora = formats::load(&adapters_path)?;
+    base_model::take(&mut config, has_config, &settings, &lora, &adapters_path);
     let compute = compute_of(&config.run)?.with_rewards_in(config.run.reward_precision)?;
     let prompts = match &args.prompts {
         Some(file) => PromptsConfig { file: Some(file.clone()), ..Default::default() }.load()?,
         None => config.prompts.load()?,
     };
     let reward_config = if args.reward.is_empty() { config.reward.clone() } else { config.reward.select(&args.reward) };
+    let setting = if args.prompts.is_some() { "--prompts" } else { "prompts" };
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
-    let tuned = sampler.load_lora(&adapters_path)?.adapters;
+    sampler.warn_of_cut(setting, &prompts)?;
+    let tuned = sampler.fit_lora(lora, &adapters_path)?.adapters;
     let rewards = Rewards::load_on(&reward_config, &sampler.pipeline.tokenizer, &compute)?;
     // the base model, then each scale of the LoRA
     let mut variants = vec![Adapters::default()];
@@ -186,16 +195,14 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         rewards: reports.collect(),
         sweep: if args.lora_scale.len() > 1 { sweep.collect() } else { Vec::new() },
     };
-    let out = args.out.clone().unwrap_or_else(|| run.map_or("eval".into(), |run| run.join("eval")));
-    pictures::save_png(&columns(&shown)?, &out.join("grid.png"))?;
-    let json = out.join("eval.json");
+    pictures::save(&columns(&shown)?, &grid)?;
     write_bytes(&json, serde_json::to_string_pretty(&report)?.as_bytes())?;
 
     print_tables(&report);
     say!(
         "{} images each of the base model and the checkpoint; base above, tuned below, scale by scale: {}",
         prompts.len() * args.seeds,
-        out.join("grid.png").display()
+        grid.display()
     );
     say!("all scores: {}", json.display());
     Ok(())
@@ -237,7 +244,7 @@ fn print_tables(report: &Report) {
                 let c = &row.comparison;
                 table.add_row([
                     reward.reward.clone(),
-                    row.prompt.clone(),
+                    shown(&row.prompt),
                     c.base.to_string(),
                     c.tuned.to_string(),
                     c.difference.to_string(),

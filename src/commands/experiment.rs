@@ -37,17 +37,20 @@ pub(super) fn checkpoint_of(checkpoint: &Path, args: &ConfigArgs, settings: &[St
         let run = RunFolder::open(checkpoint)?;
         let config = match &args.config {
             Some(path) => Config::load(path, settings)?,
-            None => Config::load(&run.config(), settings)?,
+            None => run.read_config(settings)?,
         };
         let adapters = run.last_checkpoint()?;
         return Ok(Checkpointed { config, adapters, run: Some(checkpoint.to_owned()), has_config: true });
     }
     // RUN/checkpoints/step-NNNNNN, or the adapter in it: the run's config is known
     let in_run = checkpoint.ancestors().find(|folder| folder.file_name().is_some_and(|name| name == "checkpoints"));
-    let run_config = in_run.and_then(Path::parent).map(|run| run.join("config.toml")).filter(|path| path.is_file());
-    let path: Option<&Path> = args.config.as_deref().or(run_config.as_deref());
-    let config = config_of(path, settings, DEFAULTS)?;
-    Ok(Checkpointed { config, adapters: checkpoint.to_owned(), run: None, has_config: path.is_some() })
+    let run = in_run.and_then(Path::parent).and_then(|run| RunFolder::open(run).ok());
+    let config = match (&args.config, &run) {
+        (None, Some(run)) => run.read_config(settings)?,
+        (path, _) => config_of(path.as_deref(), settings, DEFAULTS)?,
+    };
+    let has_config = args.config.is_some() || run.is_some();
+    Ok(Checkpointed { config, adapters: checkpoint.to_owned(), run: None, has_config })
 }
 
 /// The config of `--config`, or `fallback` (its text and its name), with `settings` applied.

@@ -1,12 +1,12 @@
 //! `alignprop export`: a LoRA in the format of another program, or a whole model with the LoRA folded in.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value as Json;
 
+use super::base_model;
 use super::experiment::{Checkpointed, checkpoint_of};
 use crate::cli::{ExportArgs, ExportFormat};
 use crate::config::{ModelConfig, Precision};
@@ -21,10 +21,11 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     loaded.warn(&found.adapters);
     let adapters = loaded.adapters.scaled(args.lora_scale);
     let mut metadata = loaded.metadata;
-    metadata.retain(|key, _| !key.starts_with("ss_") && !key.starts_with("modelspec.") && !key.starts_with("sshs_"));
-    let model = base_model(args, &found, &metadata);
-    if let Some(model) = &model {
-        metadata.entry("base_model".into()).or_insert_with(|| model.path.clone());
+    let named = base_model::named_by(&metadata, &found.adapters);
+    let model = model_of(args, &found, named.clone());
+    metadata.retain(|key, value| !is_of_another_program(key) && !has_folders(key, value));
+    if let Some(name) = named.as_ref().or(model.as_ref().map(|model| &model.path)) {
+        metadata.insert("base_model".into(), base_model::public_name(name));
     }
     let title = title(&args.checkpoint);
     let out = match &args.out {
@@ -67,18 +68,26 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     Ok(())
 }
 
+/// Whether a key of the header is one that kohya's scripts write for themselves.
+fn is_of_another_program(key: &str) -> bool {
+    ["ss_", "modelspec.", "sshs_"].iter().any(|start| key.starts_with(start))
+}
+
+/// Whether a string of the header names folders of this machine, which are nothing for others.
+fn has_folders(key: &str, value: &str) -> bool {
+    Path::new(value).is_absolute() || (key == "soup" && value.contains(['/', '\\']))
+}
+
 /// The model of the command line, of the run, of the config, or the one that the file names; the defaults' is no answer.
-fn base_model(args: &ExportArgs, found: &Checkpointed, metadata: &HashMap<String, String>) -> Option<ModelConfig> {
+fn model_of(args: &ExportArgs, found: &Checkpointed, named: Option<String>) -> Option<ModelConfig> {
     let config = &found.config.model;
-    let is_said = found.run.is_some()
-        || found.has_config
-        || args.config.set.iter().any(|setting| setting.trim_start().starts_with("model.path"));
+    let is_said = found.has_config || args.config.set.iter().any(|setting| base_model::is_about_the_model(setting));
     let path = match &args.model {
-        Some(model) => model,
-        None if is_said => &config.path,
-        None => metadata.get("base_model")?,
+        Some(model) => model.clone(),
+        None if is_said => config.path.clone(),
+        None => named?,
     };
-    Some(ModelConfig { path: path.clone(), ..config.clone() })
+    Some(ModelConfig { path, ..config.clone() })
 }
 
 /// A file of this name in a folder, or the file itself; the folder for results is made.

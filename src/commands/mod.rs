@@ -9,6 +9,7 @@ pub mod soup;
 pub mod train;
 pub mod verify;
 
+mod base_model;
 mod experiment;
 
 use anyhow::Result;

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use comfy_table::{ContentArrangement, Table, presets};
 
 use crate::cli::RunsArgs;
+use crate::config::shown;
 use crate::report::chart::{duration, short};
 use crate::report::{Best, Metrics, best_to_show, names};
 use crate::training::run_folder::RunFolder;
@@ -156,7 +157,8 @@ fn table(runs: &[Run]) -> Table {
             None => ("-".into(), "-".into(), "-".into()),
         };
         let time = if run.seconds > 0.0 { duration(run.seconds) } else { "-".to_owned() };
-        table.add_row([run.name.clone(), format!("{}/{total}", run.steps), time, score, metric, step, settings]);
+        let row = [run.name.clone(), format!("{}/{total}", run.steps), time, score, metric, step, settings];
+        table.add_row(row.map(shown));
     }
     table
 }

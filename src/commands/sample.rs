@@ -3,31 +3,36 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use candle_core::{DType, Tensor};
 
+use super::base_model;
 use super::experiment::{DEFAULTS, compute_of, config_of};
 use crate::cli::SampleArgs;
 use crate::config::Prompt;
 use crate::files;
-use crate::lora::Adapters;
+use crate::lora::{Adapters, formats};
 use crate::report::pictures;
 use crate::sampling::{Drawn, Sampler};
 
 pub fn run(args: &SampleArgs) -> Result<()> {
-    let config = config_of(args.config.config.as_deref(), &args.settings(), DEFAULTS)?;
+    pictures::format_of(&args.output)?;
+    for file in std::iter::once(&args.output).chain(&args.save_tensors) {
+        files::check_writable(file)?; // before there is work to lose
+    }
+    let settings = args.settings();
+    let mut config = config_of(args.config.config.as_deref(), &settings, DEFAULTS)?;
+    let lora = args.lora.as_ref().map(|path| Ok::<_, Error>((path, formats::load(path)?))).transpose()?;
+    if let Some((path, lora)) = &lora {
+        base_model::take(&mut config, args.config.config.is_some(), &settings, lora, path);
+    }
     let sampler = Sampler::load(&config.model, &config.sampler, &compute_of(&config.run)?)?;
     let prompts: Vec<Prompt> = args.prompt.iter().map(|text| Prompt::from(text.as_str())).collect();
-    let adapters = match &args.lora {
-        Some(path) => sampler.load_lora(path)?.adapters.scaled(args.lora_scale),
+    let adapters = match lora {
+        Some((path, lora)) => sampler.fit_lora(lora, path)?.adapters.scaled(args.lora_scale),
         None => Adapters::default(),
     };
-    for (prompt, tokens) in sampler.truncated_prompts(&prompts)? {
-        note!(
-            "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
-            sampler.pipeline.tokenizer.max_length()
-        );
-    }
+    sampler.warn_of_cut("--prompt", &prompts)?;
     let (mut images, mut drawn) = (Vec::with_capacity(prompts.len()), Vec::new());
     for (number, prompt) in (0..).zip(&prompts) {
         let noise = sampler.evaluation_noise(args.seed, number..number + 1);
@@ -39,7 +44,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         save_tensors(&drawn, path)?;
     }
     let columns = (images.len() as f64).sqrt().ceil() as usize;
-    pictures::save_png(&pictures::grid(&images, columns)?, &args.output)?;
+    pictures::save(&pictures::grid(&images, columns)?, &args.output)?;
     say!("{}", args.output.display());
     Ok(())
 }
@@ -54,6 +59,7 @@ fn save_tensors(drawn: &[Drawn], path: &Path) -> Result<()> {
         ("negative_prompt_embeds".to_owned(), all(&|one| one.conditioning.negative_prompt_embeds.clone())?),
         ("prompt_embeds".to_owned(), all(&|one| one.conditioning.prompt_embeds.clone())?),
     ];
+    files::make_folder_of(path)?;
     files::save_tensors(path, &BTreeMap::new(), &tensors, DType::F32)
         .with_context(|| format!("writing the tensors {}", path.display()))
 }

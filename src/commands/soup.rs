@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use anyhow::{Result, bail};
 
 use crate::cli::{self, SoupArgs};
+use crate::config::shown;
 use crate::lora::soup::{Average, mix, relative_error};
 use crate::lora::{Adapters, formats};
 
@@ -33,7 +34,7 @@ pub fn run(args: &SoupArgs) -> Result<()> {
     base_models.sort();
     base_models.dedup();
     if base_models.len() > 1 {
-        note!("warning: these adapters were trained on different models: {}", base_models.join(", "));
+        note!("warning: these adapters were trained on different models: {}", shown(base_models.join(", ")));
     }
     let average = match args.average {
         cli::Average::Factors => Average::Factors,

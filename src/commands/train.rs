@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Error, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
-use crate::config::{Config, Prompt};
+use crate::config::{Config, Prompt, shown, shown_lines};
 use crate::diffusion::Noise;
 use crate::report::names;
 use crate::rewards::Rewards;
@@ -19,13 +19,13 @@ use crate::training::memory::{self, Meter};
 use crate::training::run_folder::{Run, RunFolder};
 use crate::training::signals::{Interrupt, Interrupted};
 use crate::training::trainer::{End, Trainer, Watch, begin, go_on};
-use crate::training::{AlignProp, MemoryPlan, RunPlan};
+use crate::training::{AlignProp, MemoryPlan, PromptLists, RunPlan, Sources};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let config = &read_config(args)?;
     let compute = compute_of(&config.run)?.with_rewards_in(config.run.reward_precision)?;
     config.require_trained()?;
-    let prompts = config.prompts.load()?;
+    let prompts = &PromptLists::load(config)?;
     // before gigabytes are read: whoever trains a run has its folder for itself; a dry run writes nothing there
     let run = match &args.resume {
         Some(dir) if !args.dry_run => Some(Run::resume(dir)?),
@@ -33,20 +33,18 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         None => RunFolder::check_free(&config.run.dir).map(|()| None)?,
         Some(_) => None,
     };
+    let sources = Sources::of(config, args.resume.as_deref())?;
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
-    let guard = Guard::load(config, &prompts, tokenizer, &compute)?;
+    let guard = Guard::load(config, prompts.guard(), tokenizer, &compute)?;
     let noise = Noise::new(config.run.seed);
     let state = match &args.resume {
         Some(dir) => go_on(dir, config, &sampler, &noise)?,
         None => begin(config, &sampler, &noise)?,
     };
-    describe(config, &sampler, &rewards, &prompts, &state)?;
-    let sample_prompts = match &config.run.sample_prompts {
-        Some(sample_prompts) => sample_prompts.load().context("in run.sample_prompts")?,
-        None => prompts.clone(),
-    };
+    describe(config, &sampler, &rewards, &prompts.training, &state)?;
+    prompts.warn_of_cut(&sampler)?;
     let plan = &RunPlan::resolve(config, &sampler, &rewards, &state.adapters)?;
     if let Some(memory) = &plan.memory {
         note!("memory      {}", plan.describe_memory(memory));
@@ -60,6 +58,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
 
     let interrupt = Interrupt::listen()?;
+    // before the config, which makes the folder a run
+    prompts.save(run.dir())?;
+    sources.save(run.dir())?;
     run.save_config(&plan.as_config(config).to_toml()?)?;
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;
@@ -67,8 +68,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let progress = progress_bar(plan, config.train.steps, state.step);
     let meter = Meter::of(&compute);
     meter.reset_peak()?;
-    let method = AlignProp { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts, noise };
-    let mut trainer = Trainer { method, guard: guard.as_ref(), sample_prompts: &sample_prompts, run, state };
+    let method = AlignProp { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts.training, noise };
+    let mut trainer = Trainer { method, guard: guard.as_ref(), sample_prompts: prompts.samples(), run, state };
     let steps = config.train.steps;
     let end = trainer.train(args.stop_at.unwrap_or(steps), &interrupt, &progress)?;
     progress.finish_and_clear();
@@ -93,13 +94,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 
 /// The config of the command line: a file, or a run's own where it is resumed.
 fn read_config(args: &TrainArgs) -> Result<Config> {
-    match (&args.resume, &args.config.config) {
+    let config = match (&args.resume, &args.config.config) {
         (Some(_), Some(_)) => {
             bail!("--resume goes on with the run's own config: leave --config out and change settings with --set")
         }
-        (Some(dir), None) => Config::load(&RunFolder::open(dir)?.config(), &args.settings()),
+        (Some(dir), None) => RunFolder::open(dir)?.read_config(&args.settings()),
         (None, path) => config_of(path.as_deref(), &args.settings(), EMBEDDED),
-    }
+    };
+    config?.with_whole_paths() // the run may be resumed from another folder
 }
 
 /// The run's head, on stderr.
@@ -116,7 +118,7 @@ fn describe(
     let rule = toml::to_string(&config.truncation)?.trim().replace('\n', ", ");
     note!(
         "model       {} ({height}x{width}, {} DDIM steps, guidance {})",
-        config.model.path,
+        shown(&config.model.path),
         sampling.num_inference_steps,
         sampling.guidance_scale
     );
@@ -137,12 +139,6 @@ fn describe(
     note!("reward      {} on {} prompts", names.join(" + "), prompts.len());
     note!("truncation  {rule}");
     note!("steps       {} of {batch} images, from step {}", train.steps, state.step);
-    for (prompt, tokens) in sampler.truncated_prompts(prompts)? {
-        note!(
-            "warning: `{prompt}` has {tokens} tokens; the text encoder reads the first {}",
-            sampler.pipeline.tokenizer.max_length()
-        );
-    }
     Ok(())
 }
 
@@ -170,7 +166,7 @@ impl Watch for ProgressBar {
     }
 
     fn skipped(&self, step: usize, cause: &Error) {
-        self.suspend(|| note!("warning: optimizer step {step} is skipped: {cause:#}"));
+        self.suspend(|| note!("warning: optimizer step {step} is skipped: {}", shown_lines(format!("{cause:#}"))));
     }
 }
 

@@ -2,10 +2,14 @@
 //!
 //! Each table is a struct; a field's doc comment gives its meaning and its range, its default stands beside its type.
 //! `read` turns text and `--set` overrides into a [`Config`] and words the complaints about keys and types; `validate`
-//! checks the ranges. A path in a config is relative to the current directory, as in diffusers.
+//! checks the ranges. A path in a config is relative to the current directory, as in diffusers; a run's own
+//! config has whole paths (`paths`).
 
+mod paths;
+mod prompt_file;
 mod prompts;
 mod read;
+mod text;
 mod validate;
 
 use std::collections::BTreeMap;
@@ -16,6 +20,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
 pub use prompts::{Prompt, PromptsConfig};
+pub use text::{shown, shown_lines};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.
@@ -66,7 +71,8 @@ pub struct Config {
 impl Config {
     /// Reads a config file and applies `--set section.key=value` overrides to it.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("reading the config {}", path.display()))?;
+        let read = || text::decode(&std::fs::read(path)?);
+        let text = read().with_context(|| format!("reading the config {}", path.display()))?;
         Config::parse(&text, &path.display().to_string(), overrides)
     }
 

@@ -2,16 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
+
+use super::prompt_file::{self, Found};
+use super::text::shown;
 
 /// What an image is asked to show.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prompt {
     /// What the model is given.
     pub text: String,
-    /// What a score may read beside the text: a number of things, an object, an answer. From a file of JSON lines.
+    /// What a score may read beside the text: a number of things, an object, an answer. From a file of objects or a table.
     pub fields: Map<String, Json>,
 }
 
@@ -33,9 +36,10 @@ impl AsRef<str> for Prompt {
     }
 }
 
+/// As a message or a table shows it.
 impl std::fmt::Display for Prompt {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(&self.text)
+        f.write_str(&shown(&self.text))
     }
 }
 
@@ -51,24 +55,56 @@ super::table! {
         /// The prompts themselves; at least one.
         list: Option<Vec<String>> = None,
         /// A text file with one prompt per line; empty lines and lines that start with `#` are skipped. Or JSON lines
-        /// (`.jsonl`): one object per line, with the text as `prompt` and any other fields, which scores may read.
+        /// (`.jsonl`), a JSON list (`.json`) or a table with a heading (`.csv`, `.tsv`): the text is the key or column
+        /// `prompt` (or `text`, or `caption`), any others are fields, which scores may read.
         file: Option<PathBuf> = None,
         /// A list inside the program: `animals`, the 45 simple animals of DDPO.
         builtin: Option<String> = None,
+        /// The file in which a run keeps these prompts since it began; they count, whatever the others say now.
+        #[serde(skip)]
+        kept: Option<PathBuf> = None,
     }
 }
 
 impl PromptsConfig {
-    /// The prompts, in order; at least one.
+    /// The prompts, in order; at least one. Warns of what a file has that may not be meant, and of one that has changed under
+    /// a run.
+    ///
+    /// # Errors
+    /// There is more than one source, or it cannot be read or has no prompt.
     pub fn load(&self) -> Result<Vec<Prompt>> {
         self.validate()?;
+        if let Some(kept) = &self.kept {
+            return self.load_kept(kept);
+        }
+        let found = self.find()?;
+        let file = self.file.as_deref().unwrap_or(Path::new("")).display();
+        found.warnings.iter().for_each(|warning| note!("warning: {file}: {warning}"));
+        Ok(found.prompts)
+    }
+
+    fn load_kept(&self, kept: &Path) -> Result<Vec<Prompt>> {
+        let prompts = prompt_file::read(kept)?.prompts;
+        // a source that is gone is no loss
+        if self.find().is_ok_and(|now| now.prompts != prompts) {
+            note!(
+                "warning: {} has other prompts than when the run began, which are in {} and count; give the new ones by --set",
+                self.file.as_deref().unwrap_or(Path::new("its config")).display(),
+                kept.display()
+            );
+        }
+        Ok(prompts)
+    }
+
+    fn find(&self) -> Result<Found> {
         if let Some(list) = &self.list {
-            return Ok(list.iter().cloned().map(Prompt::from).collect());
+            return Ok(Found { prompts: list.iter().cloned().map(Prompt::from).collect(), ..Default::default() });
         }
         if let Some(path) = &self.file {
-            return read_lines(path);
+            return prompt_file::read(path);
         }
-        Ok(prompts_of(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?))
+        let lines = prompt_file::lines(builtin(self.builtin.as_deref().unwrap_or(DEFAULT_BUILTIN))?);
+        Ok(Found { prompts: lines.prompts, ..Default::default() })
     }
 
     /// Says the default aloud, so that a saved config names its prompts.
@@ -106,53 +142,6 @@ fn builtin(name: &str) -> Result<&'static str> {
             )
         }
     }
-}
-
-fn read_lines(path: &Path) -> Result<Vec<Prompt>> {
-    let path = &*crate::files::located(path)?;
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("reading the prompts from {} (prompts.file)", path.display()))?;
-    if path.extension().is_some_and(|extension| extension == "jsonl") {
-        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-        let prompts = lines.map(|(number, line)| {
-            record(line).with_context(|| format!("{}, line {number} (prompts.file)", path.display()))
-        });
-        let prompts = prompts.collect::<Result<Vec<_>>>()?;
-        ensure!(
-            !prompts.is_empty(),
-            "{} (prompts.file) has no prompt: put an object on each line, such as {EXAMPLE}",
-            path.display()
-        );
-        return Ok(prompts);
-    }
-    let prompts = prompts_of(&text);
-    ensure!(
-        !prompts.is_empty(),
-        "{} (prompts.file) has no prompt: put one on each line; empty lines and lines that start with # are skipped",
-        path.display()
-    );
-    Ok(prompts)
-}
-
-const EXAMPLE: &str = r#"{"prompt": "two cats", "count": 2}"#;
-
-/// One line of JSON.
-fn record(line: &str) -> Result<Prompt> {
-    let mut fields = match serde_json::from_str(line) {
-        Ok(Json::Object(fields)) => fields,
-        Ok(_) => bail!("not an object: write {EXAMPLE}"),
-        Err(error) => bail!("not JSON ({error}): write {EXAMPLE}"),
-    };
-    match fields.shift_remove("prompt") {
-        Some(Json::String(text)) => Ok(Prompt { text, fields }),
-        Some(other) => bail!("`prompt` is {other}: it must be a text, as in {EXAMPLE}"),
-        None => bail!("no `prompt`: it is the text of the prompt, as in {EXAMPLE}"),
-    }
-}
-
-fn prompts_of(text: &str) -> Vec<Prompt> {
-    let lines = text.lines().map(str::trim);
-    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(Prompt::from).collect()
 }
 
 #[cfg(test)]
@@ -198,8 +187,8 @@ mod tests {
         assert_eq!(loaded[1], "# a dog".into());
         for (line, problem) in [
             ("{\"prompt\": \"a", "not JSON (EOF while parsing a string"),
-            ("\"a cat\"", "not an object: write {\"prompt\": "),
-            ("{\"text\": \"a cat\"}", "no `prompt`: it is the text of the prompt"),
+            ("[\"a cat\"]", "neither a text nor an object: write {\"prompt\": "),
+            ("{\"prmpt\": \"a cat\"}", "no `prompt`: it is the text of the prompt"),
             ("{\"prompt\": 2}", "`prompt` is 2: it must be a text"),
         ] {
             std::fs::write(&path, format!("{{\"prompt\": \"good\"}}\n\n{line}\n")).unwrap();

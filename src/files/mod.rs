@@ -15,6 +15,6 @@ pub use header::Header;
 pub use kind::kind_of;
 pub use wrappers::unwrapped;
 pub use write::{
-    SafetensorsEntry, UNFINISHED, float_bytes, new_folder, replace_file, save_tensors, sync_folder, write_bytes,
-    write_safetensors,
+    SafetensorsEntry, UNFINISHED, check_writable, float_bytes, make_folder_of, new_folder, replace_file, save_tensors,
+    sync_folder, write_bytes, write_safetensors,
 };

@@ -41,6 +41,26 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
     replace_file(path, |out| Ok(out.write_all(bytes)?)).with_context(|| format!("writing {}", path.display()))
 }
 
+/// Makes the folder that a file goes into.
+///
+/// # Errors
+/// It cannot be made; the error names the file.
+pub fn make_folder_of(path: &Path) -> Result<()> {
+    fs::create_dir_all(folder_of(path)).with_context(|| format!("making the folder of {}", path.display()))
+}
+
+/// Looks whether a file can be written, in a folder that may have to be made; leaves nothing.
+///
+/// # Errors
+/// It cannot; the error names it.
+pub fn check_writable(path: &Path) -> Result<()> {
+    ensure!(!path.is_dir(), "{} is a folder: name a file", path.display());
+    let folders = path.ancestors().skip(1).map(|folder| if folder == Path::new("") { Path::new(".") } else { folder });
+    let folder = folders.into_iter().find(|folder| folder.exists()).unwrap_or(Path::new("."));
+    let made = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder);
+    made.map(drop).with_context(|| format!("{} cannot be written", path.display()))
+}
+
 /// Makes a folder: `fill` writes into one of another name, which is renamed when all of it is on disk.
 ///
 /// # Errors
@@ -149,7 +169,7 @@ pub fn write_safetensors<'a>(
 /// Replaces a safetensors file by these tensors, as f32, f16 or bf16.
 ///
 /// # Errors
-/// As [`replace_file`] and [`float_bytes`].
+/// As [`replace_file`] and [`float_bytes`]; a tensor has a number that is too large for `dtype`, or is zero in it and was not.
 pub fn save_tensors(
     path: &Path,
     metadata: &BTreeMap<String, String>,
@@ -168,9 +188,35 @@ pub fn save_tensors(
         shape: tensor.dims().to_vec(),
     };
     let entries: Vec<_> = tensors.iter().map(entry).collect();
+    for (name, tensor) in tensors {
+        check_fits(name, tensor, dtype)?;
+    }
     replace_file(path, |out| {
         write_safetensors(out, metadata, &entries, |i| Ok(Cow::Owned(float_bytes(&tensors[i].1, dtype)?)))
     })
+}
+
+fn check_fits(name: &str, tensor: &Tensor, dtype: DType) -> Result<()> {
+    if tensor.dtype() == dtype {
+        return Ok(());
+    }
+    let largest = |tensor: &Tensor| -> Result<f64> {
+        let sizes = tensor.flatten_all()?.to_dtype(DType::F64)?.abs()?;
+        Ok(if sizes.elem_count() == 0 { 0.0 } else { sizes.max(0)?.to_scalar()? })
+    };
+    let (before, after) = (largest(tensor)?, largest(&tensor.to_dtype(dtype)?)?);
+    let better = if dtype == DType::F16 { "bf16 or f32" } else { "f32" };
+    ensure!(
+        after.is_finite() || !before.is_finite(),
+        "`{name}` has a number of size {before:.4e}, which is infinite as {}: choose {better}",
+        dtype.as_str()
+    );
+    ensure!(
+        after > 0.0 || before == 0.0 || before.is_nan(),
+        "all numbers of `{name}`, of size {before:.4e} at most, are zero as {}: choose {better}",
+        dtype.as_str()
+    );
+    Ok(())
 }
 
 /// The elements of a tensor in the order of its axes, converted and little-endian.

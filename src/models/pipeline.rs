@@ -10,7 +10,7 @@ use super::tokenizer::ClipTokenizer;
 use super::unet::{PerBlock, Unet};
 use super::vae::Vae;
 use super::{Source, model_index};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, shown};
 use crate::ops::device::Compute;
 
 /// The frozen parts of a text-to-image model.
@@ -69,6 +69,29 @@ impl Pipeline {
     pub fn encode_prompts(&self, prompts: &[impl AsRef<str>]) -> Result<Tensor> {
         let ids = prompts.iter().map(|prompt| self.tokenizer.encode(prompt.as_ref())).collect::<Result<Vec<_>>>()?;
         self.text_encoder.forward(&ids)
+    }
+
+    /// Says how many of the texts are longer than the text encoder reads, and where the first of them is cut.
+    pub fn describe_cut(&self, texts: &[impl AsRef<str>]) -> Result<Option<String>> {
+        let limit = self.tokenizer.max_length();
+        let mut cut = 0;
+        let mut first = None;
+        for text in texts.iter().map(AsRef::as_ref) {
+            let Some(lost) = self.tokenizer.first_lost(text)? else { continue };
+            cut += 1;
+            first.get_or_insert((text, lost));
+        }
+        let Some((text, lost)) = first else { return Ok(None) };
+        let tokens = self.tokenizer.token_count(text)?;
+        let of = if texts.len() > 1 { format!("{cut} of {} texts are cut; ", texts.len()) } else { String::new() };
+        let start: String = text.chars().take(40).collect();
+        let dots = if start.len() < text.len() { "..." } else { "" };
+        Ok(Some(format!(
+            "{of}`{}{dots}` has {tokens} tokens, and the text encoder reads the first {limit} (as in diffusers): `{}` and what \
+             follows is lost",
+            shown(start),
+            shown(lost)
+        )))
     }
 
     /// Height and width of the images that the model was made for.

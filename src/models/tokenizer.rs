@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{
-    AddedToken, Model, NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    AddedToken, Encoding, Model, NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
     SplitDelimiterBehavior, Tokenizer,
 };
 
@@ -145,9 +145,24 @@ impl ClipTokenizer {
         Ok(self.ids(prompt)?.len() + 2)
     }
 
+    /// The first word of a prompt that [`ClipTokenizer::encode`] leaves out, wholly or in part.
+    ///
+    /// # Errors
+    /// As [`ClipTokenizer::encode`].
+    pub fn first_lost<'a>(&self, prompt: &'a str) -> Result<Option<&'a str>> {
+        let encoding = self.encoding(prompt)?;
+        let Some((token, _)) = encoding.get_offsets().get(self.max_length - 2) else { return Ok(None) };
+        let before = &prompt[..prompt.floor_char_boundary(*token)];
+        let start = before.trim_end_matches(|c: char| !c.is_whitespace()).len();
+        Ok(prompt[start..].split_whitespace().next())
+    }
+
     fn ids(&self, prompt: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(prompt, false).map_err(|e| anyhow!(e)).context("tokenizing a prompt")?;
-        Ok(encoding.get_ids().to_vec())
+        Ok(self.encoding(prompt)?.get_ids().to_vec())
+    }
+
+    fn encoding(&self, prompt: &str) -> Result<Encoding> {
+        self.tokenizer.encode(prompt, false).map_err(|e| anyhow!(e)).context("tokenizing a prompt")
     }
 
     fn framed(&self, mut ids: Vec<u32>, length: usize, pad: u32) -> Vec<u32> {
@@ -439,6 +454,15 @@ mod tests {
 
     fn config(pad: &str) -> (&'static str, String) {
         ("tokenizer_config.json", format!(r#"{{"pad_token": "{pad}", "model_max_length": 8}}"#))
+    }
+
+    #[test]
+    fn the_first_lost_word_is_where_a_prompt_is_cut() {
+        let tokenizer = tiny(&[config("<|endoftext|>")]).unwrap();
+        let lost = |prompt| tokenizer.first_lost(prompt).unwrap();
+        assert_eq!(lost("cat cat cat cat cat cat"), None);
+        assert_eq!(lost("cat cat cat cat cat\u{a0}cat a! cat"), Some("a!"));
+        assert_eq!(lost("cat cat cat cat cat a!4 cat"), Some("a!4")); // its first token is read
     }
 
     #[test]

@@ -1,13 +1,14 @@
-//! Images as PNG files.
+//! Images as files.
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 use font8x8::{BASIC_FONTS, GREEK_FONTS, HIRAGANA_FONTS, LATIN_FONTS, UnicodeFonts};
+use image::codecs::jpeg::JpegEncoder;
 use image::{ImageFormat, Rgb, RgbImage, imageops};
 
-use crate::files::write_bytes;
+use crate::files::{make_folder_of, write_bytes};
 use crate::rewards::to_bytes;
 
 /// Pixels between the pictures of a grid.
@@ -117,25 +118,74 @@ fn draw_letter(picture: &mut RgbImage, letter: char, left: u32, top: u32, scale:
     }
 }
 
-/// Writes a PNG whole or not at all; missing folders are made.
+/// The quality of JPEG files, that of the `compressibility` reward.
+const JPEG_QUALITY: u8 = 95;
+
+/// The format that a picture's name asks for.
 ///
 /// # Errors
-/// It cannot be written; the error names it.
-pub fn save_png(picture: &RgbImage, path: &Path) -> Result<()> {
+/// It asks for one that is not written, or for none.
+pub fn format_of(path: &Path) -> Result<ImageFormat> {
+    match path.extension().unwrap_or_default().to_string_lossy().to_lowercase().as_str() {
+        "png" => Ok(ImageFormat::Png),
+        "jpg" | "jpeg" => Ok(ImageFormat::Jpeg),
+        "webp" => Ok(ImageFormat::WebP),
+        _ => bail!(
+            "{}: pictures are written as .png, .jpg or .webp, by the ending of their name: choose one of these",
+            path.display()
+        ),
+    }
+}
+
+/// Writes a picture in the format of the file's name: PNG and WebP without loss, JPEG in a high quality. Whole or
+/// not at all; missing folders are made.
+///
+/// # Errors
+/// As [`format_of`], or it cannot be written; the error names it.
+pub fn save(picture: &RgbImage, path: &Path) -> Result<()> {
+    let format = format_of(path)?;
     let encode = || -> Result<_> {
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
         let mut bytes = std::io::Cursor::new(Vec::new());
-        picture.write_to(&mut bytes, ImageFormat::Png)?;
+        match format {
+            ImageFormat::Jpeg => picture.write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY))?,
+            format => picture.write_to(&mut bytes, format)?,
+        }
         Ok(bytes.into_inner())
     };
+    make_folder_of(path)?;
     write_bytes(path, &encode().with_context(|| format!("writing {}", path.display()))?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_picture_has_the_format_of_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let picture = RgbImage::from_fn(16, 8, |x, y| Rgb([(16 * x) as u8, (16 * y) as u8, 90]));
+        for (name, start) in [
+            ("a.png", &b"\x89PNG"[..]),
+            ("A.PNG", b"\x89PNG"),
+            ("a.jpg", b"\xff\xd8"),
+            ("a.JPeG", b"\xff\xd8"),
+            ("new/a.webp", b"RIFF"),
+        ] {
+            let path = folder.path().join(name);
+            save(&picture, &path).unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            assert!(bytes.starts_with(start), "{name}");
+            let back = image::load_from_memory(&bytes).unwrap().to_rgb8();
+            let largest = back.iter().zip(picture.iter()).map(|(a, b)| a.abs_diff(*b)).max();
+            assert!(largest <= Some(if start == b"\xff\xd8" { 40 } else { 0 }), "{name}: {largest:?}");
+        }
+        for name in ["a", "a.gif", "a.png.tmp"] {
+            assert!(
+                save(&picture, &folder.path().join(name)).unwrap_err().to_string().contains(".png, .jpg"),
+                "{name}"
+            );
+        }
+    }
 
     #[test]
     fn captions_wrap_at_spaces_and_end_in_dots() {

@@ -48,16 +48,23 @@ impl Sampler {
         let schedule = DdimSchedule::load(&pipeline.source, sampler.num_inference_steps, sampler.eta)?;
         let (height, width) = pipeline.default_size();
         let latent_shape = pipeline.latent_shape(sampler.height.unwrap_or(height), sampler.width.unwrap_or(width))?;
-        let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(&sampler.negative_prompt))?;
+        let (negative_prompt, guidance_scale) = (&sampler.negative_prompt, sampler.guidance_scale);
+        let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(negative_prompt))?;
         ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
-        let SamplerConfig { guidance_scale, guidance_rescale, .. } = *sampler;
+        let SamplerConfig { guidance_rescale, .. } = *sampler;
         if guidance_rescale > 0.0 && guidance_scale <= 1.0 {
-            eprintln!(
+            note!(
                 "warning: sampler.guidance_rescale = {guidance_rescale} does nothing: there is no guidance with \
                  sampler.guidance_scale = {guidance_scale}"
             );
         }
-        Ok(Self { pipeline, schedule, latent_shape, guidance_scale, guidance_rescale, negative_prompt_embeds })
+        let sampler =
+            Self { pipeline, schedule, latent_shape, guidance_scale, guidance_rescale, negative_prompt_embeds };
+        // without guidance nobody reads it
+        if guidance_scale > 1.0 {
+            sampler.warn_of_cut("sampler.negative_prompt", std::slice::from_ref(negative_prompt))?;
+        }
+        Ok(sampler)
     }
 
     /// What it computes on.
@@ -161,22 +168,24 @@ impl Sampler {
         Ok(images)
     }
 
-    /// Prompts that the text encoder will not read to their end, with the number of their tokens.
-    pub fn truncated_prompts<'a>(&self, prompts: &'a [Prompt]) -> Result<Vec<(&'a str, usize)>> {
-        let tokenizer = &self.pipeline.tokenizer;
-        let mut long = Vec::new();
-        for prompt in prompts {
-            let count = tokenizer.token_count(&prompt.text)?;
-            if count > tokenizer.max_length() {
-                long.push((prompt.text.as_str(), count));
-            }
+    /// Warns, once for a setting, of its texts that the text encoder does not read to their end.
+    ///
+    /// # Errors
+    /// A text cannot be tokenized.
+    pub fn warn_of_cut(&self, setting: &str, texts: &[impl AsRef<str>]) -> Result<()> {
+        if let Some(cut) = self.pipeline.describe_cut(texts)? {
+            note!("warning: {setting}: {cut}");
         }
-        Ok(long)
+        Ok(())
     }
 
     /// Reads a LoRA and checks that it belongs to this UNet.
     pub fn load_lora(&self, path: &Path) -> Result<LoadedLora> {
-        let mut loaded = formats::load(path)?;
+        self.fit_lora(formats::load(path)?, path)
+    }
+
+    /// Checks that a LoRA, which was read from `path`, belongs to this UNet.
+    pub fn fit_lora(&self, mut loaded: LoadedLora, path: &Path) -> Result<LoadedLora> {
         loaded.adapters = loaded
             .adapters
             .fitted(&self.pipeline.unet.targets())
@@ -189,5 +198,5 @@ impl Sampler {
 
 /// Prompts for a message.
 fn quoted(prompts: &[Prompt]) -> String {
-    prompts.iter().map(|prompt| format!("`{}`", prompt.text)).collect::<Vec<_>>().join(", ")
+    prompts.iter().map(|prompt| format!("`{prompt}`")).collect::<Vec<_>>().join(", ")
 }

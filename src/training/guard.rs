@@ -24,7 +24,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// The guard of a config, if it has one.
+    /// The guard of a config, if it has one, for the first of these prompts.
     pub fn load(
         config: &Config,
         prompts: &[Prompt],
@@ -35,11 +35,7 @@ impl Guard {
         if guard.every == 0 {
             return Ok(None);
         }
-        let mut prompts = match &guard.prompts {
-            Some(own) => own.load().context("the guard's prompts")?,
-            None => prompts.to_vec(),
-        };
-        prompts.truncate(guard.num_prompts);
+        let prompts = prompts.iter().take(guard.num_prompts).cloned().collect();
         let held_out = match guard.reward.weights().is_empty() {
             true => None,
             false => Some(Rewards::load_on(&guard.reward, tokenizer, compute).context("the guard's held-out rewards")?),

@@ -10,8 +10,10 @@ pub mod lock;
 pub mod loss_scale;
 pub mod memory;
 pub mod plan;
+mod prompts;
 pub mod run_folder;
 pub mod signals;
+mod sources;
 pub mod step;
 pub mod terms;
 pub mod trainer;
@@ -19,4 +21,6 @@ pub mod truncation;
 
 pub use alignprop::AlignProp;
 pub use plan::{MemoryPlan, RunPlan};
+pub use prompts::PromptLists;
+pub use sources::Sources;
 pub use truncation::Plan;

@@ -1,4 +1,4 @@
-//! A run on disk: `config.toml`, `metrics.jsonl`, `samples/`, `checkpoints/`, `tensorboard/`, `report.html`.
+//! A run on disk: `config.toml`, `prompts.jsonl`, `sources.json`, `metrics.jsonl`, `samples/`, `checkpoints/`, `tensorboard/`, `report.html`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -11,6 +11,7 @@ use serde_json::{Map, Value as Json};
 use super::checkpoint::{Checkpoint, folder_name};
 use super::lock::RunLock;
 use super::memory;
+use super::prompts::take_kept;
 use crate::config::Config;
 use crate::files::{UNFINISHED, write_bytes};
 use crate::report::events::EventFile;
@@ -59,6 +60,16 @@ impl RunFolder {
             bail!("{} is no run folder: it has no config.toml", dir.display());
         }
         Ok(run)
+    }
+
+    /// The run's config, changed by `settings`. Its prompts are those that it began with, unless a setting is about them.
+    ///
+    /// # Errors
+    /// It cannot be read or is not valid.
+    pub fn read_config(&self, settings: &[String]) -> Result<Config> {
+        let mut config = Config::load(&self.config(), settings)?;
+        take_kept(&mut config, &self.dir, settings);
+        Ok(config)
     }
 
     pub fn dir(&self) -> &Path {

@@ -219,7 +219,7 @@ impl Trainer<'_> {
             scores.push(of_image);
             images.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
         }
-        pictures::save_png(&pictures::grid(&pictures::captioned(images, &captions), 4)?, &self.run.samples(step))?;
+        pictures::save(&pictures::grid(&pictures::captioned(images, &captions), 4)?, &self.run.samples(step))?;
         self.run.log_samples(step)?;
         let mean = |value: &dyn Fn(&Vec<f64>) -> f64| scores.iter().map(value).sum::<f64>() / scores.len() as f64;
         let mut line = Map::from_iter([(names::STEP.to_owned(), json!(step))]);

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test binary uses a part of it
 
 pub mod original;
+pub mod program;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;

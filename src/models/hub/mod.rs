@@ -286,7 +286,7 @@ pub fn resolve_file(spec: &str, default_file: &str) -> Result<PathBuf> {
 }
 
 /// `owner/name[@revision]` as (id, revision). A name that ends like a weight file is a mistyped path, not an id.
-fn parse_hub_id(spec: &str) -> Option<(&str, &str)> {
+pub(crate) fn parse_hub_id(spec: &str) -> Option<(&str, &str)> {
     let (id, revision) = spec.split_once('@').unwrap_or((spec, "main"));
     let (owner, name) = id.split_once('/')?;
     let allowed = |s: &str, more: &str| {

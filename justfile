@@ -24,7 +24,7 @@ cuda-check:
 cuda-standin OUT:
     tools/cuda/standin/check.sh {{OUT}}
 
-# Changed inputs for a reader of files (tests/fuzz/readers.rs; or all, one after the other), as long as it is told. The flags count
+# Changed inputs for a reader of files (tests/fuzz/readers; or all, one after the other), as long as it is told. The flags count
 # the branches that an input takes, and make a wrapped number a panic.
 fuzz READER="all" SECONDS="60" SEED="1":
     #!/usr/bin/env bash

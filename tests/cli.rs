@@ -547,7 +547,8 @@ fn the_embedded_model_is_found_from_any_folder() {
         command.env("ALIGNPROP_DATA", &place).args(line);
         command
     };
-    let dry_run = ["train", "--dry-run", "--set", "train.steps=1"];
+    let run_dir = format!("run.dir={}", text(folder.path().join("run")));
+    let dry_run = ["train", "--dry-run", "--set", "train.steps=1", "--set", &run_dir];
     command(&dry_run).assert().success();
     let unpacked = |name: &str| place.join(&listing(&place)[0]).join(name);
     let file = unpacked("assets/prompts/emoji-train.txt");
@@ -555,8 +556,16 @@ fn the_embedded_model_is_found_from_any_folder() {
     fs::write(&file, "damaged").unwrap();
     command(&["train", "--dry-run", "--config", "configs/emoji.toml"]).assert().success();
     assert_eq!((fs::read(&file).unwrap(), listing(&place).len()), (prompts, 1));
+    // under the same name in a clone, unless something else lies there
+    let clone = Path::new(env!("CARGO_MANIFEST_DIR"));
+    command(&dry_run).current_dir(clone).assert().stderr(contains("model       assets/emoji-sd ("));
+    copy_folder(&clone.join("assets/emoji-sd"), &folder.path().join("assets/emoji-sd"));
+    command(&dry_run).assert().stderr(contains("model       assets/emoji-sd ("));
+    fs::write(folder.path().join("assets/emoji-sd/scheduler/scheduler_config.json"), "{}").unwrap();
+    let whole = folder.path().join("assets/emoji-sd").canonicalize().unwrap();
+    command(&dry_run).assert().stderr(contains(format!("model       {} (", whole.display())));
     // a folder of this name in the working directory counts before it
-    fs::create_dir_all(folder.path().join("assets/emoji-sd")).unwrap();
+    fs::remove_file(folder.path().join("assets/emoji-sd/model_index.json")).unwrap();
     assert_command_fails(&mut command(&dry_run), &["assets/emoji-sd", "model_index.json"]);
     fs::remove_dir_all(folder.path().join("assets")).unwrap();
     // no place to unpack to

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value as Json;
 
-use crate::config::{Config, shown};
+use crate::config::{Config, concerns, shown};
 use crate::files::located;
 use crate::lora::formats::LoadedLora;
 use crate::models::hub::parse_hub_id;
@@ -25,7 +25,7 @@ pub(super) fn named_by(metadata: &HashMap<String, String>, path: &Path) -> Optio
 
 /// Takes the base model that the LoRA names where nothing else is said, neither in a config nor in `settings`; says which.
 pub(super) fn take(config: &mut Config, has_config: bool, settings: &[String], lora: &LoadedLora, path: &Path) {
-    let is_said = has_config || settings.iter().any(|setting| is_about_the_model(setting));
+    let is_said = has_config || settings.iter().any(|setting| concerns(setting, "model.path"));
     let Some(name) = named_by(&lora.metadata, path).filter(|_| !is_said) else { return };
     if is_here(&name) || is_on_hub(&name) {
         note!("model       {}, which {} names as its base", shown(&name), path.display());
@@ -39,12 +39,6 @@ pub(super) fn take(config: &mut Config, has_config: bool, settings: &[String], l
             config.model.path
         );
     }
-}
-
-/// Whether a setting, `model.path=..` or `model={..}`, says which model it is.
-pub(super) fn is_about_the_model(setting: &str) -> bool {
-    let key = setting.split('=').next().unwrap_or_default();
-    ["model", "model.path"].contains(&key.replace(' ', "").as_str())
 }
 
 fn is_here(name: &str) -> bool {
@@ -83,11 +77,5 @@ mod tests {
         ] {
             assert_eq!(public_name(name), public);
         }
-    }
-
-    #[test]
-    fn settings_about_the_model() {
-        assert!(is_about_the_model("model.path=a") && is_about_the_model(" model = {path='a'}"));
-        assert!(!is_about_the_model("model.variant=fp16") && !is_about_the_model("lora.rank=4"));
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value as Json;
 use super::base_model;
 use super::experiment::{Checkpointed, checkpoint_of};
 use crate::cli::{ExportArgs, ExportFormat};
-use crate::config::{ModelConfig, Precision};
+use crate::config::{ModelConfig, Precision, concerns};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, KohyaHeader};
 use crate::models::Source;
@@ -81,7 +81,7 @@ fn has_folders(key: &str, value: &str) -> bool {
 /// The model of the command line, of the run, of the config, or the one that the file names; the defaults' is no answer.
 fn model_of(args: &ExportArgs, found: &Checkpointed, named: Option<String>) -> Option<ModelConfig> {
     let config = &found.config.model;
-    let is_said = found.has_config || args.config.set.iter().any(|setting| base_model::is_about_the_model(setting));
+    let is_said = found.has_config || args.config.set.iter().any(|setting| concerns(setting, "model.path"));
     let path = match &args.model {
         Some(model) => model.clone(),
         None if is_said => config.path.clone(),

@@ -20,6 +20,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
 pub use prompts::{Prompt, PromptsConfig};
+pub use read::concerns;
 pub use text::{shown, shown_lines};
 pub use validate::parse_device;
 

@@ -5,18 +5,20 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::{Config, PromptsConfig, RewardsConfig};
+use crate::files::is_carried;
 
 impl Config {
     /// The same config with whole paths for local files, so that it means the same from another folder. A name that may be a
-    /// repository's on the hub, or of a file that the program carries, is a path where there is such a file or folder.
+    /// repository's on the hub is a path where there is such a file or folder; that of a file that the program carries stays.
     ///
     /// # Errors
     /// The current folder is gone.
     pub fn with_whole_paths(mut self) -> Result<Self> {
-        for path in self.files().into_iter().filter(|path| path.exists()) {
+        let is_local = |path: &Path| path.exists() && !is_carried(path);
+        for path in self.files().into_iter().filter(|path| is_local(path)) {
             *path = whole(path)?;
         }
-        for name in self.models().into_iter().filter(|name| Path::new(name).exists()) {
+        for name in self.models().into_iter().filter(|name| is_local(Path::new(name))) {
             // a config cannot hold a path that is not Unicode
             if let Ok(path) = whole(Path::new(name))?.into_os_string().into_string() {
                 *name = path;

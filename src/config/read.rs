@@ -44,6 +44,12 @@ pub(super) fn read(text: &str, name: &str, overrides: &[String]) -> Result<Confi
     source.into_config()
 }
 
+/// Whether a setting `section.key=value` says something of `key`: of itself, of a table that holds it, or of a key inside.
+pub fn concerns(setting: &str, key: &str) -> bool {
+    let given = setting.split('=').next().unwrap_or_default().split('.').map(str::trim);
+    given.zip(key.split('.')).all(|(given, key)| given == key)
+}
+
 impl<'a> Source<'a> {
     fn new(text: &str, name: &'a str) -> Result<Self> {
         let table: Table = toml::from_str(text).with_context(|| format!("reading {name}"))?;
@@ -364,6 +370,16 @@ mod tests {
     fn parse(text: &str, overrides: &[&str]) -> Result<Config> {
         let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
         Config::parse(text, "x.toml", &overrides)
+    }
+
+    #[test]
+    fn settings_concern_keys_tables_and_what_is_in_them() {
+        for setting in ["model.path=a", " model = {path='a'}", "model . path=a=b"] {
+            assert!(concerns(setting, "model.path"), "{setting}");
+        }
+        assert!(concerns("prompts.file=x", "prompts") && concerns("guard={every=5}", "guard.prompts"));
+        assert!(!concerns("model.variant=fp16", "model.path") && !concerns("lora.rank=4", "model.path"));
+        assert!(!concerns("guard.every=5", "guard.prompts") && !concerns("prompts.file=x", "guard.prompts"));
     }
 
     #[track_caller]

@@ -38,6 +38,13 @@ impl Bundle {
         self.files.iter().filter(move |(name, _)| path != Path::new("") && Path::new(name).starts_with(path))
     }
 
+    /// Whether the files that lie at `path` below `root` are those that are carried under this name.
+    fn is_at(&self, root: &Path, path: &Path) -> bool {
+        let mut files = self.below(path).peekable();
+        files.peek().is_some()
+            && files.all(|(name, content)| fs::read(root.join(name)).is_ok_and(|there| there == *content))
+    }
+
     /// `path`, unpacked below `place`; nothing where no such file is carried.
     fn unpack(&self, path: &Path, place: impl FnOnce() -> Result<PathBuf>) -> Result<Option<PathBuf>> {
         // a whole path of the current folder means the same as a relative one
@@ -70,6 +77,11 @@ pub fn located(path: &Path) -> Result<Cow<'_, Path>> {
         _ => None,
     };
     Ok(unpacked.map_or(Cow::Borrowed(path), Cow::Owned))
+}
+
+/// Whether a relative path means here what it means in every folder: what the program carries under this name.
+pub fn is_carried(path: &Path) -> bool {
+    BUNDLE.get().is_some_and(|bundle| bundle.is_at(Path::new(""), path))
 }
 
 /// `$ALIGNPROP_DATA`, else `alignprop` in the user's cache, where the hub's library has its own.
@@ -128,6 +140,23 @@ mod tests {
         for other in ["", ".", "assets/a/z", "a", "assets/aa", "/assets/a", "../assets/a"] {
             assert_eq!(unpack(other, folder.path()).unwrap(), None, "{other}");
         }
+    }
+
+    #[test]
+    fn a_changed_copy_is_not_what_is_carried() {
+        let folder = tempfile::tempdir().unwrap();
+        let is_at = |path: &str| BUNDLE.is_at(folder.path(), Path::new(path));
+        for (name, content) in BUNDLE.files {
+            let file = folder.path().join(name);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, content).unwrap();
+        }
+        assert!(is_at("assets/a") && is_at("assets/a/x") && is_at("assets"));
+        assert!(!is_at("") && !is_at("assets/d") && !is_at(folder.path().join("assets/a").to_str().unwrap()));
+        fs::write(folder.path().join("assets/a/b/y"), "twO").unwrap();
+        assert!(!is_at("assets/a") && is_at("assets/a/x") && is_at("assets/c"));
+        fs::remove_file(folder.path().join("assets/c")).unwrap();
+        assert!(!is_at("assets/c"));
     }
 
     #[test]

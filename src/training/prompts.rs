@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value as Json};
 
-use crate::config::{Config, Prompt, PromptsConfig};
+use crate::config::{Config, Prompt, PromptsConfig, concerns};
 use crate::files::write_bytes;
 use crate::sampling::Sampler;
 
@@ -90,14 +90,9 @@ pub fn take_kept(config: &mut Config, dir: &Path, settings: &[String]) {
     ];
     for ((key, file), list) in lists {
         let file = dir.join(file);
-        // `prompts.file=x`, and `guard={prompts={..}}`
-        let is_about = |setting: &String| {
-            let given = setting.split('=').next().unwrap_or_default().split('.').map(str::trim);
-            given.zip(key.split('.')).all(|(given, key)| given == key)
-        };
         if let Some(list) = list
             && file.is_file()
-            && !settings.iter().any(is_about)
+            && !settings.iter().any(|setting| concerns(setting, key))
         {
             list.kept = Some(file);
         }

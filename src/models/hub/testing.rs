@@ -69,12 +69,6 @@ impl Server {
     }
 }
 
-/// Whether something stands between a test and its server.
-pub fn behind_proxy() -> bool {
-    let names = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"];
-    names.iter().any(|name| [name.to_string(), name.to_lowercase()].iter().any(|name| std::env::var_os(name).is_some()))
-}
-
 fn head_of(stream: &mut TcpStream) -> String {
     let mut request = Vec::new();
     let mut byte = [0];

@@ -132,8 +132,8 @@ fn ticks((low, high): (f64, f64)) -> Vec<f64> {
     let rough = (high - low) / TICKS as f64;
     let power = 10f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|k| k * power).into_iter().find(|step| *step >= rough).unwrap_or(rough);
-    let first = (low / step).ceil() as i64;
-    (first..first + TICKS as i64 + 1).map(|i| i as f64 * step).take_while(|value| *value <= high).collect()
+    let first = (low / step).ceil(); // not a number where the range is too narrow for steps: then nothing is inside
+    (0..=TICKS).map(|i| (first + i as f64) * step).take_while(|value| *value <= high).collect()
 }
 
 /// Means of neighbours, so that a long line does not make a long file.
@@ -169,6 +169,9 @@ mod tests {
         for (low, high) in [(1e-9, 3e-9), (-5e7, 1.0), (0.7, 0.7001)] {
             let found = ticks((low, high));
             assert!((2..=6).contains(&found.len()) && found.iter().all(|v| (low..=high).contains(v)), "{found:?}");
+        }
+        for range in [(0.0, 5e-324), (1e-320, 1e-320 + 5e-324), (3.0, 3.0)] {
+            assert_eq!(ticks(range), [0.0; 0], "{range:?}");
         }
     }
 

@@ -27,6 +27,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Make images, with or without a LoRA
     Sample(SampleArgs),
+    /// Print a preset, to start an experiment from, or list them
+    Config(PresetArgs),
     /// List the runs in a folder: their best rewards, steps, time and settings
     Runs(RunsArgs),
     /// Compare this program's numbers with recorded ones of the reference implementation
@@ -38,8 +40,8 @@ pub enum Command {
 /// Where the experiment's settings come from.
 #[derive(Args, Debug)]
 pub struct ConfigArgs {
-    /// The experiment file; without it, the defaults, and for train configs/emoji.toml: the repository's small model
-    #[arg(long, value_name = "FILE")]
+    /// The experiment: a file or a preset's name; without it, the defaults, and for train the preset emoji
+    #[arg(long, value_name = "FILE_OR_PRESET")]
     pub config: Option<PathBuf>,
 
     /// Change one setting, for example optimizer.lr=1e-4; may be given again
@@ -86,9 +88,9 @@ fn name(value: impl ValueEnum) -> Value {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  alignprop train --config configs/aesthetic.toml
-  alignprop train --config configs/aesthetic.toml --set truncation.rule=fixed --set truncation.k=1
-  alignprop train --config configs/hps.toml --set reward.aesthetic.weight=0 --set run.dir=runs/hps-2
+  alignprop train --config aesthetic
+  alignprop train --config aesthetic --set truncation.rule=fixed --set truncation.k=1
+  alignprop train --config hps --set reward.aesthetic.weight=0 --set run.dir=runs/hps-2
   alignprop train --resume runs/aesthetic --set train.steps=200")]
 pub struct TrainArgs {
     #[command(flatten)]
@@ -130,7 +132,7 @@ Examples:
   alignprop eval --checkpoint runs/aesthetic
   alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
   alignprop eval --checkpoint runs/aesthetic --lora-scale 0,0.25,0.5,1 --lora-start 700
-  alignprop eval --checkpoint lora.safetensors --config configs/hps.toml --reward hps --lora-scale 0.5")]
+  alignprop eval --checkpoint lora.safetensors --config hps --reward hps --lora-scale 0.5")]
 pub struct EvalArgs {
     /// A run folder (its last checkpoint, its config) or a LoRA file
     #[arg(long, value_name = "RUN_OR_FILE")]
@@ -188,6 +190,17 @@ impl EvalArgs {
         let rewards = ("run.reward_precision", self.reward_precision.map(name));
         settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
     }
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop config
+  alignprop config aesthetic > mine.toml")]
+pub struct PresetArgs {
+    /// The preset to print; without it, their list
+    #[arg(value_name = "NAME")]
+    pub name: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -565,7 +578,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 26);
+        assert_eq!(count, 28);
     }
 
     #[test]

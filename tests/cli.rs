@@ -238,6 +238,8 @@ fn bad_settings_are_named_and_start_no_run() {
         assert_fails(experiment.folder.path(), &line, &[words]);
     }
     assert_fails(experiment.folder.path(), &["train", "--config", "none.toml"], &["none.toml"]);
+    let words = ["no file `emojis`", "no preset", "emoji-guard", "did you mean `emoji`?"];
+    assert_fails(experiment.folder.path(), &["train", "--config", "emojis"], &words);
     assert_eq!(listing(experiment.folder.path()), before);
 }
 
@@ -269,6 +271,50 @@ fn a_folder_with_a_run_is_not_written_over() {
     assert_eq!(experiment.metrics(), metrics);
     let config = fs::read_to_string(experiment.run_folder().join("config.toml")).unwrap();
     assert!(config.contains("seed = 0"), "{config}");
+}
+
+#[test]
+fn a_run_without_a_folder_gets_one_with_the_next_number() {
+    let experiment = Experiment::new("tiny-sd15");
+    let folder = experiment.folder.path();
+    edit(&folder.join("experiment.toml"), &format!("dir = '{}'", text(experiment.run_folder())), "");
+    let train = |more: &[&str]| {
+        let line = [&["train", "--config", "experiment.toml", "--set", "train.steps=1"], more].concat();
+        let output = alignprop(folder).args(line).assert().success();
+        String::from_utf8(output.get_output().stderr.clone()).unwrap()
+    };
+    assert!(!train(&[]).contains("run  "));
+    let config = fs::read(folder.join("runs/experiment/config.toml")).unwrap();
+    for name in ["runs/experiment-2", "runs/experiment-3"] {
+        for more in [&["--dry-run"][..], &[]] {
+            let said = train(more);
+            assert!(said.contains(name) && said.contains("--resume runs/experiment`"), "{said}");
+        }
+        let config = fs::read_to_string(folder.join(name).join("config.toml")).unwrap();
+        assert!(config.contains(&format!("dir = \"{name}\"")), "{config}");
+    }
+    assert_eq!(listing(&folder.join("runs")), ["experiment", "experiment-2", "experiment-3"]);
+    assert!(config == fs::read(folder.join("runs/experiment/config.toml")).unwrap());
+}
+
+#[test]
+fn presets_are_listed_printed_and_found_by_name_from_any_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let command = |line: &[&str]| {
+        let output = alignprop(folder.path()).env("ALIGNPROP_DATA", folder.path()).args(line).assert().success();
+        String::from_utf8(output.get_output().stdout.clone()).unwrap()
+    };
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let names: Vec<String> = listing(&configs).iter().map(|file| file.trim_end_matches(".toml").to_owned()).collect();
+    let list = command(&["config"]);
+    assert!(list.lines().map(|line| line.split_whitespace().next().unwrap()).eq(&names), "{list}");
+    for name in names {
+        assert_eq!(command(&["config", &name]), fs::read_to_string(configs.join(format!("{name}.toml"))).unwrap());
+    }
+    command(&["train", "--config", "emoji-compress", "--dry-run"]);
+    // a file of the name counts before it
+    fs::write(folder.path().join("emoji"), "sampler.eta = 2").unwrap();
+    assert_fails(folder.path(), &["train", "--config", "emoji"], &["sampler.eta = 2"]);
 }
 
 #[test]

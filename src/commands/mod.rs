@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod eval;
 pub mod export;
+pub mod presets;
 pub mod runs;
 pub mod sample;
 pub mod soup;
@@ -24,6 +25,7 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Soup(args) => soup::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),
+        Command::Config(args) => presets::run(&args).map(|()| true),
         Command::Runs(args) => runs::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| true),

@@ -22,17 +22,13 @@ use crate::training::trainer::{End, Trainer, Watch, begin, go_on};
 use crate::training::{AlignProp, MemoryPlan, PromptLists, RunPlan, Sources};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let config = &read_config(args)?;
+    let mut config = read_config(args)?;
     let compute = compute_of(&config.run)?.with_rewards_in(config.run.reward_precision)?;
     config.require_trained()?;
-    let prompts = &PromptLists::load(config)?;
-    // before gigabytes are read: whoever trains a run has its folder for itself; a dry run writes nothing there
-    let run = match &args.resume {
-        Some(dir) if !args.dry_run => Some(Run::resume(dir)?),
-        None if !args.dry_run => Some(Run::start(&config.run.dir)?),
-        None => RunFolder::check_free(&config.run.dir).map(|()| None)?,
-        Some(_) => None,
-    };
+    let prompts = &PromptLists::load(&config)?;
+    // before gigabytes are read
+    let run = take_folder(args, &mut config)?;
+    let config = &config;
     let sources = Sources::of(config, args.resume.as_deref())?;
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
@@ -102,6 +98,29 @@ fn read_config(args: &TrainArgs) -> Result<Config> {
         (None, path) => config_of(path.as_deref(), &args.settings(), EMBEDDED),
     };
     config?.with_whole_paths() // the run may be resumed from another folder
+}
+
+/// The run's folder, which no other process trains in from here on; what it is called goes into the config. A dry run takes
+/// none and writes nothing there.
+fn take_folder(args: &TrainArgs, config: &mut Config) -> Result<Option<Run>> {
+    let take = |dir: &Path| match (&args.resume, args.dry_run) {
+        (Some(dir), false) => Run::resume(dir).map(Some),
+        (None, false) => Run::start(dir).map(Some),
+        (None, true) => RunFolder::check_free(dir).map(|()| None),
+        (Some(_), true) => Ok(None),
+    };
+    if let Some(dir) = &config.run.dir {
+        return take(dir);
+    }
+    let stem = args.config.config.as_deref().and_then(Path::file_stem);
+    let wanted = Path::new("runs").join(stem.unwrap_or("emoji".as_ref()));
+    let (dir, run) = RunFolder::numbered(&wanted, take)?;
+    if dir != wanted {
+        let resume = RunFolder::at(&wanted).resume_command();
+        note!("run         {}, as {} holds another; `{resume}` goes on with that one", dir.display(), wanted.display());
+    }
+    config.run.dir = Some(dir);
+    Ok(run)
 }
 
 /// The run's head, on stderr.

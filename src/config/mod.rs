@@ -20,7 +20,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
 pub use prompts::{Prompt, PromptsConfig};
-pub use read::concerns;
+pub use read::{concerns, nearest};
 pub use text::{shown, shown_lines};
 pub use validate::parse_device;
 
@@ -559,8 +559,9 @@ table! {
 table! {
     /// `[run]`: where the run goes and what it runs on.
     pub struct RunConfig {
-        /// The run's folder: config, metrics, samples, checkpoints.
-        dir: PathBuf = "runs/alignprop".into(),
+        /// The run's folder: config, metrics, samples, checkpoints. Absent: `runs/NAME` with the name of the config file, or the
+        /// first of `runs/NAME-2`, `runs/NAME-3` and so on that no run has.
+        dir: Option<PathBuf> = None,
         /// Every random number of the run follows from it; up to 2^63 - 1, the largest TOML integer.
         seed: u64 = 0,
         /// `cpu`, or `cuda` or `cuda:N` in a build with GPU kernels (`--features cuda`).
@@ -613,6 +614,14 @@ mod tests {
     }
 
     #[test]
+    fn presets_name_no_folder_so_that_each_run_gets_one() {
+        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")).unwrap() {
+            let file = entry.unwrap().file_name();
+            assert_eq!(preset(file.to_str().unwrap()).run.dir, None, "{}", file.display());
+        }
+    }
+
+    #[test]
     fn presets_are_the_official_runs() {
         for name in ["aesthetic", "aesthetic-k1", "hps", "hps-k1"] {
             let config = preset(&format!("{name}.toml"));
@@ -623,7 +632,6 @@ mod tests {
             let mut lora = LoraConfig::default();
             lora.resolve();
             assert_eq!(config.lora, lora);
-            assert_eq!(config.run.dir, Path::new("runs").join(name));
             let truncation = if name.ends_with("-k1") { Truncation::Fixed { k: 1 } } else { Truncation::default() };
             assert_eq!(config.truncation, truncation);
             let reward = name.trim_end_matches("-k1");

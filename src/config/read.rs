@@ -316,7 +316,7 @@ fn known_names(error: &str) -> Vec<String> {
 }
 
 /// The known name that a typing error may have meant.
-fn nearest<'a>(given: &str, known: &'a [String]) -> Option<&'a str> {
+pub fn nearest<'a>(given: &str, known: &'a [String]) -> Option<&'a str> {
     let scored = known.iter().map(|name| (strsim::jaro_winkler(given, name), name));
     // 0.8: `lrr` is 0.9 from `lr`, `epsilon` 0.87 from `eps`; unrelated names stay below 0.7.
     let close = scored.filter(|(score, _)| *score >= 0.8);
@@ -554,7 +554,7 @@ mod tests {
         .unwrap();
         assert_eq!(config.optimizer.lr, 1e-4);
         assert_eq!(config.model.path, "some/folder");
-        assert_eq!(config.run.dir, Path::new("2024-01-01"));
+        assert_eq!(config.run.dir.as_deref(), Some(Path::new("2024-01-01")));
         assert_eq!(config.sampler.negative_prompt, "7");
         assert_eq!(config.run.precision, Some(Precision::Bf16));
         assert_eq!(config.optimizer.betas, [0.8, 0.9]);

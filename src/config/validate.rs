@@ -104,7 +104,10 @@ impl Config {
         regularization.validate(reward)?;
         guard.validate()?;
 
-        ensure!(!run.dir.as_os_str().is_empty(), "run.dir is empty: give the run a folder, for example runs/mine");
+        ensure!(
+            run.dir.as_ref().is_none_or(|dir| !dir.as_os_str().is_empty()),
+            "run.dir is empty: give the run a folder, for example runs/mine"
+        );
         ensure!(i64::try_from(run.seed).is_ok(), "run.seed = {}: must be less than 2^63, TOML's limit", run.seed);
         if let Err(error) = parse_device(&run.device) {
             bail!("run.device = \"{}\": {error}", run.device);

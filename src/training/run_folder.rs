@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 
 use super::checkpoint::{Checkpoint, folder_name};
-use super::lock::RunLock;
+use super::lock::{RunLock, Taken};
 use super::memory;
 use super::prompts::take_kept;
 use crate::config::Config;
@@ -38,16 +38,33 @@ impl RunFolder {
         let run = Self::at(dir);
         if run.config().exists() || run.metrics_file().exists() {
             RunLock::check_free(dir)?;
-            bail!(
+            bail!(Taken(format!(
                 "{} already holds a run; go on with it by `--resume {}`, or choose another folder by `--set run.dir=DIR`",
                 dir.display(),
                 dir.display()
-            );
+            )));
         }
         if dir.exists() && !dir.is_dir() {
             bail!("{} is a file; choose a folder for the run by `--set run.dir=DIR`", dir.display());
         }
         Ok(())
+    }
+
+    /// The first of DIR, DIR-2, DIR-3 and so on that no run has, with what `take` makes of it.
+    ///
+    /// # Errors
+    /// `take` fails for another reason.
+    pub fn numbered<T>(dir: &Path, take: impl Fn(&Path) -> Result<T>) -> Result<(PathBuf, T)> {
+        let (mut folder, mut number) = (dir.to_owned(), 1);
+        loop {
+            match take(&folder) {
+                Err(error) if error.is::<Taken>() => number += 1,
+                taken => return Ok((folder, taken?)),
+            }
+            let mut name = dir.as_os_str().to_owned();
+            name.push(format!("-{number}"));
+            folder = name.into();
+        }
     }
 
     /// An existing run.

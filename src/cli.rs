@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use toml::Value;
 
 use crate::config::{Checkpointing, Precision, REWARD_KINDS, parse_device};
@@ -35,6 +36,10 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Time one optimizer step, with its memory and its arithmetic
     Bench(BenchArgs),
+    /// Print the completions of a shell
+    Completions(CompletionArgs),
+    /// Write the manual as man pages
+    Man(ManArgs),
 }
 
 /// Where the experiment's settings come from.
@@ -507,6 +512,28 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop completions bash > ~/.local/share/bash-completion/completions/alignprop
+  alignprop completions zsh > ~/.zfunc/_alignprop
+  alignprop completions fish > ~/.config/fish/completions/alignprop.fish")]
+pub struct CompletionArgs {
+    /// The shell that reads them
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop man ~/.local/share/man/man1")]
+pub struct ManArgs {
+    /// The folder to write them in; missing ones are made
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
 /// An architecture whose shapes are known without files.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
@@ -578,7 +605,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 28);
+        assert_eq!(count, 32);
     }
 
     #[test]

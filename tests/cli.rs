@@ -66,6 +66,28 @@ fn every_command_has_help_with_examples() {
 }
 
 #[test]
+fn completions_and_man_pages_have_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = succeeds(folder.path(), &["completions", shell]);
+        assert!(["lora-start", "completions", "reward-precision"].iter().all(|word| script.contains(word)), "{script}");
+    }
+    assert_eq!(succeeds(folder.path(), &["man", "share/man1"]), "");
+    let pages = listing(&folder.path().join("share/man1"));
+    let help = succeeds(folder.path(), &["--help"]);
+    for command in
+        help.lines().skip_while(|line| *line != "Commands:").skip(1).map_while(|line| line.split_whitespace().next())
+    {
+        let page = format!("alignprop-{command}.1");
+        assert!(pages.contains(&page), "{page} is not in {pages:?}");
+    }
+    let page = fs::read_to_string(folder.path().join("share/man1/alignprop-train.1")).unwrap();
+    assert!(page.contains("Examples:") && page.contains("resume"), "{page}");
+    fs::write(folder.path().join("file"), "").unwrap();
+    assert_fails(folder.path(), &["man", "file"], &["writing man pages to file"]);
+}
+
+#[test]
 fn a_wrong_command_line_is_code_2_and_says_what_is_known() {
     let folder = tempfile::tempdir().unwrap();
     for (line, words) in [

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod eval;
 pub mod export;
+pub mod manual;
 pub mod presets;
 pub mod runs;
 pub mod sample;
@@ -29,5 +30,7 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Runs(args) => runs::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| true),
+        Command::Completions(args) => manual::completions(args.shell).map(|()| true),
+        Command::Man(args) => manual::man(&args.dir).map(|()| true),
     }
 }

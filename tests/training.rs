@@ -534,7 +534,7 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
     ];
     assert_eq!(listing(&folder), expected);
     let report = fs::read_to_string(folder.join("report.html")).unwrap();
-    assert!(report.contains("optimizer step 2 of 2") && report.matches("data:image/png").count() == 2);
+    assert!(report.contains("optimizer step 2 of 2") && report.matches("data:image/png").count() == 6);
     assert_eq!(listing(&folder.join("tensorboard")).len(), 1);
     assert_eq!(run.checkpoints(), ["step-000000", "step-000001", "step-000002"]);
     let expected = ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"];

@@ -10,7 +10,8 @@ use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
 use crate::config::{Config, Prompt, shown, shown_lines};
 use crate::diffusion::Noise;
-use crate::report::names;
+use crate::report::chart::short;
+use crate::report::{Change, Summary, summary};
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 use crate::training::checkpoint::Checkpoint;
@@ -84,7 +85,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         End::Signal(signal) => return Err(Interrupted { signal, step, steps, resume }.into()),
     }
     let adapters = trainer.export()?;
-    report(config, &trainer.run, &rewards, &adapters)?;
+    report(config, &trainer.run, &adapters)?;
     plan.memory.as_ref().map_or(Ok(()), |memory| report_memory(memory, meter))
 }
 
@@ -178,9 +179,12 @@ impl Watch for ProgressBar {
         self.set_position(done as u64);
     }
 
-    /// `aesthetic 5.31 (+0.42)`: the batch's mean and its distance from the first batch's.
-    fn step(&self, means: &[(&str, f64, f64)]) {
-        let part = |(name, now, first): &(&str, f64, f64)| format!("{name} {now:.4} ({:+.4})", now - first);
+    /// `aesthetic 5.310, rising: +0.42 ± 0.05`: the batch's mean, and the change from the first batches to the last.
+    fn step(&self, means: &[(&str, f64, Option<Change>)]) {
+        let part = |(name, now, change): &(&str, f64, Option<Change>)| match change {
+            Some(change) => format!("{name} {}, {}: {}", short(*now), change.trend(), change.by()),
+            None => format!("{name} {}", short(*now)),
+        };
         self.set_message(means.iter().map(part).collect::<Vec<_>>().join("  "));
     }
 
@@ -189,25 +193,19 @@ impl Watch for ProgressBar {
     }
 }
 
-/// What the run came to, on stdout, from its metrics.
-fn report(config: &Config, run: &Run, rewards: &Rewards, adapters: &Path) -> Result<()> {
-    for name in rewards.names() {
-        let batches = run.metrics().history(&names::reward(name));
-        if let (Some((_, first)), Some((step, last))) = (batches.first(), batches.last()) {
-            say!("{name}: {first:.4} in the first batch, {last:.4} in that of step {step}");
-        }
-        if let [(_, before), .., (_, after)] = run.metrics().history(&names::sample(name)) {
-            say!(
-                "{name}: {before:.4} before, {after:.4} after, on {} images of the same prompts and noise",
-                config.run.num_samples
-            );
-        }
+/// What the run came to, on stdout.
+fn report(config: &Config, run: &Run, adapters: &Path) -> Result<()> {
+    let Summary { findings, next } = summary(config, run.metrics(), &run.pairs()?, &run.dir().display().to_string());
+    for finding in findings {
+        say!("{finding}");
     }
     if let Some(best) = run.best_checkpoint()?.filter(|_| config.run.keep_best) {
         say!("best checkpoint: {} ({} {:.4})", run.checkpoint(best.step).display(), best.by(), best.score);
     }
     say!("adapter: {}", adapters.display());
     say!("run: {}", run.dir().display());
+    say!("pictures and curves: {}", run.dir().join("report.html").display());
+    say!("next: {}: `{}`", next.0, next.1);
     Ok(())
 }
 

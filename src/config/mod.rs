@@ -21,7 +21,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 pub use crate::ops::activation::Activation;
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::{concerns, nearest};
-pub use text::{shown, shown_lines};
+pub use text::{shell_word, shown, shown_lines};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.

@@ -20,7 +20,8 @@ use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::ops::Ledger;
 use crate::optim::{AdamW, learning_rate};
-use crate::report::{names, pictures};
+use crate::report::html::Status;
+use crate::report::{Change, Sample, names, pictures, samples};
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 
@@ -51,8 +52,8 @@ pub enum End {
 pub trait Watch {
     /// So many micro-batches of the whole run are done.
     fn micro_batches(&self, done: usize);
-    /// An optimizer step is done: the means of the batch's scores, each with its name and that of the run's first batch.
-    fn step(&self, means: &[(&str, f64, f64)]);
+    /// An optimizer step is done: the means of the batch's scores, each with its name and its change since the first batches.
+    fn step(&self, means: &[(&str, f64, Option<Change>)]);
     /// An optimizer step was passed over.
     fn skipped(&self, step: usize, cause: &Error);
 }
@@ -65,7 +66,7 @@ impl Trainer<'_> {
     pub fn train(&mut self, until: usize, interrupt: &Interrupt, watch: &impl Watch) -> Result<End> {
         let steps = self.config().train.steps;
         self.save()?; // so that a run can be resumed from its first moment on
-        loop {
+        let end = loop {
             // the samples and the guard's evaluation of the last step, also where a run that is resumed was killed before them
             let mut objection = None;
             if interrupt.received().is_none() {
@@ -74,25 +75,34 @@ impl Trainer<'_> {
             }
             if let Some(signal) = interrupt.received() {
                 self.save()?;
-                return Ok(End::Signal(signal));
+                break End::Signal(signal);
             }
             if self.state.step >= until.min(steps) || objection.is_some() {
                 self.save()?;
                 self.prune()?;
-                return Ok(match objection {
+                break match objection {
                     Some(objection) => End::Guard(objection),
                     None if self.state.step < steps => End::Paused,
                     None => End::Finished,
-                });
+                };
             }
             self.step(watch)?;
             let due = |every: usize| every > 0 && self.state.step.is_multiple_of(every);
             let Config { run, guard, .. } = self.config();
             if due(run.save_every) || due(guard.every) || self.state.step == until.min(steps) {
                 self.save()?;
-                self.write_report()?;
             }
-        }
+            if self.run.report_is_due() {
+                self.write_report(Status::Training)?;
+            }
+        };
+        self.write_report(match &end {
+            End::Finished => Status::Finished,
+            End::Paused => Status::Stopped("as it was told".to_owned()),
+            End::Guard(objection) => Status::Stopped(format!("by the guard, as {objection}")),
+            End::Signal(_) => Status::Stopped("by a signal".to_owned()),
+        })?;
+        Ok(end)
     }
 
     /// Writes the adapters of this state, and their moving average if the run keeps one, into the run's folder.
@@ -167,8 +177,9 @@ impl Trainer<'_> {
         Checkpoint::prune(&self.run.checkpoints(), keep_checkpoints, best.map(|best| best.step))
     }
 
-    fn write_report(&self) -> Result<()> {
-        self.run.write_report(&self.method.plan.as_config(self.config())).with_context(|| self.going_on())
+    fn write_report(&mut self, status: Status) -> Result<()> {
+        let config = self.method.plan.as_config(self.config());
+        self.run.write_report(&config, &status).with_context(|| self.going_on())
     }
 
     /// The guard's evaluation where one belongs to this step, and its objection.
@@ -210,16 +221,25 @@ impl Trainer<'_> {
             return Ok(());
         }
         let prompts: Vec<&Prompt> = self.sample_prompts.iter().cycle().take(config.run.num_samples).collect();
-        let (mut images, mut scores, mut captions) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut images, mut scores, mut samples) = (Vec::new(), Vec::new(), Vec::new());
         for (number, prompt) in (0..).zip(prompts) {
             let (prompts, noise) = ([prompt.clone()], sampler.evaluation_noise(config.run.seed, number..number + 1));
             let image = sampler.draw(&prompts, &noise, &state.adapters, None)?.images;
             let of_image = rewards.scores(&image, &prompts)?.swap_remove(0);
-            captions.push(pictures::caption(&prompt.text, &names, &of_image));
+            let by_name = names.iter().map(|name| name.to_string()).zip(of_image.iter().copied()).collect();
+            samples.push(Sample { prompt: prompt.text.clone(), scores: by_name, picture: PathBuf::new() });
             scores.push(of_image);
-            images.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
+            images.push(pictures::to_rgb(&image.get(0)?)?);
         }
-        pictures::save(&pictures::grid(&pictures::captioned(images, &captions), 4)?, &self.run.samples(step))?;
+        let grid = self.run.samples(step);
+        samples::save(grid.parent().unwrap_or(Path::new("")), step, &samples, &images)?;
+        let captions: Vec<String> = samples
+            .iter()
+            .zip(&scores)
+            .map(|(sample, scores)| pictures::caption(&sample.prompt, &names, scores))
+            .collect();
+        let images = images.into_iter().map(|image| pictures::enlarge(image, 128)).collect();
+        pictures::save(&pictures::grid(&pictures::captioned(images, &captions), 4)?, &grid)?;
         self.run.log_samples(step)?;
         let mean = |value: &dyn Fn(&Vec<f64>) -> f64| scores.iter().map(value).sum::<f64>() / scores.len() as f64;
         let mut line = Map::from_iter([(names::STEP.to_owned(), json!(step))]);
@@ -228,18 +248,14 @@ impl Trainer<'_> {
         }
         line.insert(names::SAMPLE_LOSS.to_owned(), json!(mean(&|row| rewards.loss(row))));
         self.run.log(&line)?;
-        self.write_report()
+        self.write_report(Status::Training)
     }
 
-    /// The batch's mean of each reward, beside that of the run's first batch.
-    fn means(&self, result: &StepResult) -> Vec<(&'static str, f64, f64)> {
+    /// The batch's mean of each reward, and what became of the batches' means since the first ones.
+    fn means(&self, result: &StepResult) -> Vec<(&'static str, f64, Option<Change>)> {
         let names = self.method.rewards.names().into_iter().enumerate();
-        let of = |(r, name): (usize, &'static str)| {
-            let (now, _) = result.score(r);
-            let first = self.run.metrics().history(&names::reward(name)).first().map_or(now, |(_, first)| *first);
-            (name, now, first)
-        };
-        names.map(of).collect()
+        let since = |name| Change::of_batches(self.run.metrics().history(&names::reward(name)));
+        names.map(|(r, name)| (name, result.score(r).0, since(name))).collect()
     }
 
     /// What the adapter's file says of its making.

@@ -9,7 +9,8 @@ use alignprop::lora::formats;
 use alignprop::models::Source;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::optim::AdamW;
-use alignprop::report::html::{Contents, page};
+use alignprop::report::Pairs;
+use alignprop::report::html::{Contents, Status, page};
 use alignprop::report::{Metrics, best, best_to_show};
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::loss_scale::LossScale;
@@ -163,7 +164,8 @@ pub fn metrics(folder: &Path) -> Reader {
                 config: &config,
                 config_file: &config_file,
                 metrics: &metrics,
-                grids: &[],
+                status: &Status::Training,
+                pairs: &Pairs::default(),
                 resident_peak: None,
             })?;
             metrics.rewind(metrics.last_step() / 2)?;

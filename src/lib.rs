@@ -12,7 +12,7 @@
 //! Imports only go down:
 //!
 //! ```text
-//! commands     train, eval, soup, export, sample, config, runs, verify, bench: recipes, read from top to bottom
+//! commands     train, eval, soup, export, sample, config, runs, verify, bench, ..: recipes, read from top to bottom
 //! cli          the command line
 //! training     the optimizer step, AlignProp, the run's loop and plan, truncation, checkpoint, run folder
 //! report       metrics, the best of them, charts, a run's page, pictures, TensorBoard's event files

@@ -234,13 +234,8 @@ fn words(Summary { findings, next }: &Summary, going_on: bool) -> String {
         return String::new();
     }
     let title = if going_on { "What happened so far" } else { "What happened" };
-    let sentence = |text: &String| {
-        let mut letters = text.chars();
-        let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
-        format!("<p>{}{}</p>", escape(&first), escape(letters.as_str()))
-    };
-    let mut html =
-        format!(r#"<h2>{title}</h2><div class="card words">{}"#, findings.iter().map(sentence).collect::<String>());
+    let sentences: String = findings.iter().map(|text| format!("<p>{}</p>", escape(text))).collect();
+    let mut html = format!(r#"<h2>{title}</h2><div class="card words">{sentences}"#);
     if !going_on {
         let _ = write!(html, r#"<p>Next: {}.</p><pre>{}</pre>"#, escape(&next.0), escape(&next.1));
     }
@@ -304,8 +299,11 @@ fn figure(sample: &Sample, name: &str, step: usize) -> Result<String> {
         Ok(("jpeg", jpeg))
     };
     let (kind, bytes) = read().with_context(|| format!("reading {}", sample.picture.display()))?;
+    // of few pixels each is to be seen
+    let is_small = image::image_dimensions(&sample.picture).is_ok_and(|(width, _)| width < 256);
+    let class = if is_small { r#" class="small""# } else { "" };
     Ok(format!(
-        r#"<figure><img alt="{} at step {step}" src="data:image/{kind};base64,{}"><figcaption class="soft">{name}</figcaption></figure>"#,
+        r#"<figure><img{class} alt="{} at step {step}" src="data:image/{kind};base64,{}"><figcaption class="soft">{name}</figcaption></figure>"#,
         escape(&sample.prompt),
         base64(&bytes)
     ))

@@ -43,13 +43,13 @@ pub fn summary(config: &Config, metrics: &Metrics, pairs: &Pairs, dir: &str) -> 
     if let [(first, from), .., (last, to)] = metrics.history(names::GUARD_HELD_OUT) {
         let verb = if to > from { "rose" } else { "fell" };
         findings.push(format!(
-            "the guard's held-out score, which is not trained, {verb}: from {from:.4} at step {first} to {to:.4} at step {last}."
+            "The guard's held-out score, which is not trained, {verb}: from {from:.4} at step {first} to {to:.4} at step {last}."
         ));
         judges.push(if to > from { 1 } else { -1 });
     }
     if judges.is_empty() && learned.is_some() {
         findings.push(
-            "nothing else judged the pictures: a reward of weight 0, or one under [guard.reward], says whether they are better or only \
+            "Nothing else judged the pictures: a reward of weight 0, or one under [guard.reward], says whether they are better or only \
              please this one."
                 .to_owned(),
         );

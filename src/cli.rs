@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use toml::Value;
 
-use crate::config::{Checkpointing, Precision, REWARD_KINDS, parse_device};
+use crate::config::{Checkpointing, Precision, REWARD_KINDS, SamplerKind, parse_device};
 
 /// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
 #[derive(Parser, Debug)]
@@ -66,6 +66,24 @@ impl DeviceArgs {
     fn given(&self) -> [Given; 2] {
         let device = self.device.as_deref().map(Value::from);
         [("run.device", device), ("run.precision", self.precision.map(name))]
+    }
+}
+
+/// How images are denoised, instead of what the config's `[sampler]` says.
+#[derive(Args, Debug)]
+pub struct SolverArgs {
+    /// How images are denoised; instead of sampler.kind
+    #[arg(long, value_name = "KIND")]
+    pub sampler: Option<SamplerKind>,
+
+    /// Noise levels as Karras et al. space them, for another sampler than ddim; as sampler.karras = true
+    #[arg(long)]
+    pub karras: bool,
+}
+
+impl SolverArgs {
+    fn given(&self) -> [Given; 2] {
+        [("sampler.kind", self.sampler.map(name)), ("sampler.karras", self.karras.then(|| true.into()))]
     }
 }
 
@@ -130,6 +148,7 @@ Examples:
   alignprop eval --checkpoint runs/aesthetic
   alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
   alignprop eval --checkpoint runs/aesthetic --lora-scale 0,0.25,0.5,1 --lora-start 700
+  alignprop eval --checkpoint runs/aesthetic --sampler dpmpp-2m --karras
   alignprop eval --checkpoint lora.safetensors --config configs/hps.toml --reward hps --lora-scale 0.5")]
 pub struct EvalArgs {
     /// A run folder (its last checkpoint, its config) or a LoRA file
@@ -170,6 +189,9 @@ pub struct EvalArgs {
     #[arg(long)]
     pub ema: bool,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// Folder for the images and the scores as JSON
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -186,7 +208,7 @@ impl EvalArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
         let rewards = ("run.reward_precision", self.reward_precision.map(name));
-        settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]).chain(self.solver.given()))
     }
 }
 
@@ -331,6 +353,9 @@ pub struct SampleArgs {
     #[arg(long, value_name = "G", value_parser = finite)]
     pub guidance_scale: Option<f64>,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// DDIM noise, from 0 to 1; instead of sampler.eta
     #[arg(long, value_name = "ETA", value_parser = finite)]
     pub eta: Option<f64>,
@@ -372,7 +397,7 @@ impl SampleArgs {
             ("sampler.height", whole(self.height)),
             ("sampler.width", whole(self.width)),
         ];
-        settings(&self.config.set, given.into_iter().chain(self.device.given()))
+        settings(&self.config.set, given.into_iter().chain(self.solver.given()).chain(self.device.given()))
     }
 }
 

@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, Truncation,
+    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, SamplerKind,
+    Truncation,
 };
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
@@ -53,6 +54,10 @@ impl Config {
         );
         let eta = sampler.eta;
         ensure!((0.0..=1.0).contains(&eta), "sampler.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
+        ensure!(
+            sampler.karras != Some(true) || sampler.kind != SamplerKind::Ddim,
+            "sampler.karras = true: that goes with another sampler.kind than \"ddim\": euler, euler-ancestral or dpmpp-2m"
+        );
         for (key, size) in [("sampler.height", sampler.height), ("sampler.width", sampler.width)] {
             ensure!(size != Some(0), "{key} = 0: give pixels, or leave it out for the model's own size");
             ensure!(size.is_none_or(|n| n <= MAX_SIDE), "{key} = {}: at most {MAX_SIDE} pixels", size.unwrap_or(0));
@@ -115,8 +120,12 @@ impl Config {
         at_least_one("run.num_samples", run.num_samples)
     }
 
-    /// Training needs a reward to follow.
+    /// Training needs a reward to follow, and differentiates DDIM alone.
     pub fn require_trained(&self) -> Result<()> {
+        ensure!(
+            self.sampler.kind == SamplerKind::Ddim,
+            "sampler.kind: training goes with \"ddim\"; the others draw images in `sample` and `eval` (--sampler)"
+        );
         let weights = self.reward.weights();
         if weights.iter().any(|(_, weight)| *weight != 0.0) {
             return Ok(());

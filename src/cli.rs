@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use toml::Value;
 
-use crate::config::{Checkpointing, Precision, REWARD_KINDS, parse_device};
+use crate::config::{Checkpointing, Precision, REWARD_KINDS, SamplerKind, parse_device};
 
 /// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
 #[derive(Parser, Debug)]
@@ -76,6 +76,24 @@ impl DeviceArgs {
     }
 }
 
+/// How images are denoised, instead of what the config's `[sampler]` says.
+#[derive(Args, Debug)]
+pub struct SolverArgs {
+    /// How images are denoised; instead of sampler.kind
+    #[arg(long, value_name = "KIND")]
+    pub sampler: Option<SamplerKind>,
+
+    /// Noise levels as Karras et al. space them, for another sampler than ddim; as sampler.karras = true
+    #[arg(long)]
+    pub karras: bool,
+}
+
+impl SolverArgs {
+    fn given(&self) -> [Given; 2] {
+        [("sampler.kind", self.sampler.map(name)), ("sampler.karras", self.karras.then(|| true.into()))]
+    }
+}
+
 /// A setting that a flag gives, where it is there.
 type Given = (&'static str, Option<Value>);
 
@@ -137,6 +155,7 @@ Examples:
   alignprop eval --checkpoint runs/aesthetic
   alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
   alignprop eval --checkpoint runs/aesthetic --lora-scale 0,0.25,0.5,1 --lora-start 700
+  alignprop eval --checkpoint runs/aesthetic --sampler dpmpp-2m --karras
   alignprop eval --checkpoint lora.safetensors --config hps --reward hps --lora-scale 0.5")]
 pub struct EvalArgs {
     /// A run folder (its last checkpoint, its config) or a LoRA file
@@ -177,6 +196,9 @@ pub struct EvalArgs {
     #[arg(long)]
     pub ema: bool,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// Folder for the images and the scores as JSON
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -193,7 +215,7 @@ impl EvalArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
         let rewards = ("run.reward_precision", self.reward_precision.map(name));
-        settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]).chain(self.solver.given()))
     }
 }
 
@@ -349,6 +371,9 @@ pub struct SampleArgs {
     #[arg(long, value_name = "G", value_parser = finite)]
     pub guidance_scale: Option<f64>,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// DDIM noise, from 0 to 1; instead of sampler.eta
     #[arg(long, value_name = "ETA", value_parser = finite)]
     pub eta: Option<f64>,
@@ -390,7 +415,7 @@ impl SampleArgs {
             ("sampler.height", whole(self.height)),
             ("sampler.width", whole(self.width)),
         ];
-        settings(&self.config.set, given.into_iter().chain(self.device.given()))
+        settings(&self.config.set, given.into_iter().chain(self.solver.given()).chain(self.device.given()))
     }
 }
 

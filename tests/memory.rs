@@ -93,7 +93,7 @@ impl Chain {
 
     fn parts<'a>(&'a self, rewards: &'a Rewards, latent_shape: (usize, usize, usize)) -> Parts<'a> {
         let (denoiser, vae) = (self.denoiser(1, Checkpointing::Step), &self.pipeline.vae);
-        Parts { denoiser, vae, rewards, timestep: 500, latent_shape, steps: STEPS }
+        Parts { denoiser, vae, rewards, timestep: 500.0, latent_shape, steps: STEPS }
     }
 
     /// The peak of the backward pass through the last `k` steps.

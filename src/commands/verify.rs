@@ -453,11 +453,10 @@ impl Subject<'_> {
         )?;
 
         let schedule = DdimSchedule::load(source, self.reference.steps, 0.0)?;
-        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep as f64).collect();
+        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep).collect();
         report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
 
-        let t =
-            part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0] as usize;
+        let t = part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
         let (x, dy) = (part("unet_x")?, part("unet_dy")?);
         let none = Adapters::default();
         let y = unet.forward(x, t, &conditioning.prompt_embeds, &none)?;
@@ -607,7 +606,7 @@ impl Subject<'_> {
             let (x, dy) = (part("unet_x")?.to_device(device)?, part("unet_dy")?.to_device(device)?);
             let (context, adapters) = (pipeline.encode_prompts(&self.reference.prompts)?, start.to_device(device)?);
             let mut sum = LoraGradients::new(&adapters);
-            pipeline.unet.trace(&x, t as usize, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
+            pipeline.unet.trace(&x, t, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
             sum.finish(&adapters)
         };
         let reference = Pipeline::load(&ModelConfig::at(self.dir.join("model").to_string_lossy()))?;

@@ -174,6 +174,12 @@ impl LoraConfig {
 table! {
     /// `[sampler]`: how images are made, in training and in evaluation.
     pub struct SamplerConfig {
+        /// How the noise is taken away: `ddim`, or `euler`, `euler-ancestral`, `dpmpp-2m` as diffusers' EulerDiscrete,
+        /// EulerAncestralDiscrete and DPMSolverMultistep schedulers do it. Training goes with `ddim`; `sample` and `eval`
+        /// with all of them.
+        kind: SamplerKind = SamplerKind::Ddim,
+        /// Noise levels as Karras et al. 2022 space them, for the others than `ddim`. Absent: as the pipeline's scheduler says.
+        karras: Option<bool> = None,
         /// Denoising steps of one image; 1 or more. Time grows in proportion.
         num_inference_steps: usize = 50,
         /// Classifier-free guidance; 0 or more. 1 or less turns it off and halves the work.
@@ -182,7 +188,7 @@ table! {
         /// (not at all) to 1 (the guided prediction has the standard deviation of the prompt's). 0.7 is the paper's. Its
         /// gradient goes through the standard deviations.
         guidance_rescale: f64 = 0.0,
-        /// Noise of the DDIM step: from 0 (deterministic) to 1 (ancestral, as DDPM).
+        /// Noise of the DDIM step, for `ddim` alone: from 0 (deterministic) to 1 (ancestral, as DDPM).
         eta: f64 = 0.0,
         /// Image height in pixels. Absent: the size that the model was trained on.
         height: Option<usize> = None,
@@ -191,6 +197,23 @@ table! {
         /// What guidance moves away from.
         negative_prompt: String = String::new(),
     }
+}
+
+/// How images are denoised.
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum SamplerKind {
+    /// DDIM: what is trained
+    #[default]
+    Ddim,
+    /// Euler
+    Euler,
+    /// Euler ancestral, "Euler a": adds noise in each step
+    EulerAncestral,
+    /// DPM-Solver++ 2M
+    #[serde(rename = "dpmpp-2m")]
+    #[value(name = "dpmpp-2m")]
+    Dpmpp2m,
 }
 
 /// `[truncation]`: which denoising steps keep their gradient. `rule` names the variant, the other keys are its fields.

@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, Truncation,
+    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig,
+    SamplerKind, Truncation,
 };
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
@@ -53,6 +54,10 @@ impl Config {
         );
         let eta = sampler.eta;
         ensure!((0.0..=1.0).contains(&eta), "sampler.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
+        ensure!(
+            sampler.karras != Some(true) || sampler.kind != SamplerKind::Ddim,
+            "sampler.karras = true: that goes with another sampler.kind than \"ddim\": euler, euler-ancestral or dpmpp-2m"
+        );
         for (key, size) in [("sampler.height", sampler.height), ("sampler.width", sampler.width)] {
             ensure!(size != Some(0), "{key} = 0: give pixels, or leave it out for the model's own size");
             ensure!(size.is_none_or(|n| n <= MAX_SIDE), "{key} = {}: at most {MAX_SIDE} pixels", size.unwrap_or(0));
@@ -118,8 +123,12 @@ impl Config {
         at_least_one("run.num_samples", run.num_samples)
     }
 
-    /// Training needs a reward to follow.
+    /// Training needs a reward to follow, and differentiates DDIM alone.
     pub fn require_trained(&self) -> Result<()> {
+        ensure!(
+            self.sampler.kind == SamplerKind::Ddim,
+            "sampler.kind: training goes with \"ddim\"; the others draw images in `sample` and `eval` (--sampler)"
+        );
         let weights = self.reward.weights();
         if weights.iter().any(|(_, weight)| *weight != 0.0) {
             return Ok(());
@@ -318,6 +327,7 @@ mod tests {
             ("sampler.guidance_rescale = nan", "sampler.guidance_rescale = NaN: must be from 0 (off) to 1"),
             ("sampler.eta = -0.1", "sampler.eta = -0.1: must be from 0"),
             ("sampler.eta = 1.1", "sampler.eta = 1.1: must be from 0"),
+            ("sampler.karras = true", "sampler.karras = true: that goes with another sampler.kind"),
             ("sampler.height = 0", "sampler.height = 0: give pixels"),
             ("reward.hps.weight = inf", "reward.hps.weight = inf: must be a finite number"),
             ("reward.hps.file = ''", "reward.hps.file is empty"),
@@ -384,6 +394,7 @@ mod tests {
     fn training_needs_a_reward() {
         let error = |text| Config::parse(text, "x.toml", &[]).unwrap().require_trained().unwrap_err().to_string();
         assert!(error("").starts_with("the config has no reward to train: add a table [reward.KIND]"));
+        assert!(error("sampler.kind = 'dpmpp-2m'\nreward.hps = {}").starts_with("sampler.kind: training goes with"));
         assert_eq!(
             error("reward = { hps.weight = 0, pickscore.weight = 0.0 }"),
             "the weight of every reward (hps, pickscore) is 0, so nothing would be trained: set reward.hps.weight to 1"

@@ -29,8 +29,15 @@ pub struct SchedulerConfig {
     pub set_alpha_to_one: bool,
     pub steps_offset: usize,
     pub prediction_type: String,
-    pub timestep_spacing: String,
+    /// Absent: the default of each scheduler's class.
+    pub timestep_spacing: Option<String>,
     pub rescale_betas_zero_snr: bool,
+    pub use_karras_sigmas: bool,
+    /// `zero`, or `sigma_min`: the noise level that Euler and DPM-Solver end at.
+    pub final_sigmas_type: String,
+    /// Everything else, to refuse what would change the computation of a solver.
+    #[serde(flatten)]
+    pub rest: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Default for SchedulerConfig {
@@ -46,8 +53,11 @@ impl Default for SchedulerConfig {
             set_alpha_to_one: true,
             steps_offset: 0,
             prediction_type: "epsilon".into(),
-            timestep_spacing: "leading".into(),
+            timestep_spacing: None,
             rescale_betas_zero_snr: false,
+            use_karras_sigmas: false,
+            final_sigmas_type: "zero".into(),
+            rest: serde_json::Map::new(),
         }
     }
 }
@@ -69,7 +79,7 @@ impl SchedulerConfig {
 
 /// What the UNet's output means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Prediction {
+pub(super) enum Prediction {
     Epsilon,
     V,
     Sample,
@@ -78,7 +88,8 @@ enum Prediction {
 /// One step of the chain: x_{t-1} = `sample` x_t + `model_output` out + `noise` z.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DdimStep {
-    pub timestep: usize,
+    /// What the UNet is told; a whole number in DDIM's own schedule.
+    pub timestep: f64,
     pub sample: f64,
     pub model_output: f64,
     /// σ, zero where eta is.
@@ -99,6 +110,35 @@ impl DdimStep {
 
 /// More would be a damaged file; each timestep takes memory.
 const MAX_TRAIN_TIMESTEPS: usize = 1_000_000;
+
+impl SchedulerConfig {
+    /// Checks the keys that every sampler reads, and gives what the UNet's output means.
+    ///
+    /// # Errors
+    /// More inference than training steps, thresholding, a prediction that is not known.
+    pub(super) fn prediction(&self, num_inference_steps: usize) -> Result<Prediction> {
+        let train = self.num_train_timesteps;
+        if num_inference_steps == 0 || num_inference_steps > train {
+            bail!("sampler.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
+        }
+        if train > MAX_TRAIN_TIMESTEPS {
+            bail!(
+                "scheduler_config.json: num_train_timesteps = {train}: at most {MAX_TRAIN_TIMESTEPS}; Stable Diffusion has 1000"
+            );
+        }
+        if self.thresholding {
+            bail!("scheduler_config.json asks for thresholding, which latent diffusion does not use; set it to false");
+        }
+        match self.prediction_type.as_str() {
+            "epsilon" => Ok(Prediction::Epsilon),
+            "v_prediction" => Ok(Prediction::V),
+            "sample" => Ok(Prediction::Sample),
+            other => {
+                bail!("scheduler_config.json: prediction_type `{other}` is not known (epsilon, v_prediction, sample)")
+            }
+        }
+    }
+}
 
 /// A schedule of inference steps, from the noisiest on.
 #[derive(Clone, Debug)]
@@ -123,28 +163,10 @@ impl DdimSchedule {
     /// # Errors
     /// More inference than training steps, or a scheduler that samples differently (thresholding).
     pub fn new(config: &SchedulerConfig, num_inference_steps: usize, eta: f64) -> Result<Self> {
+        let prediction = config.prediction(num_inference_steps)?;
         let train = config.num_train_timesteps;
-        if num_inference_steps == 0 || num_inference_steps > train {
-            bail!("sampler.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
-        }
-        if train > MAX_TRAIN_TIMESTEPS {
-            bail!(
-                "scheduler_config.json: num_train_timesteps = {train}: at most {MAX_TRAIN_TIMESTEPS}; Stable Diffusion has 1000"
-            );
-        }
-        if config.thresholding {
-            bail!("scheduler_config.json asks for thresholding, which latent diffusion does not use; set it to false");
-        }
-        let prediction = match config.prediction_type.as_str() {
-            "epsilon" => Prediction::Epsilon,
-            "v_prediction" => Prediction::V,
-            "sample" => Prediction::Sample,
-            other => {
-                bail!("scheduler_config.json: prediction_type `{other}` is not known (epsilon, v_prediction, sample)")
-            }
-        };
         let alphas_cumprod = alphas_cumprod(config)?;
-        let timesteps = timesteps(config, num_inference_steps)?;
+        let timesteps = ddim_timesteps(config, num_inference_steps)?;
         if prediction == Prediction::Epsilon && timesteps.iter().any(|t| alphas_cumprod[*t] < 1e-12) {
             bail!(
                 "scheduler_config.json: rescale_betas_zero_snr leaves no signal at timestep {}, from which epsilon prediction cannot tell the image; it goes with v_prediction",
@@ -157,7 +179,7 @@ impl DdimSchedule {
             .into_iter()
             .map(|timestep| {
                 let next = timestep.checked_sub(stride).map_or(last, |previous| alphas_cumprod[previous]);
-                step(prediction, timestep, alphas_cumprod[timestep], next, eta)
+                step(prediction, timestep as f64, alphas_cumprod[timestep], next, eta)
             })
             .collect();
         Ok(Self { prediction, alphas_cumprod, steps })
@@ -175,38 +197,46 @@ impl DdimSchedule {
 
     /// Step `i` replaced by its prediction of x_0, where a chain may stop early.
     pub fn predicted_original(&self, i: usize) -> DdimStep {
-        let timestep = self.steps[i].timestep;
-        step(self.prediction, timestep, self.alphas_cumprod[timestep], 1.0, 0.0)
+        step(self.prediction, self.steps[i].timestep, self.alpha(i), 1.0, 0.0)
     }
 
     /// (factor of x_0, factor of the noise) that make x_t at step `i`: sqrt(ᾱ), sqrt(1 - ᾱ).
     pub fn add_noise(&self, i: usize) -> (f64, f64) {
-        let alpha = self.alphas_cumprod[self.steps[i].timestep];
+        let alpha = self.alpha(i);
         (alpha.sqrt(), (1.0 - alpha).sqrt())
+    }
+
+    /// ᾱ at step `i`.
+    fn alpha(&self, i: usize) -> f64 {
+        self.alphas_cumprod[self.steps[i].timestep as usize]
+    }
+}
+
+/// x_0 and ε as `[x_t, out]` coefficients at ᾱ = `a`.
+pub(super) fn origin_and_noise(prediction: Prediction, a: f64) -> ([f64; 2], [f64; 2]) {
+    let (signal, spread) = (a.sqrt(), (1.0 - a).sqrt());
+    match prediction {
+        Prediction::Epsilon => ([1.0 / signal, -spread / signal], [0.0, 1.0]),
+        Prediction::V => ([signal, -spread], [spread, signal]),
+        Prediction::Sample => ([0.0, 1.0], [1.0 / spread, -signal / spread]),
     }
 }
 
 /// The coefficients of one step from ᾱ = `a` to ᾱ = `p`.
-fn step(prediction: Prediction, timestep: usize, a: f64, p: f64, eta: f64) -> DdimStep {
+pub(super) fn step(prediction: Prediction, timestep: f64, a: f64, p: f64, eta: f64) -> DdimStep {
     let sigma = if eta == 0.0 { 0.0 } else { eta * ((1.0 - p) / (1.0 - a) * (1.0 - a / p)).max(0.0).sqrt() };
     let direction = (1.0 - p - sigma * sigma).max(0.0).sqrt();
-    let (signal, spread) = (a.sqrt(), (1.0 - a).sqrt());
-    // x_0 = x0.0 x_t + x0.1 out, ε = eps.0 x_t + eps.1 out
-    let (x0, eps) = match prediction {
-        Prediction::Epsilon => ((1.0 / signal, -spread / signal), (0.0, 1.0)),
-        Prediction::V => ((signal, -spread), (spread, signal)),
-        Prediction::Sample => ((0.0, 1.0), (1.0 / spread, -signal / spread)),
-    };
+    let (x0, eps) = origin_and_noise(prediction, a);
     DdimStep {
         timestep,
-        sample: p.sqrt() * x0.0 + direction * eps.0,
-        model_output: p.sqrt() * x0.1 + direction * eps.1,
+        sample: p.sqrt() * x0[0] + direction * eps[0],
+        model_output: p.sqrt() * x0[1] + direction * eps[1],
         noise: sigma,
     }
 }
 
 /// ᾱ of every training timestep, with PyTorch's roundings: f32 betas, a product accumulated in f64, f32 results.
-fn alphas_cumprod(config: &SchedulerConfig) -> Result<Vec<f64>> {
+pub(super) fn alphas_cumprod(config: &SchedulerConfig) -> Result<Vec<f64>> {
     let n = config.num_train_timesteps;
     let betas: Vec<f32> = match (&config.trained_betas, config.beta_schedule.as_str()) {
         (Some(betas), _) if betas.len() == n => betas.iter().map(|b| *b as f32).collect(),
@@ -264,9 +294,9 @@ fn zero_terminal_snr(betas: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-fn timesteps(config: &SchedulerConfig, n: usize) -> Result<Vec<usize>> {
+pub(super) fn ddim_timesteps(config: &SchedulerConfig, n: usize) -> Result<Vec<usize>> {
     let train = config.num_train_timesteps;
-    let steps: Vec<usize> = match config.timestep_spacing.as_str() {
+    let steps: Vec<usize> = match config.timestep_spacing.as_deref().unwrap_or("leading") {
         "leading" => (0..n).rev().map(|i| i * (train / n) + config.steps_offset).collect(),
         "linspace" => {
             let last = (train - 1) as f64;
@@ -306,7 +336,8 @@ mod tests {
     #[test]
     fn timesteps_are_diffusers() {
         let at = |spacing: &str, n| {
-            timesteps(&SchedulerConfig { timestep_spacing: spacing.into(), ..stable_diffusion() }, n).unwrap()
+            ddim_timesteps(&SchedulerConfig { timestep_spacing: Some(spacing.into()), ..stable_diffusion() }, n)
+                .unwrap()
         };
         assert_eq!(at("leading", 5), [801, 601, 401, 201, 1]);
         assert_eq!(at("leading", 7), [853, 711, 569, 427, 285, 143, 1]);
@@ -361,14 +392,18 @@ mod tests {
             assert!(message.contains(part), "{message}");
         };
         refuse(SchedulerConfig { thresholding: true, ..stable_diffusion() }, 5, "thresholding");
-        refuse(SchedulerConfig { timestep_spacing: "trailing".into(), ..stable_diffusion() }, 61, "61 steps");
+        refuse(SchedulerConfig { timestep_spacing: Some("trailing".into()), ..stable_diffusion() }, 61, "61 steps");
         refuse(
-            SchedulerConfig { rescale_betas_zero_snr: true, timestep_spacing: "trailing".into(), ..stable_diffusion() },
+            SchedulerConfig {
+                rescale_betas_zero_snr: true,
+                timestep_spacing: Some("trailing".into()),
+                ..stable_diffusion()
+            },
             5,
             "v_prediction",
         );
         refuse(SchedulerConfig { prediction_type: "flow".into(), ..stable_diffusion() }, 5, "`flow`");
-        refuse(SchedulerConfig { timestep_spacing: "karras".into(), ..stable_diffusion() }, 5, "`karras`");
+        refuse(SchedulerConfig { timestep_spacing: Some("karras".into()), ..stable_diffusion() }, 5, "`karras`");
         refuse(stable_diffusion(), 1001, "1 to 1000");
     }
 
@@ -376,7 +411,7 @@ mod tests {
     fn zero_terminal_snr_ends_near_zero() {
         let config = SchedulerConfig {
             rescale_betas_zero_snr: true,
-            timestep_spacing: "trailing".into(),
+            timestep_spacing: Some("trailing".into()),
             prediction_type: "v_prediction".into(),
             ..stable_diffusion()
         };

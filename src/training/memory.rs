@@ -102,7 +102,7 @@ pub struct Parts<'a> {
     pub vae: &'a Vae,
     pub rewards: &'a Rewards,
     /// A timestep of the chain.
-    pub timestep: usize,
+    pub timestep: f64,
     /// (channels, h, w) of one image.
     pub latent_shape: (usize, usize, usize),
     /// Steps of the chain, each of which leaves two latents in the trajectory.

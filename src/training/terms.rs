@@ -108,7 +108,7 @@ pub fn distances_from_base(denoiser: &Denoiser, steps: &[DdimStep], trajectory: 
 }
 
 /// ε_θ - ε_base at x_t, (B, C, h, w).
-fn from_base(denoiser: &Denoiser, x_t: &Tensor, timestep: usize, prediction: &Tensor) -> Result<Tensor> {
+fn from_base(denoiser: &Denoiser, x_t: &Tensor, timestep: f64, prediction: &Tensor) -> Result<Tensor> {
     let base = Adapters::default();
     Ok((prediction - denoiser.with_adapters(&base).predict(x_t, timestep)?)?)
 }

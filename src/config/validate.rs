@@ -254,13 +254,18 @@ impl RewardsConfig {
         named.extend(self.clip_score.iter().map(|reward| ("clip-score.model", &reward.model)));
         named.extend(self.pickscore.iter().map(|reward| ("pickscore.model", &reward.model)));
         named.extend(self.object.iter().filter_map(|reward| Some(("object.object", reward.object.as_ref()?))));
-        let detectors = self.count.iter().map(|reward| ("count", &reward.model, reward.size, reward.threshold)).chain(
-            self.object.iter().map(|reward| ("object", &reward.model, reward.size, reward.threshold)),
-        );
+        let detectors = self
+            .count
+            .iter()
+            .map(|reward| ("count", &reward.model, reward.size, reward.threshold))
+            .chain(self.object.iter().map(|reward| ("object", &reward.model, reward.size, reward.threshold)));
         for (kind, model, size, threshold) in detectors {
             ensure!(!model.is_empty(), "reward.{kind}.model is empty: say where it is");
             if let Some(size) = size {
-                ensure!((1..=MAX_SIDE).contains(&size), "reward.{kind}.size = {size}: must be from 1 to {MAX_SIDE} pixels");
+                ensure!(
+                    (1..=MAX_SIDE).contains(&size),
+                    "reward.{kind}.size = {size}: must be from 1 to {MAX_SIDE} pixels"
+                );
             }
             ensure!(
                 (0.0..=1.0).contains(&threshold),

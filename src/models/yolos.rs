@@ -121,7 +121,8 @@ impl Yolos {
     }
 
     fn new(config: &Config, weights: &Weights, pixels: PixelStatistics) -> Result<Self> {
-        let Config { hidden_size: c, num_attention_heads: heads, patch_size: patch, num_detection_tokens: q, .. } = *config;
+        let Config { hidden_size: c, num_attention_heads: heads, patch_size: patch, num_detection_tokens: q, .. } =
+            *config;
         ensure!(config.qkv_bias, "config.json: `qkv_bias` = false is not implemented: no published YOLOS has it");
         ensure!(c > 0 && heads > 0 && c.is_multiple_of(heads), "config.json: {heads} heads for a hidden size of {c}");
         ensure!(
@@ -198,7 +199,8 @@ impl Yolos {
         let positions = self.positions.of(height / self.patch_size, width / self.patch_size)?;
         // an image's tokens are one row here, so that the others go beside the patches without a kernel of their own
         let constant = |x: &Tensor| Ok::<_, candle_core::Error>(Value::from(x.expand((b, x.dims()[1]))?.contiguous()?));
-        let tokens = constant(&self.class_token)?.concat_last(&embedded)?.concat_last(&constant(&self.detection_tokens)?)?;
+        let tokens =
+            constant(&self.class_token)?.concat_last(&embedded)?.concat_last(&constant(&self.detection_tokens)?)?;
         let tokens = tokens.add_channels(&positions[0])?.reshape((b, 1 + count + q, c))?;
         Ok(self.norm.forward(&self.transformer.forward_to(tokens, 1 + count, q, &positions[1..])?)?)
     }
@@ -276,7 +278,8 @@ impl Positions {
         let count = self.rows * self.columns;
         let patches = table.narrow(0, 1, count)?.to_dtype(DType::F64)?;
         let vertical = bicubic(self.rows, rows)?.matmul(&patches.reshape((self.rows, self.columns * c))?)?;
-        let horizontal = bicubic(self.columns, columns)?.broadcast_matmul(&vertical.reshape((rows, self.columns, c))?)?;
+        let horizontal =
+            bicubic(self.columns, columns)?.broadcast_matmul(&vertical.reshape((rows, self.columns, c))?)?;
         let patches = horizontal.reshape((rows * columns, c))?.to_dtype(DType::F32)?;
         let (first, last) = (table.narrow(0, 0, 1)?, table.narrow(0, 1 + count, tokens - 1 - count)?);
         let whole = Tensor::cat(&[&first, &patches, &last], 0)?.flatten_all()?;

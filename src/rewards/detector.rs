@@ -111,7 +111,11 @@ impl Detection {
         };
         if let Asked::Exactly(n) = asked {
             let most = model.detections();
-            ensure!(n <= most, "the prompt {:?} asks for {n} things, and the detector sees at most {most}", prompt.text);
+            ensure!(
+                n <= most,
+                "the prompt {:?} asks for {n} things, and the detector sees at most {most}",
+                prompt.text
+            );
         }
         Ok(Question { class, asked })
     }

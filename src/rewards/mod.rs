@@ -342,7 +342,8 @@ impl Rewards {
     /// # Errors
     /// Names the reward and the prompt.
     pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
-        let check = |r: &Weighted, prompt| r.judge.score().check(prompt).with_context(|| format!("the reward `{}`", r.name));
+        let check =
+            |r: &Weighted, prompt| r.judge.score().check(prompt).with_context(|| format!("the reward `{}`", r.name));
         self.0.iter().try_for_each(|r| prompts.iter().try_for_each(|prompt| check(r, prompt)))
     }
 

@@ -35,7 +35,8 @@ struct Named {
 impl Vocabulary {
     /// `labels` are the names of the classes by their numbers; `N/A` is none.
     pub fn new(labels: &[String]) -> Self {
-        let named = || labels.iter().enumerate().filter(|(_, label)| *label != "N/A").map(|(i, l)| (i, words(l).join(" ")));
+        let named =
+            || labels.iter().enumerate().filter(|(_, label)| *label != "N/A").map(|(i, l)| (i, words(l).join(" ")));
         let mut forms: HashMap<String, Form> = HashMap::new();
         for (class, name) in named() {
             forms.entry(name).or_insert(Form { class, plural: false });
@@ -106,7 +107,8 @@ impl Vocabulary {
                 });
             }
         }
-        let said = self.named(&prompt.text).into_iter().filter(|named| named.class == class).find_map(|named| named.count);
+        let said =
+            self.named(&prompt.text).into_iter().filter(|named| named.class == class).find_map(|named| named.count);
         said.with_context(|| {
             format!(
                 "the prompt {:?} does not say how many of `{}`: write a number in front of it, or give the prompt a field `count` (a \
@@ -161,15 +163,35 @@ fn words(text: &str) -> Vec<String> {
 fn number_in_front(words: &[String]) -> Option<usize> {
     /// What ends a name's own words on the left.
     const ENDS: [&str; 16] = [
-        "of", "in", "on", "at", "by", "with", "and", "or", "the", "from", "to", "near", "under", "over", "behind", "beside",
+        "of", "in", "on", "at", "by", "with", "and", "or", "the", "from", "to", "near", "under", "over", "behind",
+        "beside",
     ];
     words.iter().rev().take_while(|word| !ENDS.contains(&&***word)).find_map(|word| number(word))
 }
 
 fn number(word: &str) -> Option<usize> {
     const WORDS: [&str; 21] = [
-        "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-        "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+        "no",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+        "nineteen",
+        "twenty",
     ];
     match word {
         "a" | "an" => Some(1),
@@ -232,7 +254,11 @@ mod tests {
         ] {
             let prompt = Prompt::from(text);
             let class = vocabulary.class_of(&prompt).unwrap();
-            assert_eq!((&*vocabulary.labels[class], vocabulary.count_of(&prompt, class).unwrap()), (label, count), "{text}");
+            assert_eq!(
+                (&*vocabulary.labels[class], vocabulary.count_of(&prompt, class).unwrap()),
+                (label, count),
+                "{text}"
+            );
         }
     }
 
@@ -248,7 +274,11 @@ mod tests {
         ] {
             let prompt = prompt(text, fields);
             let class = vocabulary.class_of(&prompt).unwrap();
-            assert_eq!((&*vocabulary.labels[class], vocabulary.count_of(&prompt, class).unwrap()), (label, count), "{text}");
+            assert_eq!(
+                (&*vocabulary.labels[class], vocabulary.count_of(&prompt, class).unwrap()),
+                (label, count),
+                "{text}"
+            );
         }
     }
 
@@ -258,7 +288,11 @@ mod tests {
         for (text, fields, message) in [
             ("three wugs", json!({}), "no word of the prompt \"three wugs\" is a thing that the detector knows"),
             ("", json!({}), "no word of the prompt \"\""),
-            ("a cat and two dogs", json!({}), "names several things (cat, dog): say which one counts in a field `object`"),
+            (
+                "a cat and two dogs",
+                json!({}),
+                "names several things (cat, dog): say which one counts in a field `object`",
+            ),
             ("a wug", json!({ "object": "wug" }), "the detector knows no `wug`: it knows"),
             ("a cat", json!({ "object": 3 }), "the field `object` of \"a cat\" is 3"),
             ("cats", json!({}), "the prompt \"cats\" does not say how many of `cat`"),

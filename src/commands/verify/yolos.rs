@@ -76,7 +76,9 @@ pub(super) fn compare(dir: &Path, text: &str, compute: &Compute, bounds: &Bounds
             let expected = part(format!("log_probs_{n}_{name}"))?;
             report.compare(&case, &format!("log P(N), {name}"), &found, expected, bounds.parts)?;
             let asked = of_image().filter(|case| case.label == class);
-            let counts = asked.clone().map(|case| (Asked::Exactly(case.n), case.reward, format!("reward_{n}_{name}_n{}", case.n)));
+            let counts = asked
+                .clone()
+                .map(|case| (Asked::Exactly(case.n), case.reward, format!("reward_{n}_{name}_n{}", case.n)));
             let expected = asked.take(1).map(|case| (Asked::Expected, case.expected, format!("expected_{n}_{name}")));
             for (asked, value, tensor) in counts.chain(expected) {
                 let tape = Tape::new();

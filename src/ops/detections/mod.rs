@@ -184,14 +184,20 @@ mod tests {
     #[test]
     fn agree_with_all_sets_of_tokens_and_with_finite_differences() {
         for (tokens, classes) in [(1, 2), (5, 4), (6, 9)] {
-            for asked in [Asked::Exactly(0), Asked::Exactly(1), Asked::Exactly(tokens), Asked::AtLeastOne, Asked::Expected]
+            for asked in
+                [Asked::Exactly(0), Asked::Exactly(1), Asked::Exactly(tokens), Asked::AtLeastOne, Asked::Expected]
             {
                 let questions = [ask(0, asked), ask(classes - 2, asked)];
                 check(
                     &[Case::normal(&[2, tokens, classes], 1)],
                     |x| Ok(detections_fwd(&x[0], &questions)?.0),
                     |x, d| Ok(vec![detections_bwd(d, &detections_fwd(&x[0], &questions)?.1)?]),
-                    |x| Tensor::stack(&[composed(&x[0].get(0)?, questions[0])?, composed(&x[0].get(1)?, questions[1])?], 0),
+                    |x| {
+                        Tensor::stack(
+                            &[composed(&x[0].get(0)?, questions[0])?, composed(&x[0].get(1)?, questions[1])?],
+                            0,
+                        )
+                    },
                 );
             }
         }

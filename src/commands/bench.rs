@@ -286,6 +286,7 @@ impl Work {
             denoiser: self.denoiser(),
             vae: &self.subject.vae,
             rewards: &self.subject.rewards,
+            prompt: &Prompt::from(""),
             timestep: self.plan.steps[0].timestep,
             latent_shape: self.subject.latent_shape,
             steps: self.plan.steps.len(),

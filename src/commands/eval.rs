@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -127,6 +127,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     sampler.warn_of_cut(setting, &prompts)?;
     let tuned = sampler.fit_lora(lora, &adapters_path)?.adapters;
     let rewards = Rewards::load_on(&reward_config, &sampler.pipeline.tokenizer, &compute)?;
+    rewards.check(&prompts).with_context(|| format!("in {setting}"))?;
     // the base model, then each scale of the LoRA
     let mut variants = vec![Adapters::default()];
     variants.extend(args.lora_scale.iter().map(|scale| tuned.scaled(*scale)));

@@ -34,6 +34,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
+    prompts.check(&rewards)?;
     let guard = Guard::load(config, prompts.guard(), tokenizer, &compute)?;
     let noise = Noise::new(config.run.seed);
     let state = match &args.resume {
@@ -42,7 +43,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     describe(config, &sampler, &rewards, &prompts.training, &state)?;
     prompts.warn_of_cut(&sampler)?;
-    let plan = &RunPlan::resolve(config, &sampler, &rewards, &state.adapters)?;
+    let plan = &RunPlan::resolve(config, &sampler, &rewards, &prompts.training[0], &state.adapters)?;
     if let Some(memory) = &plan.memory {
         note!("memory      {}", plan.describe_memory(memory));
         if !memory.fits {

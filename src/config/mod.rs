@@ -286,8 +286,17 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 7] =
-    ["aesthetic", "clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility"];
+pub const REWARD_KINDS: [&str; 9] = [
+    "aesthetic",
+    "clip-head",
+    "hps",
+    "clip-score",
+    "pickscore",
+    "compressibility",
+    "incompressibility",
+    "count",
+    "object",
+];
 
 /// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -300,6 +309,8 @@ pub struct RewardsConfig {
     pub pickscore: Option<PickscoreConfig>,
     pub compressibility: Option<CompressibilityConfig>,
     pub incompressibility: Option<CompressibilityConfig>,
+    pub count: Option<CountConfig>,
+    pub object: Option<ObjectConfig>,
 }
 
 impl RewardsConfig {
@@ -317,6 +328,8 @@ impl RewardsConfig {
             pickscore: pick(wanted("pickscore"), &self.pickscore),
             compressibility: pick(wanted("compressibility"), &self.compressibility),
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
+            count: pick(wanted("count"), &self.count),
+            object: pick(wanted("object"), &self.object),
         }
     }
 
@@ -330,6 +343,8 @@ impl RewardsConfig {
             self.pickscore.as_ref().map(|reward| reward.weight),
             self.compressibility.as_ref().map(|reward| reward.weight),
             self.incompressibility.as_ref().map(|reward| reward.weight),
+            self.count.as_ref().map(|reward| reward.weight),
+            self.object.as_ref().map(|reward| reward.weight),
         ];
         let kinds = REWARD_KINDS.into_iter().zip(weights);
         kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
@@ -436,6 +451,42 @@ table! {
     pub struct CompressibilityConfig {
         /// Factor of its loss; finite. 0: logged, not trained.
         weight: f64 = 1.0,
+    }
+}
+
+table! {
+    /// `[reward.count]`: log P(N = n) for the number N of things that a detector sees and the number n that the prompt asks
+    /// for. Class and number are the prompt's fields `object` and `count`, else what its text says ("three cats"). The loss is
+    /// -score. Logged beside it: the expected count (`count-expected`) and the thresholded one (`count-detected`).
+    pub struct CountConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own. Either way both
+        /// sides become multiples of the detector's patch.
+        size: Option<usize> = None,
+        /// The probability above which `count-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+    }
+}
+
+table! {
+    /// `[reward.object]`: log P(N >= 1), whether a detector sees a thing of the class, or its opposite, log P(N = 0). The loss
+    /// is -score. Logged beside it: `object-expected` and `object-detected`, as for `[reward.count]`.
+    pub struct ObjectConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own.
+        size: Option<usize> = None,
+        /// The probability above which `object-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+        /// The class, whatever the prompts say. Absent: the prompt's field `object`, else what its text names.
+        object: Option<String> = None,
+        /// Whether the object is to be absent: the score is log P(N = 0), as for removing a concept.
+        remove: bool = false,
     }
 }
 

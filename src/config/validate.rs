@@ -265,6 +265,25 @@ impl RewardsConfig {
         }
         named.extend(self.clip_score.iter().map(|reward| ("clip-score.model", &reward.model)));
         named.extend(self.pickscore.iter().map(|reward| ("pickscore.model", &reward.model)));
+        named.extend(self.object.iter().filter_map(|reward| Some(("object.object", reward.object.as_ref()?))));
+        let detectors = self
+            .count
+            .iter()
+            .map(|reward| ("count", &reward.model, reward.size, reward.threshold))
+            .chain(self.object.iter().map(|reward| ("object", &reward.model, reward.size, reward.threshold)));
+        for (kind, model, size, threshold) in detectors {
+            ensure!(!model.is_empty(), "reward.{kind}.model is empty: say where it is");
+            if let Some(size) = size {
+                ensure!(
+                    (1..=MAX_SIDE).contains(&size),
+                    "reward.{kind}.size = {size}: must be from 1 to {MAX_SIDE} pixels"
+                );
+            }
+            ensure!(
+                (0.0..=1.0).contains(&threshold),
+                "reward.{kind}.threshold = {threshold}: must be a probability, from 0 to 1; 0.5 is usual"
+            );
+        }
         for (key, name) in named {
             ensure!(!name.is_empty(), "reward.{key} is empty: say where it is");
         }
@@ -334,6 +353,10 @@ mod tests {
             ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
             ("reward.clip-head.head = 'h.pth'", "reward.clip-head.layers has no linear layer"),
             ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
+            ("reward.count.size = 0", "reward.count.size = 0: must be from 1 to"),
+            ("reward.count.model = ''", "reward.count.model is empty"),
+            ("reward.object.threshold = 1.5", "reward.object.threshold = 1.5: must be a probability"),
+            ("reward.object.object = ''", "reward.object.object is empty"),
             ("prompts = { builtin = 'animals', file = 'p' }", "prompts.file and prompts.builtin are both given"),
             ("optimizer.lr = 0", "optimizer.lr = 0: must be a finite number, more than 0"),
             ("optimizer.betas = [0.9, 1.0]", "optimizer.betas = [0.9, 1]: each must be"),

@@ -11,9 +11,11 @@ mod single_file;
 mod staged;
 pub mod text_encoder;
 pub mod tokenizer;
+mod transformer;
 pub mod unet;
 pub mod vae;
 pub mod weights;
+pub mod yolos;
 
 pub use hub::Source;
 pub use pipeline::Pipeline;

@@ -5,9 +5,11 @@
 //! reported. A new one is one file here and one table in the config.
 
 mod clip_head;
+mod detector;
 mod images;
 mod jpeg;
 mod preprocess;
+mod subject;
 mod text_image;
 
 use std::collections::{BTreeMap, HashMap};
@@ -24,6 +26,7 @@ use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+pub use detector::Detector;
 pub use images::TapedImages;
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};
@@ -33,6 +36,14 @@ pub trait Score: Send + Sync {
     /// One score an image, higher is better, for the images' prompts, as many. What several scores ask of the images is
     /// computed once: [`TapedImages::features`].
     fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>>;
+
+    /// Whether a prompt says all that the score asks of it.
+    ///
+    /// # Errors
+    /// Says what it does not.
+    fn check(&self, _prompt: &Prompt) -> Result<()> {
+        Ok(())
+    }
 
     /// Embeddings (B, D) of the images, of unit norm; `None` where the score has none.
     fn embedding(&self, _images: &TapedImages) -> Result<Option<Tensor>> {
@@ -277,6 +288,18 @@ impl Rewards {
         if let Some(c) = &config.incompressibility {
             push("incompressibility", c.weight, Ok(jpeg::incompressibility()))?;
         }
+        if let Some(c) = &config.count {
+            let detector = towers.detector("count", &c.model, c.size)?;
+            for (name, weight, judge) in detector::count(c, &detector) {
+                push(name, weight, Ok(judge))?;
+            }
+        }
+        if let Some(c) = &config.object {
+            let detector = towers.detector("object", &c.model, c.size)?;
+            for (name, weight, judge) in detector::object(c, &detector)? {
+                push(name, weight, Ok(judge))?;
+            }
+        }
         if rewards.is_empty() {
             bail!(
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
@@ -312,6 +335,16 @@ impl Rewards {
     /// The weighted sum of the given scores.
     pub fn total(&self, scores: &[f64]) -> f64 {
         self.0.iter().zip(scores).map(|(r, score)| r.weight * score).sum()
+    }
+
+    /// Whether each prompt says all that the rewards ask of it.
+    ///
+    /// # Errors
+    /// Names the reward and the prompt.
+    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+        let check =
+            |r: &Weighted, prompt| r.judge.score().check(prompt).with_context(|| format!("the reward `{}`", r.name));
+        self.0.iter().try_for_each(|r| prompts.iter().try_for_each(|prompt| check(r, prompt)))
     }
 
     /// Caps scores by their kinds: above its cap a score has no gradient.
@@ -408,11 +441,13 @@ fn as_many(images: &Tensor, prompts: &[Prompt]) -> Result<()> {
     Ok(())
 }
 
-/// CLIP models by their path, so that two rewards on one model share its weights.
+/// CLIP models and detectors by their path, so that two rewards on one model share its weights.
 struct Towers {
     /// Whether some reward on this model reads text.
     with_text: Vec<String>,
     loaded: HashMap<String, Arc<Clip>>,
+    /// By their path and the size of their images.
+    detectors: HashMap<(String, Option<usize>), Arc<Detector>>,
     compute: Compute,
 }
 
@@ -420,7 +455,24 @@ impl Towers {
     fn new(config: &RewardsConfig, compute: &Compute) -> Self {
         let with_text =
             [config.clip_score.as_ref().map(|c| c.model.clone()), config.pickscore.as_ref().map(|c| c.model.clone())];
-        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new(), compute: compute.clone() }
+        Self {
+            with_text: with_text.into_iter().flatten().collect(),
+            loaded: HashMap::new(),
+            detectors: HashMap::new(),
+            compute: compute.clone(),
+        }
+    }
+
+    /// For the reward `name`.
+    fn detector(&mut self, name: &str, model: &str, size: Option<usize>) -> Result<Arc<Detector>> {
+        let key = (model.to_owned(), size);
+        if let Some(detector) = self.detectors.get(&key) {
+            return Ok(detector.clone());
+        }
+        let loaded = Detector::load(model, size, &self.compute);
+        let detector = Arc::new(loaded.with_context(|| format!("loading the reward `{name}`"))?);
+        self.detectors.insert(key, detector.clone());
+        Ok(detector)
     }
 
     fn get(&mut self, model: &str) -> Result<Arc<Clip>> {

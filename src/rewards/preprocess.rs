@@ -1,4 +1,4 @@
-//! From a generated image to a CLIP tower's pixels, differentiably.
+//! From a generated image to the pixels of a CLIP tower or a detector, differentiably.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -17,12 +17,8 @@ use crate::ops::device::upload;
 pub struct Preprocessor {
     method: Preprocess,
     side: usize,
-    /// (1, 3, 1, 1)
-    scale: Tensor,
-    /// (1, 3, 1, 1)
-    offset: Tensor,
-    /// The matrices that took (inputs) to (outputs) so far: a run's images have one size.
-    resizes: Mutex<HashMap<(usize, usize), Linear>>,
+    resizer: Resizer,
+    normaliser: Normaliser,
 }
 
 impl Preprocessor {
@@ -31,9 +27,12 @@ impl Preprocessor {
     /// # Errors
     /// The device's.
     pub fn new(method: Preprocess, side: usize, pixels: &PixelStatistics, device: &Device) -> Result<Self> {
-        let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), device);
-        let (scale, offset) = pixels.affine();
-        Ok(Self { method, side, scale: per_channel(scale)?, offset: per_channel(offset)?, resizes: Mutex::default() })
+        let filter = match method {
+            Preprocess::Hpsv2Official => Filter::Bicubic,
+            Preprocess::Alignprop | Preprocess::Squash => Filter::Bilinear,
+        };
+        let (resizer, normaliser) = (Resizer::new(filter, device), Normaliser::new(pixels, device)?);
+        Ok(Self { method, side, resizer, normaliser })
     }
 
     /// For the tower of `clip`.
@@ -54,30 +53,63 @@ impl Preprocessor {
         let (x, side) = (activation(images, Activation::UnitRange)?, self.side);
         let (_, _, h, w) = x.tensor().dims4()?;
         let x = match self.method {
-            Preprocess::Alignprop => {
-                // torchvision's resize of the short side, then its centre crop
-                let short = h.min(w);
-                let long = |n: usize| if n == short { side } else { side * n / short };
-                let x = self.resize(&x, long(h), long(w))?;
-                let offset = |n: usize| ((n - side) as f64 / 2.0).round_ties_even() as usize;
-                x.narrow(2, offset(long(h)), side)?.narrow(3, offset(long(w)), side)?
-            }
+            Preprocess::Alignprop => self.resizer.short_side_and_centre(&x, side)?,
             Preprocess::Hpsv2Official => {
                 // open_clip's resize of the longest side, bicubic, and black around it
                 let scale = side as f64 / h.max(w) as f64;
                 let scaled = |n: usize| ((n as f64 * scale).round_ties_even() as usize).clamp(1, side);
-                let x = self.resize(&x, scaled(h), scaled(w))?;
+                let x = self.resizer.resize(&x, scaled(h), scaled(w))?;
                 // bicubic overshoots; an 8-bit image cannot
                 let x = activation(&x.affine(2.0, -1.0)?, Activation::UnitRange)?;
                 pad(&x, side, side)?
             }
-            Preprocess::Squash => self.resize(&x, side, side)?,
+            Preprocess::Squash => self.resizer.resize(&x, side, side)?,
         };
+        self.normaliser.apply(&x)
+    }
+}
+
+/// From pixels in [0, 1] to those of a network: (x - mean) / std for each colour.
+pub struct Normaliser {
+    /// (1, 3, 1, 1)
+    scale: Tensor,
+    /// (1, 3, 1, 1)
+    offset: Tensor,
+}
+
+impl Normaliser {
+    /// For pixels on `device`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn new(pixels: &PixelStatistics, device: &Device) -> Result<Self> {
+        let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), device);
+        let (scale, offset) = pixels.affine();
+        Ok(Self { scale: per_channel(scale)?, offset: per_channel(offset)? })
+    }
+
+    /// (B, 3, H, W) -> (B, 3, H, W).
+    pub fn apply(&self, x: &Value) -> Result<Value> {
         Ok(x.mul_constant(&self.scale)?.add_constant(&self.offset)?)
+    }
+}
+
+/// Antialiased resampling of images.
+pub struct Resizer {
+    filter: Filter,
+    device: Device,
+    /// The matrices that took (inputs) to (outputs) so far: a run's images have one size.
+    matrices: Mutex<HashMap<(usize, usize), Linear>>,
+}
+
+impl Resizer {
+    /// For images on `device`.
+    pub fn new(filter: Filter, device: &Device) -> Self {
+        Self { filter, device: device.clone(), matrices: Mutex::default() }
     }
 
     /// (B, C, H, W) -> (B, C, height, width): one matrix product for each axis, so the gradient is their transpose.
-    fn resize(&self, x: &Value, height: usize, width: usize) -> Result<Value> {
+    pub fn resize(&self, x: &Value, height: usize, width: usize) -> Result<Value> {
         let (_, _, h, w) = x.tensor().dims4()?;
         let mut x = x.clone();
         if w != width {
@@ -91,19 +123,25 @@ impl Preprocessor {
         Ok(x)
     }
 
+    /// torchvision's resize of the short side, then its centre crop: (B, C, H, W) -> (B, C, side, side).
+    pub fn short_side_and_centre(&self, x: &Value, side: usize) -> Result<Value> {
+        let (_, _, h, w) = x.tensor().dims4()?;
+        let short = h.min(w);
+        let long = |n: usize| if n == short { side } else { side * n / short };
+        let x = self.resize(x, long(h), long(w))?;
+        let offset = |n: usize| ((n - side) as f64 / 2.0).round_ties_even() as usize;
+        Ok(x.narrow(2, offset(long(h)), side)?.narrow(3, offset(long(w)), side)?)
+    }
+
     /// Made once, and uploaded once where images are on a GPU.
     fn matrix(&self, inputs: usize, outputs: usize) -> Result<Linear> {
-        let mut resizes = self.resizes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(made) = resizes.get(&(inputs, outputs)) {
+        let mut matrices = self.matrices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = matrices.get(&(inputs, outputs)) {
             return Ok(made.clone());
         }
-        let filter = match self.method {
-            Preprocess::Hpsv2Official => Filter::Bicubic,
-            Preprocess::Alignprop | Preprocess::Squash => Filter::Bilinear,
-        };
-        let matrix = upload(&resize_matrix(inputs, outputs, filter)?, self.scale.device())?;
+        let matrix = upload(&resize_matrix(inputs, outputs, self.filter)?, &self.device)?;
         let made = Linear::new(&matrix, None)?;
-        resizes.insert((inputs, outputs), made.clone());
+        matrices.insert((inputs, outputs), made.clone());
         Ok(made)
     }
 }

@@ -35,11 +35,12 @@ impl Guard {
         if guard.every == 0 {
             return Ok(None);
         }
-        let prompts = prompts.iter().take(guard.num_prompts).cloned().collect();
+        let prompts: Vec<Prompt> = prompts.iter().take(guard.num_prompts).cloned().collect();
         let held_out = match guard.reward.weights().is_empty() {
             true => None,
             false => Some(Rewards::load_on(&guard.reward, tokenizer, compute).context("the guard's held-out rewards")?),
         };
+        held_out.as_ref().map_or(Ok(()), |rewards| rewards.check(&prompts).context("the guard's held-out rewards"))?;
         let seeds = guard.seeds as u64;
         Ok(Some(Self { every: guard.every, patience: guard.patience, seeds, prompts, held_out }))
     }

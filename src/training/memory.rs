@@ -101,6 +101,8 @@ pub struct Parts<'a> {
     pub denoiser: Denoiser<'a>,
     pub vae: &'a Vae,
     pub rewards: &'a Rewards,
+    /// What the rewards are asked about: one that says what they need to know.
+    pub prompt: &'a Prompt,
     /// A timestep of the chain.
     pub timestep: f64,
     /// (channels, h, w) of one image.
@@ -209,7 +211,7 @@ impl Parts<'_> {
         let critic = Critic { vae: self.vae, rewards: self.rewards, checkpointing };
         rise(self.meter(), || {
             let mut tally = Tally::new(self.denoiser.adapters);
-            let credit = credit(&critic, &latents, &[Prompt::from("")], 1.0, &mut tally)?;
+            let credit = credit(&critic, &latents, std::slice::from_ref(self.prompt), 1.0, &mut tally)?;
             tally.ledger.read()?;
             Ok(credit)
         })

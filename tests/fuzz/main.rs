@@ -246,6 +246,7 @@ tests! {
     clip_config: "clip-config",
     open_clip_config: "open-clip-config",
     preprocessor_config: "preprocessor-config",
+    detector_config: "detector-config",
     scheduler_config: "scheduler-config",
     shards_index: "shards-index",
     yaml: "yaml",

@@ -47,6 +47,7 @@ pub fn reader(name: &str, folder: &Path) -> Reader {
         "open-clip-config" => models::open_clip(folder),
         "preprocessor-config" => models::preprocessor(folder),
         "scheduler-config" => models::scheduler(folder),
+        "detector-config" => models::detector(folder),
         "aesthetic-head" => models::aesthetic_head(folder),
         "shards-index" => models::shards_index(folder),
         "yaml" => models::single_file(folder, true),

@@ -13,6 +13,7 @@ use alignprop::models::text_encoder::TextEncoder;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::unet::Unet;
 use alignprop::models::vae::Vae;
+use alignprop::models::yolos::Yolos;
 use alignprop::models::{Source, Weights};
 use alignprop::nn::tape::Value;
 use alignprop::ops::device::Compute;
@@ -132,6 +133,15 @@ pub fn clip(folder: &Path) -> Reader {
         // a picture of any size that the program could be asked for
         let side = clip.vision.image_size().min(4096);
         clip.vision.forward(&Value::constant(&zeros(&[1, 3, side, side])?)).map(drop)
+    })
+}
+
+/// The config of transformers' YOLOS.
+pub fn detector(folder: &Path) -> Reader {
+    of_json(folder, "tiny-yolos/model", "config.json", |source| {
+        let yolos = Yolos::load(source, &Compute::cpu())?;
+        let side = yolos.patch_size().min(64);
+        yolos.logits(&yolos.tokens(&Value::constant(&zeros(&[1, 3, side, 2 * side])?))?).map(drop)
     })
 }
 

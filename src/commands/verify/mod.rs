@@ -1,9 +1,11 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
-//! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
+//! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
 //! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
-use std::collections::BTreeMap;
+mod yolos;
+
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -106,7 +108,13 @@ impl Bounds {
     }
 }
 
-/// `reference.json`.
+/// What a `reference.json` is about.
+#[derive(Deserialize)]
+struct Kind {
+    kind: Option<String>,
+}
+
+/// `reference.json` of a pipeline.
 #[derive(Deserialize)]
 struct Reference {
     size: [usize; 2],
@@ -305,8 +313,22 @@ const GRADIENTS: &str = "all LoRA gradients";
 fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static Bounds) -> Result<Report> {
     let text = std::fs::read_to_string(dir.join("reference.json"))
         .with_context(|| format!("{} holds no reference.json", dir.display()))?;
-    let reference: Reference =
-        serde_json::from_str(&text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
+    let place = || format!("reading {}/reference.json", dir.display());
+    match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
+        None => pipeline(dir, serde_json::from_str(&text).with_context(place)?, head, compute, bounds),
+        Some("yolos") => yolos::compare(dir, &text, compute, bounds),
+        Some(other) => bail!("{} is of kind `{other}`: none (a pipeline) and yolos are known", dir.display()),
+    }
+}
+
+/// A pipeline with rewards.
+fn pipeline(
+    dir: &Path,
+    reference: Reference,
+    head: Option<&Path>,
+    compute: &Compute,
+    bounds: &'static Bounds,
+) -> Result<Report> {
     let head = match head {
         Some(head) => Some(head.to_owned()),
         None => find_head(dir),
@@ -330,6 +352,12 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     Ok(report)
 }
 
+/// The tensors of a set's file.
+fn tensors(dir: &Path, name: &str, compute: &Compute) -> Result<HashMap<String, Tensor>> {
+    let path = dir.join(name);
+    candle_core::safetensors::load(&path, compute.device()).with_context(|| format!("reading {}", path.display()))
+}
+
 fn find_head(dir: &Path) -> Option<PathBuf> {
     let own = dir.join("aesthetic_head.safetensors");
     let absolute = dir.canonicalize().ok()?;
@@ -347,10 +375,8 @@ struct Subject<'a> {
 }
 
 impl Subject<'_> {
-    fn tensors(&self, name: &str) -> Result<std::collections::HashMap<String, Tensor>> {
-        let path = self.dir.join(name);
-        candle_core::safetensors::load(&path, self.compute.device())
-            .with_context(|| format!("reading {}", path.display()))
+    fn tensors(&self, name: &str) -> Result<HashMap<String, Tensor>> {
+        tensors(self.dir, name, self.compute)
     }
 
     fn with_alpha(&self, adapters: &Adapters) -> Result<Adapters> {

@@ -3,7 +3,9 @@
 //! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
 //! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
-use std::collections::BTreeMap;
+mod policy;
+
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -109,10 +111,13 @@ impl Bounds {
 /// `reference.json`.
 #[derive(Deserialize)]
 struct Reference {
+    /// What the set is about; absent: a pipeline and the gradients of its chains.
+    kind: Option<String>,
     size: [usize; 2],
     steps: usize,
     lora_alpha: f64,
     prompts: Vec<String>,
+    #[serde(default)]
     cases: BTreeMap<String, Case>,
     train3: Option<Train>,
 }
@@ -314,6 +319,14 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
     let subject = Subject { dir, reference, pipeline, head, compute, bounds };
     let mut report = Report::default();
+    match subject.reference.kind.as_deref() {
+        None => {}
+        Some("policy") => {
+            policy::compare(&subject, &text, &mut report)?;
+            return Ok(report);
+        }
+        Some(kind) => bail!("{}/reference.json: the kind `{kind}` is not known", dir.display()),
+    }
     subject.parts(&mut report)?;
     let start = formats::load(&dir.join("lora_start.safetensors"))?.adapters;
     let start = subject.with_alpha(&start)?.to_device(compute.device())?;
@@ -347,7 +360,7 @@ struct Subject<'a> {
 }
 
 impl Subject<'_> {
-    fn tensors(&self, name: &str) -> Result<std::collections::HashMap<String, Tensor>> {
+    fn tensors(&self, name: &str) -> Result<HashMap<String, Tensor>> {
         let path = self.dir.join(name);
         candle_core::safetensors::load(&path, self.compute.device())
             .with_context(|| format!("reading {}", path.display()))
@@ -572,14 +585,26 @@ impl Subject<'_> {
         let loss = credit.scores.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() / batch as f64;
         report.push(name, "loss", (loss / case.loss - 1.0).abs(), self.bounds.parts);
 
+        self.compare_gradients(name, start, &gradients, &expected, report)
+    }
+
+    /// Compares the gradients of adapters with the tensors `grad.*` of a file.
+    fn compare_gradients(
+        &self,
+        case: &str,
+        adapters: &Adapters,
+        gradients: &[Tensor],
+        expected: &HashMap<String, Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
         let mut distances = Vec::with_capacity(gradients.len());
-        for ((tensor, _), gradient) in start.named_tensors().iter().zip(&gradients) {
+        for ((tensor, _), gradient) in adapters.named_tensors().iter().zip(gradients) {
             let expected = expected
                 .get(&format!("grad.{tensor}"))
-                .with_context(|| format!("chain_{name}.safetensors has no `grad.{tensor}`"))?;
+                .with_context(|| format!("the tensors of {case} have no `grad.{tensor}`"))?;
             distances.push((tensor.clone(), Distance::between(gradient, expected)?));
         }
-        self.gradients(name, &distances, report);
+        self.gradients(case, &distances, report);
         Ok(())
     }
 

@@ -265,4 +265,5 @@ tests! {
     metrics: "metrics",
     runs: "runs",
     checkpoint_state: "checkpoint-state",
+    checkpoint_statistics: "checkpoint-statistics",
 }

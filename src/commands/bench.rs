@@ -290,6 +290,8 @@ impl Work {
             timestep: self.plan.steps[0].timestep,
             latent_shape: self.subject.latent_shape,
             steps: self.plan.steps.len(),
+            differentiates_rewards: true,
+            round: 0,
         };
         Ok(parts.estimate(&parts.measure(self.checkpointing)?, self.batch, self.stored_steps).total())
     }

@@ -5,6 +5,7 @@
 //! checks the ranges. A path in a config is relative to the current directory, as in diffusers; a run's own
 //! config has whole paths (`paths`).
 
+mod method;
 mod paths;
 mod prompt_file;
 mod prompts;
@@ -19,6 +20,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
+pub use method::{AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, WindowConfig};
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::{concerns, nearest};
 pub use text::{shell_word, shown, shown_lines};
@@ -59,6 +61,7 @@ pub struct Config {
     pub model: ModelConfig,
     pub lora: LoraConfig,
     pub sampler: SamplerConfig,
+    pub method: Method,
     pub truncation: Truncation,
     pub reward: RewardsConfig,
     pub prompts: PromptsConfig,
@@ -540,7 +543,7 @@ pub enum LrSchedule {
 table! {
     /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
     pub struct TrainConfig {
-        /// Optimizer steps; 1 or more.
+        /// Optimizer steps; 1 or more. Of `ddpo` and `grpo`: rounds.
         steps: usize = 100,
         /// Images of one micro-batch; 1 or more. More is faster where memory allows.
         batch_size: usize = 1,
@@ -598,6 +601,8 @@ table! {
     pub struct RegularizationConfig {
         /// Weight of the mean squared difference of the noise predictions from the base model's, over the steps that
         /// keep their gradient (the KL term of DRaFT+); 0 or more. Each such step then evaluates the base model too.
+        /// With `ddpo` and `grpo` the weight of the KL divergence of each trained step from the base model's, a mean over the
+        /// latent's elements (Flow-GRPO).
         kl_weight: f64 = 0.0,
         /// Decay of an exponential moving average of the adapters, d in `average <- d average + (1 - d) adapters`;
         /// 0 or more and less than 1. 0: none. It is saved beside the adapters.
@@ -778,7 +783,7 @@ mod tests {
     fn to_toml_has_its_tables_in_order() {
         let text = Config::parse("reward.hps = {}", "x.toml", &[]).unwrap().to_toml().unwrap();
         let tables: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
-        let order = "[model] [lora] [sampler] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
+        let order = "[model] [lora] [sampler] [method] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
                      [regularization.reward_cap] [run] [guard] [guard.reward]";
         assert_eq!(tables.join(" "), order, "{text}");
         assert!(text.contains("betas = [0.9, 0.999]\n"), "{text}");

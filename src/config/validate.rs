@@ -18,8 +18,20 @@ impl Config {
     /// Checks the ranges and what one table demands of another. What only the model knows (its image size, its
     /// layers) is checked where the model is loaded.
     pub fn validate(&self) -> Result<()> {
-        let Config { model, lora, sampler, truncation, reward, prompts, optimizer, train, regularization, run, guard } =
-            self;
+        let Config {
+            model,
+            lora,
+            sampler,
+            method,
+            truncation,
+            reward,
+            prompts,
+            optimizer,
+            train,
+            regularization,
+            run,
+            guard,
+        } = self;
 
         ensure!(!model.path.is_empty(), "model.path is empty: give a folder or a hub id");
         ensure!(model.variant.as_deref() != Some(""), "model.variant is empty: leave it out for the plain files");
@@ -103,6 +115,7 @@ impl Config {
             train.steps
         );
 
+        method.validate(self)?;
         if let Some(budget) = train.memory_budget {
             more_than_zero("train.memory_budget", budget)?;
         }
@@ -308,12 +321,12 @@ pub fn parse_device(device: &str) -> Result<String, String> {
     }
 }
 
-fn at_least_one(key: &str, value: usize) -> Result<()> {
+pub(super) fn at_least_one(key: &str, value: usize) -> Result<()> {
     ensure!(value >= 1, "{key} = {value}: must be 1 or more");
     Ok(())
 }
 
-fn more_than_zero(key: &str, value: f64) -> Result<()> {
+pub(super) fn more_than_zero(key: &str, value: f64) -> Result<()> {
     ensure!(value > 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, more than 0");
     Ok(())
 }

@@ -9,7 +9,7 @@
 //! ```
 
 use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 use crate::models::Source;
@@ -99,12 +99,29 @@ pub struct DdimStep {
 impl DdimStep {
     /// x_{t-1}; `noise` may be left out where σ is zero.
     pub fn apply(&self, x_t: &Tensor, model_output: &Tensor, noise: Option<&Tensor>) -> candle_core::Result<Tensor> {
-        let x = ((x_t * self.sample)? + (model_output * self.model_output)?)?;
+        let x = self.mean(x_t, model_output)?;
         match noise {
             Some(noise) if self.noise != 0.0 => x + (noise * self.noise)?,
             None if self.noise != 0.0 => candle_core::bail!("a DDIM step with eta > 0 needs its noise"),
             _ => Ok(x),
         }
+    }
+
+    /// μ, x_{t-1} without its noise.
+    pub fn mean(&self, x_t: &Tensor, model_output: &Tensor) -> candle_core::Result<Tensor> {
+        (x_t * self.sample)? + (model_output * self.model_output)?
+    }
+
+    /// z = (x_{t-1} - μ) / σ, in f64: the noise that makes x_{t-1} of x_t. σ is not zero.
+    pub fn noise_of(&self, x_t: &Tensor, model_output: &Tensor, x_next: &Tensor) -> candle_core::Result<Tensor> {
+        let wide = |x: &Tensor| x.to_dtype(DType::F64);
+        (wide(x_next)? - self.mean(&wide(x_t)?, &wide(model_output)?)?)? / self.noise
+    }
+
+    /// log N(x_{t-1}; μ, σ²) from that noise z (B, C, h, w): the mean over an image's elements, as DDPO's code has it, (B) in f64.
+    pub fn log_prob(&self, z: &Tensor) -> candle_core::Result<Tensor> {
+        let constant = self.noise.ln() + 0.5 * std::f64::consts::TAU.ln();
+        z.sqr()?.flatten_from(1)?.mean(1)?.affine(-0.5, -constant)
     }
 }
 
@@ -147,6 +164,8 @@ pub struct DdimSchedule {
     /// ᾱ of the training timesteps, rounded to f32 as PyTorch has them: 1 - ᾱ cancels near the end, and the rounding is
     /// part of what the model is sampled with.
     alphas_cumprod: Vec<f64>,
+    /// Of each step: the timestep, and ᾱ of the next one.
+    levels: Vec<(usize, f64)>,
     steps: Vec<DdimStep>,
 }
 
@@ -175,14 +194,18 @@ impl DdimSchedule {
         }
         let last = if config.set_alpha_to_one { 1.0 } else { alphas_cumprod[0] };
         let stride = train / num_inference_steps;
-        let steps = timesteps
-            .into_iter()
-            .map(|timestep| {
-                let next = timestep.checked_sub(stride).map_or(last, |previous| alphas_cumprod[previous]);
-                step(prediction, timestep as f64, alphas_cumprod[timestep], next, eta)
-            })
-            .collect();
-        Ok(Self { prediction, alphas_cumprod, steps })
+        let next = |timestep: usize| timestep.checked_sub(stride).map_or(last, |previous| alphas_cumprod[previous]);
+        let levels = timesteps.into_iter().map(|timestep| (timestep, next(timestep))).collect();
+        Ok(Self { prediction, alphas_cumprod, levels, steps: Vec::new() }.with_eta(eta))
+    }
+
+    /// The same steps with another amount of noise, from 0 (DDIM) to 1 (DDPM).
+    pub fn with_eta(self, eta: f64) -> Self {
+        let of = |(timestep, next): &(usize, f64)| {
+            step(self.prediction, *timestep as f64, self.alphas_cumprod[*timestep], *next, eta)
+        };
+        let steps = self.levels.iter().map(of).collect();
+        Self { steps, ..self }
     }
 
     pub fn steps(&self) -> &[DdimStep] {
@@ -370,6 +393,24 @@ mod tests {
                 let stop = schedule.predicted_original(i);
                 assert!((stop.sample * x_t + stop.model_output * out - x0).abs() < 1e-9);
             }
+        }
+    }
+
+    #[test]
+    fn the_density_of_a_step_is_that_of_its_noise() {
+        let schedule = DdimSchedule::new(&stable_diffusion(), 10, 0.0).unwrap().with_eta(1.0);
+        assert_eq!(schedule.steps(), DdimSchedule::new(&stable_diffusion(), 10, 1.0).unwrap().steps());
+        let step = schedule.steps()[4];
+        let normal = |seed: usize| crate::ops::testing::Case::normal(&[2, 4, 3, 5], seed as u64).to_dtype(DType::F64);
+        let [x, out, z] = [1, 2, 3].map(|seed| normal(seed).unwrap());
+        let next = step.apply(&x, &out, Some(&z)).unwrap();
+        let found = step.noise_of(&x, &out, &next).unwrap();
+        assert!(crate::ops::testing::relative_error(&found, &z) < 1e-12);
+        let densities = step.log_prob(&found).unwrap().to_vec1::<f64>().unwrap();
+        let rows = z.flatten_from(1).unwrap().to_vec2::<f64>().unwrap();
+        for (density, row) in densities.iter().zip(rows) {
+            let of = |z: &f64| ((-0.5 * z * z).exp() / (step.noise * std::f64::consts::TAU.sqrt())).ln();
+            assert!((density - row.iter().map(of).sum::<f64>() / row.len() as f64).abs() < 1e-12);
         }
     }
 

@@ -19,6 +19,10 @@ pub mod names {
     pub const GRAD_NORM: &str = "grad_norm";
     /// Mean distance of the batch's noise predictions from the base model's.
     pub const DISTANCE: &str = "distance";
+    /// Of policy gradients: root mean square of the distance from 1 of the ratios of new to old density.
+    pub const RATIO_SPREAD: &str = "policy/ratio_spread";
+    /// Of policy gradients: the share of these ratios outside of the clip range.
+    pub const OUTSIDE_CLIP: &str = "policy/outside_clip";
     /// The step's learning rate.
     pub const LR: &str = "lr";
     /// Differentiated denoising steps an image.

@@ -135,9 +135,14 @@ impl Weighted {
         }
     }
 
+    /// A score without a gradient is maximised.
     fn loss(&self, score: f64) -> f64 {
         let capped = self.cap.map_or(score, |cap| score.min(cap));
-        self.trained().map_or(0.0, |reward| self.weight * reward.objective().loss(capped))
+        let objective = match &self.judge {
+            Judge::Differentiable(reward) => reward.objective(),
+            Judge::Score(_) => Objective::Maximize,
+        };
+        self.weight * objective.loss(capped)
     }
 
     /// d loss / d score of `reward`, of scores in f64, on their device.
@@ -327,7 +332,7 @@ impl Rewards {
         self.0.iter()
     }
 
-    /// The weighted loss of the given scores.
+    /// The weighted loss of the given scores; one that is not trained has a weight of 0.
     pub fn loss(&self, scores: &[f64]) -> f64 {
         self.0.iter().zip(scores).map(|(r, score)| r.loss(*score)).sum()
     }

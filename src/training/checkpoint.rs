@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::advantages::PromptStatistics;
 use super::loss_scale::LossScale;
 use crate::config::OptimizerConfig;
 use crate::files::{UNFINISHED, sync_folder};
@@ -20,6 +21,8 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 /// The moving average of the adapters, a LoRA file too; only where the run keeps one.
 pub const EMA: &str = "pytorch_lora_weights_ema.safetensors";
 const STATE: &str = "state.json";
+/// The prompts' latest rewards, of runs that keep them.
+const STATISTICS: &str = "statistics.safetensors";
 
 /// The state of a run between two optimizer steps.
 #[derive(Clone)]
@@ -32,6 +35,8 @@ pub struct Checkpoint {
     pub ema: Option<Adapters>,
     /// Of runs in f16.
     pub loss_scale: Option<LossScale>,
+    /// The prompts' latest rewards: empty but for DDPO.
+    pub statistics: PromptStatistics,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -92,6 +97,10 @@ impl Checkpoint {
         candle_core::safetensors::save(&moments, unfinished.join(OPTIMIZER))?;
         let state = State { step: self.step, optimizer_step: self.optimizer.step, loss_scale: self.loss_scale };
         fs::write(unfinished.join(STATE), serde_json::to_string_pretty(&state)?)?;
+        if !self.statistics.is_empty() {
+            candle_core::safetensors::save(&self.statistics.tensors()?, unfinished.join(STATISTICS))?;
+            File::open(unfinished.join(STATISTICS))?.sync_all()?;
+        }
         for name in [OPTIMIZER, STATE] {
             File::open(unfinished.join(name))?.sync_all()?;
         }
@@ -170,7 +179,15 @@ impl Checkpoint {
         };
         let ema = folder.join(EMA);
         let ema = if ema.is_file() { Some(formats::load(&ema)?.adapters) } else { None };
-        Ok(Self { step: state.step, adapters, optimizer, ema, loss_scale: state.loss_scale })
+        let statistics = folder.join(STATISTICS);
+        let statistics = match statistics.is_file() {
+            true => candle_core::safetensors::load(&statistics, &Device::Cpu)
+                .map_err(Error::from)
+                .and_then(PromptStatistics::from_tensors)
+                .with_context(|| format!("{STATISTICS} is damaged"))?,
+            false => PromptStatistics::default(),
+        };
+        Ok(Self { step: state.step, adapters, optimizer, ema, loss_scale: state.loss_scale, statistics })
     }
 
     /// The checkpoints under `parent`, oldest first.

@@ -109,6 +109,10 @@ pub struct Parts<'a> {
     pub latent_shape: (usize, usize, usize),
     /// Steps of the chain, each of which leaves two latents in the trajectory.
     pub steps: usize,
+    /// Whether images go back through the rewards and the decoder.
+    pub differentiates_rewards: bool,
+    /// Images whose chains are kept until all of them are there.
+    pub round: usize,
 }
 
 /// Sides of the latents that are measured: the larger one is enough for every level of the UNet.
@@ -209,9 +213,13 @@ impl Parts<'_> {
     fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
         let critic = Critic { vae: self.vae, rewards: self.rewards, checkpointing };
+        let prompts = std::slice::from_ref(self.prompt);
+        if !self.differentiates_rewards {
+            return rise(self.meter(), || self.rewards.scores(&self.vae.decode(&latents)?, prompts));
+        }
         rise(self.meter(), || {
             let mut tally = Tally::new(self.denoiser.adapters);
-            let credit = credit(&critic, &latents, std::slice::from_ref(self.prompt), 1.0, &mut tally)?;
+            let credit = credit(&critic, &latents, prompts, 1.0, &mut tally)?;
             tally.ledger.read()?;
             Ok(credit)
         })
@@ -219,6 +227,9 @@ impl Parts<'_> {
 
     fn decoder_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
+        if !self.differentiates_rewards {
+            return rise(self.meter(), || self.vae.decode(&latents));
+        }
         rise(self.meter(), || {
             let decoded = self.vae.trace(&latents, checkpointing)?;
             let cotangent = decoded.image().clone();
@@ -230,10 +241,10 @@ impl Parts<'_> {
     pub fn estimate(&self, costs: &Costs, batch: usize, stored_steps: usize) -> Estimate {
         let (channels, h, w) = self.latent_shape;
         let pixels = (h * w) as f64;
-        let latents = (4 * batch * channels * h * w) as f64;
+        let latent = (4 * channels * h * w) as f64;
         Estimate {
             loaded: costs.loaded,
-            trajectory: 2.0 * self.steps as f64 * latents,
+            trajectory: latent * (2 * self.steps * batch + (self.steps + 1) * self.round) as f64,
             unet: self.branches() * costs.unet.of(batch, pixels),
             stored_step: self.branches() * costs.stored.of(batch, pixels),
             stored_steps,
@@ -322,7 +333,7 @@ impl Evaluation {
 pub struct Estimate {
     /// Weights, adapters, moments, threads' buffers.
     pub loaded: f64,
-    /// The latents and predictions of a micro-batch.
+    /// The latents and predictions of a micro-batch, and the latents of a round that is trained on when it is whole.
     pub trajectory: f64,
     /// One differentiated step of a micro-batch, both branches of guidance.
     pub unet: f64,

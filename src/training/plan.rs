@@ -131,6 +131,12 @@ fn fit(
         timestep: sampler.schedule.steps()[0].timestep,
         latent_shape: sampler.latent_shape,
         steps: sampler.schedule.len(),
+        differentiates_rewards: config.method.differentiates_rewards(),
+        // on a GPU a round waits in the host's memory
+        round: match config.method.policy() {
+            Some(_) if sampler.compute().device().is_cpu() => train.batch_size * train.gradient_accumulation_steps,
+            _ => 0,
+        },
     };
     let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
     // the estimate includes what the process holds already
@@ -150,7 +156,10 @@ fn fit(
     };
     let (split, fits) = match train.checkpointing {
         CheckpointingChoice::Auto => {
-            let most = Plan::most_kept(&config.truncation, sampler.schedule.len());
+            let most = match config.method.policy() {
+                None => Plan::most_kept(&config.truncation, sampler.schedule.len()),
+                Some(_) => 0,
+            };
             let budget = Budget { all: budget.unwrap_or(f64::INFINITY), storing };
             fitting(batch_size, most, budget, |split| estimate(split).total())
         }

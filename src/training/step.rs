@@ -8,11 +8,12 @@
 //! update          clipping and AdamW: the next factors
 //! ```
 //!
-//! `training/alignprop.rs` puts them together.
+//! `training/alignprop.rs` and `training/ddpo.rs` put them together.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
+use super::loss_scale::LossScale;
 use super::{Plan, health};
 use crate::config::{Checkpointing, Prompt};
 use crate::lora::Adapters;
@@ -70,6 +71,32 @@ impl Tally {
         let readings = self.ledger.read()?;
         sum.merge(gradients.into())?;
         Ok(readings)
+    }
+}
+
+/// A backward pass into the tally; in f16, whose cotangents are scaled up, into one of its own that is added when it is finite. Where
+/// something overflows there, it is done again with half the loss scale. What it notes is read with the tally's ledger,
+/// or in f16 from the readings that come with it.
+///
+/// # Errors
+/// Those of `back`; in f16 a number that is not finite with any scale.
+pub fn scaled<T>(
+    loss_scale: &mut Option<LossScale>,
+    adapters: &Adapters,
+    tally: &mut Tally,
+    mut back: impl FnMut(&mut Tally) -> Result<T>,
+) -> Result<(T, Option<Readings>)> {
+    let Some(loss_scale) = loss_scale else { return Ok((back(tally)?, None)) };
+    // what is wrong before it, a smaller scale does not mend
+    tally.ledger.read_now()?;
+    loop {
+        let mut attempt = Tally::scaled(adapters, loss_scale.get());
+        let noted = back(&mut attempt);
+        let settled = noted.and_then(|noted| Ok((noted, Some(attempt.settle(adapters, &mut tally.gradients)?))));
+        match (settled, loss_scale.smaller()) {
+            (Err(error), Some(smaller)) if health::is_not_a_number(&error) => *loss_scale = smaller,
+            (settled, _) => return settled,
+        }
     }
 }
 

@@ -266,4 +266,5 @@ tests! {
     metrics: "metrics",
     runs: "runs",
     checkpoint_state: "checkpoint-state",
+    checkpoint_statistics: "checkpoint-statistics",
 }

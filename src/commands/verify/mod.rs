@@ -3,6 +3,7 @@
 //! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
 //! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
+mod policy;
 mod yolos;
 
 use std::collections::{BTreeMap, HashMap};
@@ -121,6 +122,7 @@ struct Reference {
     steps: usize,
     lora_alpha: f64,
     prompts: Vec<String>,
+    #[serde(default)]
     cases: BTreeMap<String, Case>,
     train3: Option<Train>,
 }
@@ -315,41 +317,11 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
         .with_context(|| format!("{} holds no reference.json", dir.display()))?;
     let place = || format!("reading {}/reference.json", dir.display());
     match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
-        None => pipeline(dir, serde_json::from_str(&text).with_context(place)?, head, compute, bounds),
+        None => Subject::load(dir, &text, head, compute, bounds)?.compare(),
+        Some("policy") => policy::compare(&Subject::load(dir, &text, head, compute, bounds)?, &text),
         Some("yolos") => yolos::compare(dir, &text, compute, bounds),
-        Some(other) => bail!("{} is of kind `{other}`: none (a pipeline) and yolos are known", dir.display()),
+        Some(other) => bail!("{} is of kind `{other}`: none (a pipeline), policy and yolos are known", dir.display()),
     }
-}
-
-/// A pipeline with rewards.
-fn pipeline(
-    dir: &Path,
-    reference: Reference,
-    head: Option<&Path>,
-    compute: &Compute,
-    bounds: &'static Bounds,
-) -> Result<Report> {
-    let head = match head {
-        Some(head) => Some(head.to_owned()),
-        None => find_head(dir),
-    };
-    let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
-    let subject = Subject { dir, reference, pipeline, head, compute, bounds };
-    let mut report = Report::default();
-    subject.parts(&mut report)?;
-    let start = formats::load(&dir.join("lora_start.safetensors"))?.adapters;
-    let start = subject.with_alpha(&start)?.to_device(compute.device())?;
-    if compute.dtype() != DType::F32 {
-        subject.one_evaluation(&start, &mut report)?;
-    }
-    report.in_chains = true;
-    for (name, case) in &subject.reference.cases {
-        subject.chain(name, case, &start, &mut report)?;
-    }
-    if let Some(train) = &subject.reference.train3 {
-        subject.train(train, &start, &mut report)?;
-    }
-    Ok(report)
 }
 
 /// The tensors of a set's file.
@@ -374,7 +346,40 @@ struct Subject<'a> {
     bounds: &'static Bounds,
 }
 
-impl Subject<'_> {
+impl<'a> Subject<'a> {
+    fn load(
+        dir: &'a Path,
+        text: &str,
+        head: Option<&Path>,
+        compute: &'a Compute,
+        bounds: &'static Bounds,
+    ) -> Result<Self> {
+        let reference =
+            serde_json::from_str(text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
+        let head = head.map(Path::to_owned).or_else(|| find_head(dir));
+        let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
+        Ok(Self { dir, reference, pipeline, head, compute, bounds })
+    }
+
+    /// The pipeline, its rewards and the gradients of its chains.
+    fn compare(&self) -> Result<Report> {
+        let mut report = Report::default();
+        self.parts(&mut report)?;
+        let start = formats::load(&self.dir.join("lora_start.safetensors"))?.adapters;
+        let start = self.with_alpha(&start)?.to_device(self.compute.device())?;
+        if self.compute.dtype() != DType::F32 {
+            self.one_evaluation(&start, &mut report)?;
+        }
+        report.in_chains = true;
+        for (name, case) in &self.reference.cases {
+            self.chain(name, case, &start, &mut report)?;
+        }
+        if let Some(train) = &self.reference.train3 {
+            self.train(train, &start, &mut report)?;
+        }
+        Ok(report)
+    }
+
     fn tensors(&self, name: &str) -> Result<HashMap<String, Tensor>> {
         tensors(self.dir, name, self.compute)
     }
@@ -597,14 +602,26 @@ impl Subject<'_> {
         let loss = credit.scores.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() / batch as f64;
         report.push(name, "loss", (loss / case.loss - 1.0).abs(), self.bounds.parts);
 
+        self.compare_gradients(name, start, &gradients, &expected, report)
+    }
+
+    /// Compares the gradients of adapters with the tensors `grad.*` of a file.
+    fn compare_gradients(
+        &self,
+        case: &str,
+        adapters: &Adapters,
+        gradients: &[Tensor],
+        expected: &HashMap<String, Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
         let mut distances = Vec::with_capacity(gradients.len());
-        for ((tensor, _), gradient) in start.named_tensors().iter().zip(&gradients) {
+        for ((tensor, _), gradient) in adapters.named_tensors().iter().zip(gradients) {
             let expected = expected
                 .get(&format!("grad.{tensor}"))
-                .with_context(|| format!("chain_{name}.safetensors has no `grad.{tensor}`"))?;
+                .with_context(|| format!("the tensors of {case} have no `grad.{tensor}`"))?;
             distances.push((tensor.clone(), Distance::between(gradient, expected)?));
         }
-        self.gradients(name, &distances, report);
+        self.gradients(case, &distances, report);
         Ok(())
     }
 

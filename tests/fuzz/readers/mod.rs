@@ -71,6 +71,7 @@ pub fn reader(name: &str, folder: &Path) -> Reader {
         "metrics" => texts::metrics(folder),
         "runs" => texts::runs(folder),
         "checkpoint-state" => texts::checkpoint_state(folder),
+        "checkpoint-statistics" => texts::checkpoint_statistics(folder),
         other => panic!("there is no reader `{other}`: {}", super::NAMES.join(", ")),
     }
 }

@@ -12,6 +12,7 @@ use alignprop::optim::AdamW;
 use alignprop::report::Pairs;
 use alignprop::report::html::{Contents, Status, page};
 use alignprop::report::{Metrics, best, best_to_show};
+use alignprop::training::advantages::PromptStatistics;
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::loss_scale::LossScale;
 use anyhow::{Result, ensure};
@@ -184,7 +185,8 @@ pub fn metrics(folder: &Path) -> Reader {
 pub fn checkpoint_state(folder: &Path) -> Reader {
     let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
     let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
-    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: LossScale::new(DType::F16) };
+    let (loss_scale, statistics) = (LossScale::new(DType::F16), PromptStatistics::default());
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale, statistics };
     let root = state.save(folder, &HashMap::new()).unwrap();
     let file = root.join("state.json");
     Reader {
@@ -192,6 +194,27 @@ pub fn checkpoint_state(folder: &Path) -> Reader {
         seeds: vec![fs::read(&file).unwrap()],
         words: vec!["ema", "x"],
         read: of_file(file, move |_| Checkpoint::load(&root, &OptimizerConfig::default()).map(drop)),
+    }
+}
+
+/// The latest rewards of a checkpoint's prompts.
+pub fn checkpoint_statistics(folder: &Path) -> Reader {
+    let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
+    let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
+    let mut statistics = PromptStatistics::default();
+    statistics.advantages(&["a cat", "a dog", "a cat"], &[1.0, -2.5, 3.0], 4, 2);
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: None, statistics };
+    let root = state.save(folder, &HashMap::new()).unwrap();
+    let file = root.join("statistics.safetensors");
+    Reader {
+        shape: Shape::Safetensors,
+        seeds: vec![fs::read(&file).unwrap()],
+        words: words("rewards. ~ rewards.a cat ~ __metadata__ ~ F64 ~ F32 ~ BF16 ~ [0] ~ [2,1]"),
+        read: of_file(file, move |_| {
+            let state = Checkpoint::load(&root, &OptimizerConfig::default())?;
+            state.statistics.clone().advantages(&["a cat"], &[1.0], 4, 2);
+            Ok(())
+        }),
     }
 }
 

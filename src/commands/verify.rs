@@ -1,7 +1,10 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
 //! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
-//! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
+//! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps. A `kind` in `reference.json`
+//! says that it is a set of something else: `score` (scores of picture files).
+
+mod score;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -104,6 +107,12 @@ impl Bounds {
             _ => &ROUNDED,
         }
     }
+}
+
+/// What a `reference.json` is about; without a kind, of chains.
+#[derive(Deserialize)]
+struct Kind {
+    kind: Option<String>,
 }
 
 /// `reference.json`.
@@ -305,12 +314,14 @@ const GRADIENTS: &str = "all LoRA gradients";
 fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static Bounds) -> Result<Report> {
     let text = std::fs::read_to_string(dir.join("reference.json"))
         .with_context(|| format!("{} holds no reference.json", dir.display()))?;
-    let reference: Reference =
-        serde_json::from_str(&text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
-    let head = match head {
-        Some(head) => Some(head.to_owned()),
-        None => find_head(dir),
-    };
+    let reading = || format!("reading {}/reference.json", dir.display());
+    let head = head.map(Path::to_owned).or_else(|| find_head(dir));
+    match serde_json::from_str::<Kind>(&text).with_context(reading)?.kind.as_deref() {
+        None => {}
+        Some("score") => return score::compare(dir, &text, head.as_deref(), compute, bounds).with_context(reading),
+        Some(other) => bail!("{}: sets of the kind `{other}` are not known", dir.display()),
+    }
+    let reference: Reference = serde_json::from_str(&text).with_context(reading)?;
     let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
     let subject = Subject { dir, reference, pipeline, head, compute, bounds };
     let mut report = Report::default();

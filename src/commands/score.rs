@@ -184,7 +184,8 @@ fn vectors(rewards: &Rewards, images: &TapedImages) -> Result<Vec<Vec<Option<Vec
 fn write_embeddings(names: &[&str], scored: &[Scored], path: &Path) -> Result<()> {
     let mut tensors = Vec::new();
     for (i, name) in names.iter().enumerate() {
-        let rows: Option<Vec<f32>> = scored.iter().map(|row| row.embeddings[i].as_deref()).collect::<Option<Vec<_>>>().map(|rows| rows.concat());
+        let rows: Option<Vec<f32>> =
+            scored.iter().map(|row| row.embeddings[i].as_deref()).collect::<Option<Vec<_>>>().map(|rows| rows.concat());
         if let Some(rows) = rows {
             tensors.push(((*name).to_owned(), Tensor::from_vec(rows, (scored.len(), ()), &Device::Cpu)?));
         }

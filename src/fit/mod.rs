@@ -113,7 +113,17 @@ impl Problem {
     /// Not as many labels as rows, or all of them alike: then there is no optimum.
     pub fn logistic(rows: Matrix, labels: &[bool]) -> Result<Self> {
         ensure!(labels.contains(&true) && labels.contains(&false), "all labels are alike: both kinds are needed");
-        Self::new(rows, labels.iter().map(|yes| f64::from(u8::from(*yes))).collect(), Loss::Logistic, true)
+        Self::labelled(rows, labels.iter().copied())
+    }
+
+    /// [`Self::logistic`] of labels that may all be alike: to measure a head on.
+    fn labelled(rows: Matrix, labels: impl Iterator<Item = bool>) -> Result<Self> {
+        Self::new(rows, labels.map(|yes| f64::from(u8::from(yes))).collect(), Loss::Logistic, true)
+    }
+
+    /// Whether all labels are alike.
+    fn is_one_sided(&self) -> bool {
+        self.bias && self.loss == Loss::Logistic && self.targets.iter().all(|target| *target == self.targets[0])
     }
 
     /// Bradley and Terry's model; choices name rows of `embeddings`.
@@ -124,7 +134,11 @@ impl Problem {
         let rows = embeddings.rows();
         let mut data = Vec::with_capacity(choices.len() * embeddings.width);
         for choice in choices {
-            ensure!(choice.better.max(choice.worse) < rows, "a choice of row {} among {rows}", choice.better.max(choice.worse));
+            ensure!(
+                choice.better.max(choice.worse) < rows,
+                "a choice of row {} among {rows}",
+                choice.better.max(choice.worse)
+            );
             let (better, worse) = (embeddings.row(choice.better), embeddings.row(choice.worse));
             data.extend(better.iter().zip(worse).map(|(x, y)| x - y));
         }
@@ -133,7 +147,12 @@ impl Problem {
     }
 
     fn new(rows: Matrix, targets: Vec<f64>, loss: Loss, bias: bool) -> Result<Self> {
-        ensure!(!targets.is_empty() && rows.rows() == targets.len(), "{} rows with {} opinions", rows.rows(), targets.len());
+        ensure!(
+            !targets.is_empty() && rows.rows() == targets.len(),
+            "{} rows with {} opinions",
+            rows.rows(),
+            targets.len()
+        );
         Ok(Self { rows, targets, loss, bias })
     }
 
@@ -192,7 +211,10 @@ impl Problem {
         let basis = DMatrix::from_column_slice(width, self.len(), &self.rows.data).qr().q();
         let columns = View::rows(basis.as_slice(), basis.ncols(), width).t();
         let small = Self { rows: self.rows.times(columns, basis.ncols()), targets: self.targets.clone(), ..*self };
-        let into = |head: &Head| Head { weight: (basis.tr_mul(&DVector::from_column_slice(&head.weight))).as_slice().to_vec(), ..*head };
+        let into = |head: &Head| Head {
+            weight: (basis.tr_mul(&DVector::from_column_slice(&head.weight))).as_slice().to_vec(),
+            ..*head
+        };
         let head = small.newton(lambda, start.map(into).as_ref())?;
         Ok(Head { weight: (&basis * DVector::from_vec(head.weight)).as_slice().to_vec(), bias: head.bias })
     }
@@ -273,7 +295,9 @@ impl Problem {
         // symmetric, so rows or columns are the same
         let factor = DMatrix::from_vec(size, size, hessian).cholesky();
         let Some(factor) = factor else {
-            anyhow::bail!("the embeddings or the opinions hold numbers that are not finite, or lambda = {lambda} is too small")
+            anyhow::bail!(
+                "the embeddings or the opinions hold numbers that are not finite, or lambda = {lambda} is too small"
+            )
         };
         let mut step = factor.solve(&DVector::from_vec(gradient)).as_slice().to_vec();
         let bias = if self.bias { step.pop().unwrap_or_default() } else { 0.0 };
@@ -339,7 +363,11 @@ mod tests {
                         }
                         let at = |step: f64| {
                             let mut near = head.clone();
-                            if i < width { near.weight[i] += step } else { near.bias += step }
+                            if i < width {
+                                near.weight[i] += step
+                            } else {
+                                near.bias += step
+                            }
                             problem.value(&near, lambda)
                         };
                         let slope = (at(1e-5) - at(-1e-5)) / 2e-5;

@@ -93,7 +93,9 @@ mod tests {
         assert_eq!(found, expected);
         std::fs::create_dir(at("empty")).unwrap();
         std::fs::write(at("bad.jsonl"), "{\"prompt\": \"x\"}\n").unwrap();
-        for (name, words) in [("empty", "no picture"), ("absent", "no picture, folder or list"), ("bad.jsonl", "row 1 has no `file`")] {
+        for (name, words) in
+            [("empty", "no picture"), ("absent", "no picture, folder or list"), ("bad.jsonl", "row 1 has no `file`")]
+        {
             assert!(format!("{:#}", collect(&[at(name)]).unwrap_err()).contains(words), "{name}");
         }
     }

@@ -110,7 +110,10 @@ mod tests {
         ImageBuffer::from_pixel(2, 3, Rgba([0x12ffu16, 0x3480, 0x5600, 9])).save(path("e.png")).unwrap();
         ImageBuffer::from_pixel(2, 3, Luma([0x77f0u16])).save(path("f.png")).unwrap();
         assert_eq!((first("a.png"), first("b.png"), first("c.png")), ([200, 100, 50], [77; 3], [77; 3]));
-        assert_eq!((first("d.png"), first("e.png"), first("f.png")), ([0x12, 0x34, 0x56], [0x12, 0x34, 0x56], [0x77; 3]));
+        assert_eq!(
+            (first("d.png"), first("e.png"), first("f.png")),
+            ([0x12, 0x34, 0x56], [0x12, 0x34, 0x56], [0x77; 3])
+        );
         // by its content, whatever its name
         std::fs::rename(path("a.png"), path("a.jpg")).unwrap();
         assert_eq!(first("a.jpg"), [200, 100, 50]);
@@ -122,8 +125,7 @@ mod tests {
 
     #[test]
     fn batches_come_in_order_and_an_error_ends_them() {
-        let pictures: Vec<Picture> =
-            (0..7).map(|i| Picture { file: i.to_string().into(), prompt: None }).collect();
+        let pictures: Vec<Picture> = (0..7).map(|i| Picture { file: i.to_string().into(), prompt: None }).collect();
         let mut seen = Vec::new();
         let name = |picture: &Picture| picture.file.display().to_string();
         in_batches(&pictures, 3, name, |chunk, found| {

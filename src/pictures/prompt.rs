@@ -64,7 +64,18 @@ const DEEPEST: usize = 32;
 
 fn text_behind(nodes: &Map<String, Json>, id: &str, depth: usize) -> Option<String> {
     let inputs = nodes.get(id)?.get("inputs")?.as_object()?;
-    let keys = ["text", "text_g", "string", "value", "prompt", "positive", "conditioning", "conditioning_1", "clip_l", "t5xxl"];
+    let keys = [
+        "text",
+        "text_g",
+        "string",
+        "value",
+        "prompt",
+        "positive",
+        "conditioning",
+        "conditioning_1",
+        "clip_l",
+        "t5xxl",
+    ];
     let inputs = keys.iter().filter_map(|key| inputs.get(*key));
     inputs.into_iter().find_map(|input| match input {
         Json::String(text) if !text.trim().is_empty() => Some(text.clone()),
@@ -115,7 +126,8 @@ mod tests {
         assert_eq!(found(&[("z:parameters", parameters)]), cat);
         assert_eq!(found(&[("parameters", "a red cat, best quality\nSteps: 20")]), cat);
         assert_eq!(found(&[("prompt", GRAPH), ("workflow", "{}")]), yak);
-        for other in [("parameters", "Steps: 3"), ("prompt", "a cat"), ("prompt", r#"{"1": 2}"#), ("Comment", "a cat")] {
+        for other in [("parameters", "Steps: 3"), ("prompt", "a cat"), ("prompt", r#"{"1": 2}"#), ("Comment", "a cat")]
+        {
             assert_eq!(found(&[other]), None, "{other:?}");
         }
         // a graph whose links lead in a circle

@@ -354,8 +354,7 @@ mod tests {
             }
         }
         let narrow = RgbImage::new(1, 3000);
-        let preprocessor =
-            |method| Preprocessor::new(method, 16, &PixelStatistics::OPENAI, &Device::Cpu).unwrap();
+        let preprocessor = |method| Preprocessor::new(method, 16, &PixelStatistics::OPENAI, &Device::Cpu).unwrap();
         assert!(preprocessor(Preprocess::Squash).of_pictures(std::slice::from_ref(&narrow)).is_err());
         preprocessor(Preprocess::ClipOfficial).of_pictures(&[narrow]).unwrap();
     }

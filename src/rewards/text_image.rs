@@ -154,11 +154,7 @@ pub(super) fn clip_score(
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.
-fn tokenizer(
-    named: Option<&str>,
-    beside: Option<&Source>,
-    pipeline: Fallback,
-) -> Result<Arc<ClipTokenizer>> {
+fn tokenizer(named: Option<&str>, beside: Option<&Source>, pipeline: Fallback) -> Result<Arc<ClipTokenizer>> {
     if let Some(named) = named {
         // a tokenizer.json is loaded with the folder that it lies in
         let path = Path::new(named);

@@ -43,16 +43,28 @@ pub(super) fn compare(
     let reference: Reference = serde_json::from_str(text)?;
     ensure!(!reference.pictures.is_empty(), "there are no pictures in it");
     let (path, mut report) = (|name: &str| dir.join(name).to_string_lossy().into_owned(), Report::default());
-    let listed: Vec<Picture> = reference.pictures.keys().map(|name| dir.join("pictures").join(name)).map(|file| Picture { file, prompt: None }).collect();
+    let listed: Vec<Picture> = reference
+        .pictures
+        .keys()
+        .map(|name| dir.join("pictures").join(name))
+        .map(|file| Picture { file, prompt: None })
+        .collect();
     let images = listed.iter().map(|picture| pictures::read(&picture.file)).collect::<Result<Vec<_>>>()?;
 
-    let expected = candle_core::safetensors::load(dir.join("pixels.safetensors"), compute.device())
-        .with_context(|| format!("reading {}/pixels.safetensors", dir.display()))?;
+    let file = dir.join("pixels.safetensors");
+    let expected = match file.is_file() {
+        false => None,
+        true => Some(
+            candle_core::safetensors::load(&file, compute.device())
+                .with_context(|| format!("reading {}", file.display()))?,
+        ),
+    };
     let (clip, hps) = (Source::open(&path("clip"))?, Source::open(&path("hps"))?);
     for (kind, method, statistics) in [
         ("clip", Preprocess::ClipOfficial, PixelStatistics::of_transformers(&clip)?),
         ("hps", Preprocess::Hpsv2Official, PixelStatistics::of_open_clip(&hps)?),
     ] {
+        let Some(expected) = &expected else { continue };
         for (i, (name, image)) in reference.pictures.keys().zip(&images).enumerate() {
             let part = format!("{kind}_{i}");
             let expected = expected.get(&part).with_context(|| format!("pixels.safetensors has no `{part}`"))?;
@@ -68,7 +80,9 @@ pub(super) fn compare(
         ..Default::default()
     };
     match head {
-        None => report.skipped.push(format!("aesthetic: no head in {} or above it; give one with --head FILE", dir.display())),
+        None => report
+            .skipped
+            .push(format!("aesthetic: no head in {} or above it; give one with --head FILE", dir.display())),
         Some(head) => {
             let head = head.to_string_lossy().into_owned();
             config.aesthetic = Some(AestheticConfig { clip: path("clip"), head, ..Default::default() });
@@ -78,7 +92,12 @@ pub(super) fn compare(
     let rewards = Rewards::load_on(&config.as_published(), &tokenizer, compute)?;
     for (picture, recorded) in listed.iter().zip(reference.pictures.values()) {
         let beside = pictures::prompt_of(picture)?;
-        report.push("prompt", picture.file.display().to_string(), f64::from(u8::from(beside.as_ref() != Some(&recorded.prompt))), 0.0);
+        report.push(
+            "prompt",
+            picture.file.display().to_string(),
+            f64::from(u8::from(beside.as_ref() != Some(&recorded.prompt))),
+            0.0,
+        );
     }
     let prompts: Vec<Prompt> = reference.pictures.values().map(|picture| picture.prompt.as_str().into()).collect();
     let scores = rewards.scores_of(&TapedImages::of_pictures(images, compute.device()), &prompts)?;

@@ -22,6 +22,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Score a checkpoint beside the base model, on the same prompts and noise
     Eval(EvalArgs),
+    /// Score pictures that exist with any rewards
+    Score(ScoreArgs),
     /// Average LoRAs into one, or mix them with the base model
     Soup(SoupArgs),
     /// Write a LoRA for another program, or a whole model with the LoRA folded in
@@ -228,6 +230,85 @@ pub struct PresetArgs {
     /// The preset to print; without it, their list
     #[arg(value_name = "NAME")]
     pub name: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop score pictures --reward aesthetic --sort aesthetic
+  alignprop score a.png b.jpg --reward hps pickscore --prompt \"a cat\"
+  alignprop score list.csv --config configs/hps.toml --format jsonl --sheet sheet.png
+  alignprop score pictures --reward clip-score --embeddings vectors.safetensors
+
+A prompt is that of --prompt, else the list's, else that of a .txt file of the picture's name, else what AUTOMATIC1111 or
+ComfyUI wrote into a PNG. A picture that cannot be scored is named on stderr, and the others are scored.")]
+pub struct ScoreArgs {
+    /// Pictures (PNG, JPEG, WebP), folders of them, or lists (.csv, .tsv, .json, .jsonl) with a column `file`, relative to
+    /// the list, and perhaps `prompt`
+    #[arg(value_name = "PICTURES", required = true)]
+    pub pictures: Vec<PathBuf>,
+
+    /// Rewards to score with: of the config, or with their default models; without it, all of the config
+    #[arg(long, value_name = "KIND", num_args = 1.., value_parser = REWARD_KINDS)]
+    pub reward: Vec<String>,
+
+    /// What all pictures are to show; instead of each one's own prompt
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    /// Prepare the pictures as the config's rewards do in training; without it, as the packages do that the scores come from
+    #[arg(long)]
+    pub as_trained: bool,
+
+    /// How the scores are printed
+    #[arg(long, value_enum, default_value_t)]
+    pub format: ScoreFormat,
+
+    /// The highest of this reward first
+    #[arg(long, value_name = "KIND", value_parser = REWARD_KINDS)]
+    pub sort: Option<String>,
+
+    /// Write a picture of the best and the worst, by --sort or the first reward
+    #[arg(long, value_name = "FILE")]
+    pub sheet: Option<PathBuf>,
+
+    /// Write the towers' unit vectors of the pictures that were scored, as safetensors: a tensor for each reward that has one
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+
+    /// Pictures that a tower takes at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub batch: usize,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
+    /// Format of the towers; instead of run.reward_precision, and without both that of the rest
+    #[arg(long, value_name = "PRECISION")]
+    pub reward_precision: Option<Precision>,
+}
+
+impl ScoreArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        let rewards = ("run.reward_precision", self.reward_precision.map(name));
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
+    }
+}
+
+/// How `score` prints.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ScoreFormat {
+    /// For eyes
+    #[default]
+    Table,
+    /// For spreadsheets, and for `fit`
+    Csv,
+    /// An object on each line
+    Jsonl,
 }
 
 #[derive(Args, Debug)]
@@ -630,7 +711,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 32);
+        assert_eq!(count, 36);
     }
 
     #[test]

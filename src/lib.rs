@@ -18,6 +18,8 @@
 //! report       metrics, the best of them, charts, a run's page, pictures, TensorBoard's event files
 //! sampling     the UNet with adapters and prompts, the denoising chain, images of prompts
 //! rewards      scores and differentiable rewards, CLIP heads, text-image cosines, preprocessing
+//! pictures     pictures that exist: files and lists of them, their prompts, their pixels
+//! fit          linear heads from people's opinions of pictures
 //! diffusion    DDIM schedule, guidance, counted noise
 //! models       hub, single files, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
 //! nn           the tape, layers over frozen weights, adapters as values
@@ -45,11 +47,13 @@ pub mod commands;
 pub mod config;
 pub mod diffusion;
 pub mod files;
+pub mod fit;
 pub mod lora;
 pub mod models;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod pictures;
 pub mod report;
 pub mod rewards;
 pub mod sampling;

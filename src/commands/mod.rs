@@ -7,6 +7,7 @@ pub mod manual;
 pub mod presets;
 pub mod runs;
 pub mod sample;
+pub mod score;
 pub mod soup;
 pub mod train;
 pub mod verify;
@@ -23,6 +24,7 @@ pub fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Train(args) => train::run(&args).map(|()| true),
         Command::Eval(args) => eval::run(&args).map(|()| true),
+        Command::Score(args) => score::run(&args).map(|()| true),
         Command::Soup(args) => soup::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),

@@ -23,7 +23,7 @@ pub use crate::ops::activation::Activation;
 pub use method::{AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, WindowConfig};
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::{concerns, nearest};
-pub use text::{shell_word, shown, shown_lines};
+pub use text::{decode, shell_word, shown, shown_lines};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.
@@ -336,6 +336,16 @@ impl RewardsConfig {
         }
     }
 
+    /// The same rewards with the preprocessings that their scores are published with.
+    pub fn as_published(mut self) -> Self {
+        let clip = Preprocess::ClipOfficial;
+        self.aesthetic.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self.hps.iter_mut().for_each(|reward| reward.preprocess = Preprocess::Hpsv2Official);
+        self.clip_score.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self.pickscore.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self
+    }
+
     /// The configured rewards: kind and weight, in the order of [`REWARD_KINDS`].
     pub fn weights(&self) -> Vec<(&'static str, f64)> {
         let weights = [
@@ -500,6 +510,9 @@ pub enum Preprocess {
     /// Short side to the tower's size, antialiased bilinear, then the centre: what AlignProp trains with.
     #[default]
     Alignprop,
+    /// Short side to the tower's size, bicubic, then the centre: what CLIP scores, PickScore and the LAION predictor are
+    /// published with.
+    ClipOfficial,
     /// Longest side to the tower's size, bicubic, zeros around: what HPSv2 reports its scores with.
     Hpsv2Official,
     /// Both sides to the tower's size, whatever the aspect ratio.

@@ -4,6 +4,7 @@
 //! [`Objective`] turns a score into a loss. Several rewards add their weighted losses, on one tape, and each one's scores are
 //! reported. A new one is one file here and one table in the config.
 
+mod bytes;
 mod clip_head;
 mod detector;
 mod images;
@@ -43,6 +44,11 @@ pub trait Score: Send + Sync {
     /// Says what it does not.
     fn check(&self, _prompt: &Prompt) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether it reads the prompts' texts.
+    fn reads_prompts(&self) -> bool {
+        false
     }
 
     /// Embeddings (B, D) of the images, of unit norm; `None` where the score has none.
@@ -175,6 +181,9 @@ impl Weighted {
 /// The rewards of an experiment.
 pub struct Rewards(Vec<Weighted>);
 
+/// Where the tokenizer comes from of a reward model that has none beside it.
+pub type Fallback<'a> = &'a dyn Fn() -> Result<Arc<ClipTokenizer>>;
+
 /// What the rewards say of one image, known when the ledger is read: one score for each reward, in order.
 #[derive(Clone)]
 pub struct ImageScores {
@@ -256,6 +265,14 @@ impl Rewards {
     /// # Errors
     /// As there.
     pub fn load_on(config: &RewardsConfig, tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Self> {
+        Self::load_with(config, &|| Ok(tokenizer.clone()), compute)
+    }
+
+    /// As [`Self::load_on`], where there may be no pipeline: `tokenizer` is called where a reward has none of its own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_with(config: &RewardsConfig, tokenizer: Fallback, compute: &Compute) -> Result<Self> {
         let compute = &compute.for_rewards();
         let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
@@ -360,6 +377,11 @@ impl Rewards {
         self
     }
 
+    /// The names of the rewards that read the prompts' texts.
+    pub fn that_read_prompts(&self) -> Vec<&'static str> {
+        self.0.iter().filter(|r| r.judge.score().reads_prompts()).map(|r| r.name).collect()
+    }
+
     /// The first embedding that a reward has for images (B, 3, H, W).
     pub fn embedding(&self, images: &Tensor) -> Result<Option<Tensor>> {
         let images = TapedImages::new(Value::constant(images));
@@ -377,10 +399,18 @@ impl Rewards {
     /// # Errors
     /// A score that is not finite.
     pub fn scores(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
-        as_many(images, prompts)?;
-        let images = TapedImages::new(Value::constant(images));
+        self.scores_of(&TapedImages::new(Value::constant(images)), prompts)
+    }
+
+    /// As [`Self::scores`], of images or of pictures from files.
+    ///
+    /// # Errors
+    /// As there, or a score does not judge pictures of several sizes at once.
+    pub fn scores_of(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
+        let batch = images.batch()?;
+        ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
         let noted = |ledger: &mut Ledger| {
-            self.0.iter().map(|r| r.reported(&images, prompts, ledger)).collect::<Result<Vec<_>>>()
+            self.0.iter().map(|r| r.reported(images, prompts, ledger)).collect::<Result<Vec<_>>>()
         };
         let (scores, readings) = Ledger::around(noted)?;
         let row = |image: usize| scores.iter().map(|reward| readings.get(reward[image])).collect();
@@ -393,8 +423,8 @@ impl Rewards {
     /// # Errors
     /// A score that is not finite, here or when the ledger is read. A score without a gradient that has a weight.
     pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
-        as_many(images, prompts)?;
-        let batch = prompts.len();
+        let batch = images.dims4()?.0;
+        ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
         let (tape, mut trained) = (Tape::new(), Vec::new());
         let leaf = tape.leaf(images);
         let on_tape = TapedImages::new(leaf.clone());
@@ -438,12 +468,6 @@ impl Rewards {
         }
         Ok(Judged { tape, images: leaf, trained, scores })
     }
-}
-
-fn as_many(images: &Tensor, prompts: &[Prompt]) -> Result<()> {
-    let batch = images.dims4()?.0;
-    ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
-    Ok(())
 }
 
 /// CLIP models and detectors by their path, so that two rewards on one model share its weights.

@@ -1,9 +1,11 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
-//! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
-//! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
+//! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline
+//! (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the pipeline by themselves, the
+//! gradients of whole chains, and the adapters after three optimizer steps.
 
 mod policy;
+mod score;
 mod yolos;
 
 use std::collections::{BTreeMap, HashMap};
@@ -316,11 +318,15 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     let text = std::fs::read_to_string(dir.join("reference.json"))
         .with_context(|| format!("{} holds no reference.json", dir.display()))?;
     let place = || format!("reading {}/reference.json", dir.display());
+    let head = head.map(Path::to_owned).or_else(|| find_head(dir));
     match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
         None => Subject::load(dir, &text, head, compute, bounds)?.compare(),
         Some("policy") => policy::compare(&Subject::load(dir, &text, head, compute, bounds)?, &text),
+        Some("score") => score::compare(dir, &text, head.as_deref(), compute, bounds).with_context(place),
         Some("yolos") => yolos::compare(dir, &text, compute, bounds),
-        Some(other) => bail!("{} is of kind `{other}`: none (a pipeline), policy and yolos are known", dir.display()),
+        Some(other) => {
+            bail!("{} is of kind `{other}`: none (a pipeline), policy, score and yolos are known", dir.display())
+        }
     }
 }
 
@@ -350,13 +356,12 @@ impl<'a> Subject<'a> {
     fn load(
         dir: &'a Path,
         text: &str,
-        head: Option<&Path>,
+        head: Option<PathBuf>,
         compute: &'a Compute,
         bounds: &'static Bounds,
     ) -> Result<Self> {
         let reference =
             serde_json::from_str(text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
-        let head = head.map(Path::to_owned).or_else(|| find_head(dir));
         let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
         Ok(Self { dir, reference, pipeline, head, compute, bounds })
     }

@@ -263,8 +263,8 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 7] =
-    ["aesthetic", "clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility"];
+pub const REWARD_KINDS: [&str; 8] =
+    ["aesthetic", "clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility", "command"];
 
 /// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -277,6 +277,7 @@ pub struct RewardsConfig {
     pub pickscore: Option<PickscoreConfig>,
     pub compressibility: Option<CompressibilityConfig>,
     pub incompressibility: Option<CompressibilityConfig>,
+    pub command: Option<CommandConfig>,
 }
 
 impl RewardsConfig {
@@ -294,6 +295,7 @@ impl RewardsConfig {
             pickscore: pick(wanted("pickscore"), &self.pickscore),
             compressibility: pick(wanted("compressibility"), &self.compressibility),
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
+            command: pick(wanted("command"), &self.command),
         }
     }
 
@@ -307,6 +309,7 @@ impl RewardsConfig {
             self.pickscore.as_ref().map(|reward| reward.weight),
             self.compressibility.as_ref().map(|reward| reward.weight),
             self.incompressibility.as_ref().map(|reward| reward.weight),
+            self.command.as_ref().map(|reward| reward.weight),
         ];
         let kinds = REWARD_KINDS.into_iter().zip(weights);
         kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
@@ -413,6 +416,30 @@ table! {
     pub struct CompressibilityConfig {
         /// Factor of its loss; finite. 0: logged, not trained.
         weight: f64 = 1.0,
+    }
+}
+
+table! {
+    /// `[reward.command]`: a program of the user's, which gets lines of JSON with pictures and prompts and answers with scores,
+    /// and with their gradients where it has some. docs/rewards.md has the lines and an example in PyTorch.
+    pub struct CommandConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// The program and its arguments: `["python", "reward.py"]`. It is started once, in the current folder. Must be given.
+        program: Vec<String> = Vec::new(),
+        /// Whether it gets f32 tensors and returns gradients of its scores with respect to them: what AlignProp trains with.
+        /// Otherwise it gets PNG files and gives scores alone.
+        gradient: bool = false,
+        /// Compare, at the start, a returned gradient with a difference of two scores, and stop where they disagree.
+        check_gradient: bool = true,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation.
+        target: Option<f64> = None,
+        /// Seconds that an answer may take; more than 0.
+        timeout: f64 = 120.0,
+        /// Seconds that the first answer of a started program may take, which may have a model to load; more than 0.
+        start_timeout: f64 = 1800.0,
+        /// How often the program is started again for one question, where it ended or was silent for too long.
+        restarts: usize = 1,
     }
 }
 

@@ -253,6 +253,15 @@ impl RewardsConfig {
         }
         named.extend(self.clip_score.iter().map(|reward| ("clip-score.model", &reward.model)));
         named.extend(self.pickscore.iter().map(|reward| ("pickscore.model", &reward.model)));
+        if let Some(command) = &self.command {
+            targets.push(("command", command.target));
+            ensure!(
+                command.program.first().is_some_and(|word| !word.is_empty()),
+                "reward.command.program is empty: name the program and its arguments, such as [\"python\", \"reward.py\"]"
+            );
+            seconds("reward.command.timeout", command.timeout)?;
+            seconds("reward.command.start_timeout", command.start_timeout)?;
+        }
         for (key, name) in named {
             ensure!(!name.is_empty(), "reward.{key} is empty: say where it is");
         }
@@ -275,6 +284,12 @@ pub fn parse_device(device: &str) -> Result<String, String> {
     } else {
         Err("must be cpu, cuda or cuda:N".to_string())
     }
+}
+
+/// A time that somebody would wait for.
+fn seconds(key: &str, value: f64) -> Result<()> {
+    ensure!(value > 0.0 && value <= 1e6, "{key} = {value}: must be seconds, more than 0 and at most a million");
+    Ok(())
 }
 
 fn at_least_one(key: &str, value: usize) -> Result<()> {
@@ -321,6 +336,10 @@ mod tests {
             ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
             ("reward.clip-head.head = 'h.pth'", "reward.clip-head.layers has no linear layer"),
             ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
+            ("reward.command = {}", "reward.command.program is empty: name the program"),
+            ("reward.command = { program = ['a'], timeout = 0 }", "reward.command.timeout = 0: must be seconds"),
+            ("reward.command = { program = ['a'], start_timeout = inf }", "reward.command.start_timeout = inf: must be"),
+            ("reward.command = { program = ['a'], target = nan }", "reward.command.target must be a finite number"),
             ("prompts = { builtin = 'animals', file = 'p' }", "prompts.file and prompts.builtin are both given"),
             ("optimizer.lr = 0", "optimizer.lr = 0: must be a finite number, more than 0"),
             ("optimizer.betas = [0.9, 1.0]", "optimizer.betas = [0.9, 1]: each must be"),

@@ -1,15 +1,26 @@
 //! Images as rewards see them: what several of them ask of the same images is computed once.
 
 use std::cell::RefCell;
+use std::io::Cursor;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::Tensor;
+use image::{ImageFormat, RgbImage};
 
-use super::Preprocessor;
+use super::{Preprocessor, to_bytes};
 use crate::config::Preprocess;
 use crate::models::clip::Clip;
 use crate::nn::Value;
+
+/// One image (3, H, W) in [-1, 1] as a PNG file, rounded as diffusers rounds.
+pub(super) fn png_bytes(image: &Tensor) -> Result<Vec<u8>> {
+    let (_, height, width) = image.dims3()?;
+    let picture = RgbImage::from_raw(width as u32, height as u32, to_bytes(image)?).context("an image without pixels")?;
+    let mut file = Cursor::new(Vec::new());
+    picture.write_to(&mut file, ImageFormat::Png)?;
+    Ok(file.into_inner())
+}
 
 /// A batch of images (B, 3, H, W) in [-1, 1], and the features that CLIP towers have found in them so far.
 ///

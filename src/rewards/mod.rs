@@ -5,9 +5,12 @@
 //! reported. A new one is one file here and one table in the config.
 
 mod clip_head;
+mod command;
+mod derivative;
 mod images;
 mod jpeg;
 mod preprocess;
+mod program;
 mod text_image;
 
 use std::collections::{BTreeMap, HashMap};
@@ -37,6 +40,11 @@ pub trait Score: Send + Sync {
     /// Embeddings (B, D) of the images, of unit norm; `None` where the score has none.
     fn embedding(&self, _images: &TapedImages) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// Whether another program or machine computes it: then it needs no memory here, and is not asked when memory is measured.
+    fn is_elsewhere(&self) -> bool {
+        false
     }
 }
 
@@ -277,6 +285,9 @@ impl Rewards {
         if let Some(c) = &config.incompressibility {
             push("incompressibility", c.weight, Ok(jpeg::incompressibility()))?;
         }
+        if let Some(c) = &config.command {
+            push("command", c.weight, command::command(c))?;
+        }
         if rewards.is_empty() {
             bail!(
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
@@ -355,13 +366,32 @@ impl Rewards {
     /// # Errors
     /// A score that is not finite, here or when the ledger is read. A score without a gradient that has a weight.
     pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
+        self.judge_by(images, prompts, ledger, |_| true)
+    }
+
+    /// [`Self::judge`] without what is computed elsewhere ([`Score::is_elsewhere`]): for measuring what the others need.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn judge_here(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
+        self.judge_by(images, prompts, ledger, |r| !r.judge.score().is_elsewhere())
+    }
+
+    fn judge_by(
+        &self,
+        images: &Tensor,
+        prompts: &[Prompt],
+        ledger: &mut Ledger,
+        counts: impl Fn(&Weighted) -> bool,
+    ) -> Result<Judged> {
         as_many(images, prompts)?;
+        let rewards: Vec<&Weighted> = self.0.iter().filter(|r| counts(r)).collect();
         let batch = prompts.len();
         let (tape, mut trained) = (Tape::new(), Vec::new());
         let leaf = tape.leaf(images);
         let on_tape = TapedImages::new(leaf.clone());
-        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(self.0.len());
-        for r in &self.0 {
+        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(rewards.len());
+        for r in &rewards {
             let Some(reward) = r.trained() else {
                 ensure!(
                     r.weight == 0.0,
@@ -387,7 +417,7 @@ impl Rewards {
         let constant = on_tape.off_tape();
         let mut scores: Vec<ImageScores> =
             (0..batch).map(|_| ImageScores { reported: Vec::new(), differentiated: Vec::new() }).collect();
-        for (r, differentiated) in self.0.iter().zip(differentiated) {
+        for (r, differentiated) in rewards.into_iter().zip(differentiated) {
             let reported = match &differentiated {
                 Some(numbers) if !r.trained().is_some_and(|reward| reward.is_stand_in()) => numbers.clone(),
                 _ => r.reported(&constant, prompts, ledger)?,

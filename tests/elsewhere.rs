@@ -1,0 +1,223 @@
+//! Scores and gradients of programs and servers, right and wrong ones.
+#![cfg(unix)]
+
+mod support;
+
+use std::fs::File;
+use std::io::{Write, stdin};
+use std::sync::Arc;
+
+use alignprop::config::{AestheticConfig, CommandConfig, Prompt, RewardsConfig};
+use alignprop::diffusion::{Noise, Stream};
+use alignprop::models::Source;
+use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::nn::{Tape, Value};
+use alignprop::ops::Ledger;
+use alignprop::rewards::{Judge, Rewards, TapedImages};
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use serde_json::{Value as Json, json};
+use support::{Experiment, distance, fixture, norm, numbers, text};
+
+fn tokenizer() -> Arc<ClipTokenizer> {
+    let source = Source::open(&text(fixture("tiny-sd15/model"))).unwrap();
+    Arc::new(ClipTokenizer::load(&source.sub("tokenizer")).unwrap())
+}
+
+fn aesthetic() -> RewardsConfig {
+    let clip = text(fixture("tiny-sd15/clip"));
+    let head = text(fixture("tiny-sd15/aesthetic_head.safetensors"));
+    RewardsConfig { aesthetic: Some(AestheticConfig { clip, head, ..Default::default() }), ..Default::default() }
+}
+
+/// Images (B, 3, 40, 32) of blocks.
+fn images(batch: u64) -> Tensor {
+    let blocks = Noise::new(1).normal_batch(Stream::Latents, 0, 0..batch, (3, 10, 8)).unwrap();
+    (blocks.upsample_nearest2d(40, 32).unwrap() * 0.4).unwrap()
+}
+
+/// What starts [`the_program`] with a fault: this test's own binary, whose stdout is the test harness's, so answers go to file
+/// 3.
+fn program(fault: &str) -> Vec<String> {
+    let shell = "FAULT=\"$1\" exec \"$0\" --exact the_program --ignored --nocapture 3>&1 1>&2";
+    let binary = text(std::env::current_exe().unwrap());
+    [&["sh", "-c", shell][..], &[&binary, fault]].concat().iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// A reward program as a user would write it: the aesthetic reward of this crate, or with a fault.
+#[test]
+#[ignore = "needs a test that starts it as its program"]
+fn the_program() {
+    let Ok(fault) = std::env::var("FAULT") else { return };
+    let rewards = Rewards::load(&aesthetic(), &tokenizer()).unwrap();
+    let Some(Judge::Differentiable(reward)) = rewards.iter().next().map(|r| &r.judge) else { panic!() };
+    let mut out = File::options().write(true).open("/dev/fd/3").unwrap();
+    for (number, line) in stdin().lines().enumerate() {
+        let question: Json = serde_json::from_str(&line.unwrap()).unwrap();
+        let prompts = question["prompts"].as_array().unwrap().len();
+        let answer = match &question["images"] {
+            Json::String(file) => {
+                let images = candle_core::safetensors::load(file, &Device::Cpu).unwrap()["images"].clone();
+                let (tape, images) = (Tape::new(), images.affine(2.0, -1.0).unwrap());
+                let leaf = tape.leaf(&images);
+                let scores = reward.on_tape(&TapedImages::new(leaf.clone()), &[]).unwrap();
+                if let Some(place) = question["gradients"].as_str() {
+                    let ones = scores.tensor().ones_like().unwrap();
+                    let gradients = tape.backward(&[(&scores, &ones)]).unwrap().take(&leaf, "images").unwrap();
+                    let gradients = match &*fault {
+                        "negative" => gradients.affine(-2.0, 0.0),
+                        "twice" => gradients.affine(4.0, 0.0),
+                        "of another shape" => gradients.narrow(2, 1, 39),
+                        "not a number" => gradients.affine(f64::NAN, 0.0),
+                        _ => gradients.affine(2.0, 0.0),
+                    };
+                    let name = if fault == "of another name" { "grads" } else { "gradients" };
+                    if fault != "none" {
+                        candle_core::safetensors::save(&[(name, gradients.unwrap())].into(), place).unwrap();
+                    }
+                }
+                numbers(scores.tensor()).into_iter().map(f64::from).collect::<Vec<_>>()
+            }
+            // the mean of the first picture's red, and the prompt's count
+            Json::Array(files) => {
+                let score = |(i, file): (usize, &Json)| {
+                    let picture = image::open(file.as_str().unwrap()).unwrap().to_rgb8();
+                    let red = picture.pixels().map(|p| f64::from(p.0[0])).sum::<f64>() / 255.0;
+                    let count = question["fields"][i]["count"].as_f64().unwrap_or(0.0);
+                    red / f64::from(picture.width() * picture.height()) + 10.0 * count
+                };
+                files.iter().enumerate().map(score).collect()
+            }
+            _ => panic!("{question}"),
+        };
+        let whole = json!({ "scores": answer }).to_string();
+        match &*fault {
+            "slow" => std::thread::sleep(std::time::Duration::from_secs(60)),
+            "dead" => panic!("out of memory, for example"),
+            "dead in the end" if number == 3 => panic!("out of memory, for example"),
+            "half" => {
+                write!(out, "{}", &whole[..whole.len() / 2]).unwrap();
+                return;
+            }
+            _ => {}
+        }
+        let line = match &*fault {
+            "wrong" => "Loading checkpoint shards: 100%".to_owned(),
+            "too few" => json!({ "scores": &answer[..prompts - 1] }).to_string(),
+            "NaN" => whole.replacen(&answer[0].to_string(), "NaN", 1),
+            "error" => json!({ "error": "no such picture" }).to_string(),
+            _ => whole,
+        };
+        writeln!(out, "{line}").unwrap();
+    }
+}
+
+fn of(command: CommandConfig) -> Rewards {
+    let config = RewardsConfig { command: Some(command), ..Default::default() };
+    Rewards::load(&config, &tokenizer()).unwrap()
+}
+
+fn faulty(fault: &str, gradient: bool) -> CommandConfig {
+    CommandConfig { program: program(fault), gradient, timeout: 20.0, restarts: 0, ..Default::default() }
+}
+
+/// Scores of two images, and the gradient of their sum.
+fn judged(rewards: &Rewards) -> Result<(Vec<f64>, Vec<f32>)> {
+    let judge = |ledger: &mut Ledger| {
+        let judged = rewards.judge(&images(2), &["a cat".into(), "a dog".into()], ledger)?;
+        Ok((judged.scores().to_vec(), numbers(&judged.pull(1.0)?)))
+    };
+    let ((scores, gradient), readings) = Ledger::around(judge)?;
+    Ok((scores.iter().map(|scores| scores.get(&readings)[0]).collect(), gradient))
+}
+
+#[test]
+fn a_program_scores_pictures_by_their_prompts_and_fields() {
+    let count = |text: &str, count: u64| Prompt {
+        text: text.to_owned(),
+        fields: serde_json::Map::from_iter([("count".to_owned(), count.into())]),
+    };
+    let rewards = of(faulty("", false));
+    let scores = rewards.scores(&images(2), &[count("two cats", 2), "a \"dog\"\n".into()]).unwrap();
+    let red = |row: usize| {
+        let pixels = numbers(&images(2).get(row).unwrap().get(0).unwrap());
+        let sum = pixels.iter().map(|x| f64::from((((x * 0.5 + 0.5).clamp(0.0, 1.0)) * 255.0).round())).sum::<f64>();
+        sum / 255.0 / pixels.len() as f64
+    };
+    assert!((scores[0][0] - 20.0 - red(0)).abs() < 1e-6 && (scores[1][0] - red(1)).abs() < 1e-6, "{scores:?}");
+    // it cannot be trained as it is, and says what to do
+    let message = rewards.judge(&images(1), &["a cat".into()], &mut Ledger::default()).err().unwrap().to_string();
+    assert!(message.contains("`command` has no gradient"), "{message}");
+}
+
+#[test]
+fn a_program_with_gradients_is_the_reward_that_it_computes() {
+    let builtin = Rewards::load(&aesthetic(), &tokenizer()).unwrap();
+    let (scores, gradient) = judged(&of(faulty("", true))).unwrap();
+    let (expected, of_builtin) = judged(&builtin).unwrap();
+    for (score, expected) in scores.iter().zip(&expected) {
+        assert!((score - expected).abs() < 1e-5, "{scores:?} for {expected:?}");
+    }
+    let apart: f32 = gradient.iter().zip(&of_builtin).map(|(x, y)| (x - y).powi(2)).sum();
+    let size: f32 = of_builtin.iter().map(|x| x.powi(2)).sum();
+    assert!(size > 0.0 && (apart / size).sqrt() < 1e-5, "{apart} of {size}");
+    // without its gradient it is the same score
+    let scored = of(faulty("", true)).scores(&images(2), &["a cat".into(), "a dog".into()]).unwrap();
+    assert!((scored[1][0] - scores[1]).abs() < 1e-6, "{scored:?} for {scores:?}");
+}
+
+#[test]
+fn a_run_with_a_program_trains_as_one_with_the_reward_that_it_computes() {
+    let words: Vec<String> = program("dead in the end").iter().map(|word| format!("'''{word}'''")).collect();
+    let command = format!("reward={{ command = {{ program = [{}], gradient = true, target = 2 }} }}", words.join(", "));
+    // a death in the middle is no matter: the program is started again
+    let trained = Experiment::trained(&[&command]);
+    let builtin = Experiment::trained(&["reward.aesthetic.target=2"]);
+    assert!(norm(&builtin.first_gradients()) > 0.0);
+    let apart = distance(&trained.first_gradients(), &builtin.first_gradients());
+    assert!(apart < 1e-4, "{apart}");
+    let apart = distance(&trained.adapters(2), &builtin.adapters(2));
+    assert!(apart < 1e-4, "{apart}");
+    let [found, expected] =
+        [trained.metric("reward/command"), builtin.metric("reward/aesthetic")].map(|metric| metric[1]);
+    assert!((found - expected).abs() < 1e-5, "{found} for {expected}");
+}
+
+#[test]
+fn faults_of_a_program_are_told_apart() {
+    for (fault, gradient, parts) in [
+        ("dead", false, ["gave no answer and ended", "its stderr ends with", "out of memory, for example"]),
+        ("half", false, ["{\"sc", "has no end", "exit status: 0"]),
+        ("wrong", false, ["it answered `Loading checkpoint shards: 100%`", "{\"scores\": [..]} was expected", "the program `sh -c"]),
+        ("too few", false, ["it gave 1 scores for 2 pictures", "the program", "sh"]),
+        ("error", false, ["it answered with an error: no such picture", "the program", "sh"]),
+        ("NaN", false, ["the reward `command` gave NaN", "", ""]),
+        ("negative", true, ["returns gradients that are not those of its scores", "by the gradient it should be", "check_gradient = false"]),
+        ("twice", true, ["returns gradients that are not those of its scores", "by the gradient it should be", ""]),
+        ("none", true, ["left no gradients of its scores", "there is no file", "-gradients.safetensors"]),
+        ("of another shape", true, ["left no gradients of its scores", "has shape [1, 3, 39, 32], expected [1, 3, 40, 32]", ""]),
+        ("of another name", true, ["left no gradients of its scores", "the nearest key is `grads`", ""]),
+    ] {
+        let rewards = of(faulty(fault, gradient));
+        let error = match gradient {
+            true => judged(&rewards).err(),
+            false => rewards.scores(&images(2), &["a cat".into(), "a dog".into()]).err(),
+        };
+        let error = format!("{:#}", error.unwrap_or_else(|| panic!("{fault}")));
+        for part in parts {
+            assert!(error.contains(part), "{fault}: {error}");
+        }
+    }
+    let slow = CommandConfig { start_timeout: 2.0, ..faulty("slow", false) };
+    let error = of(slow).scores(&images(1), &["a cat".into()]).unwrap_err().to_string();
+    assert!(error.contains("gave no answer within 2 s (`start_timeout`)"), "{error}");
+    // the check can be left out, and then the gradient counts as it is
+    let (_, gradient) = judged(&of(CommandConfig { check_gradient: false, ..faulty("twice", true) })).unwrap();
+    let (_, of_builtin) = judged(&Rewards::load(&aesthetic(), &tokenizer()).unwrap()).unwrap();
+    let largest = |values: &[f32]| values.iter().fold(0f32, |most, x| most.max(x.abs()));
+    assert!((largest(&gradient) / largest(&of_builtin) - 2.0).abs() < 1e-3);
+    // a gradient that is not a number is for the step to find, which can be skipped
+    let (_, gradient) = judged(&of(faulty("not a number", true))).unwrap();
+    assert!(gradient.iter().all(|x| x.is_nan()));
+    let _ = Value::constant(&images(1));
+}

@@ -7,16 +7,19 @@ use std::fs::File;
 use std::io::{Write, stdin};
 use std::sync::Arc;
 
-use alignprop::config::{AestheticConfig, CommandConfig, Prompt, RewardsConfig};
+use alignprop::config::{
+    AestheticConfig, CommandConfig, HttpConfig, Prompt, RewardsConfig, ServerConfig, VlmAnswer, VlmConfig,
+};
 use alignprop::diffusion::{Noise, Stream};
 use alignprop::models::Source;
 use alignprop::models::tokenizer::ClipTokenizer;
-use alignprop::nn::{Tape, Value};
+use alignprop::nn::Tape;
 use alignprop::ops::Ledger;
 use alignprop::rewards::{Judge, Rewards, TapedImages};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use serde_json::{Value as Json, json};
+use support::server::{Fault, Server};
 use support::{Experiment, distance, fixture, norm, numbers, text};
 
 fn tokenizer() -> Arc<ClipTokenizer> {
@@ -219,5 +222,139 @@ fn faults_of_a_program_are_told_apart() {
     // a gradient that is not a number is for the step to find, which can be skipped
     let (_, gradient) = judged(&of(faulty("not a number", true))).unwrap();
     assert!(gradient.iter().all(|x| x.is_nan()));
-    let _ = Value::constant(&images(1));
+}
+
+fn prompts(count: usize) -> Vec<Prompt> {
+    let prompt = |number: usize| Prompt {
+        text: format!("picture {number}"),
+        fields: serde_json::Map::from_iter([("count".to_owned(), number.into())]),
+    };
+    (0..count).map(prompt).collect()
+}
+
+/// Scores a picture as its prompt's `count`, and looks whether it is a PNG.
+fn counts(question: &Json) -> String {
+    let pictures = question["images"].as_array().unwrap();
+    assert!(pictures.iter().all(|png| png.as_str().unwrap().starts_with("iVBORw0KGgo")));
+    let fields = question["fields"].as_array().unwrap().iter();
+    json!({ "scores": fields.map(|fields| fields["count"].clone()).collect::<Vec<_>>() }).to_string()
+}
+
+fn on(server: &Server, change: impl FnOnce(&mut HttpConfig)) -> Rewards {
+    let mut http = HttpConfig { batch: 2, ..Default::default() };
+    http.server = ServerConfig { url: server.url.clone(), timeout: 10.0, ..Default::default() };
+    change(&mut http);
+    Rewards::load(&RewardsConfig { http: Some(http), ..Default::default() }, &tokenizer()).unwrap()
+}
+
+/// The scores of seven pictures.
+fn seven(rewards: &Rewards) -> Result<Vec<f64>> {
+    let images = images(1).repeat((7, 1, 1, 1)).unwrap();
+    Ok(rewards.scores(&images, &prompts(7))?.into_iter().map(|scores| scores[0]).collect())
+}
+
+const SEVEN: [f64; 7] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+
+#[test]
+fn a_server_scores_pictures_some_at_a_time_and_in_order() {
+    let server = Server::start(|number| Fault::Slow(if number == 0 { 400 } else { 200 }), counts);
+    assert_eq!(seven(&on(&server, |http| http.server.concurrency = 3)).unwrap(), SEVEN);
+    assert_eq!((server.count(), server.at_once.load(std::sync::atomic::Ordering::SeqCst)), (4, 3));
+    let asked = server.asked.lock().unwrap();
+    let longest = asked.iter().map(|(_, question)| question["images"].as_array().unwrap().len()).max();
+    assert_eq!(longest, Some(2));
+    assert!(!asked[0].0.contains("authorization"), "{}", asked[0].0);
+}
+
+#[test]
+fn faults_that_may_pass_are_tried_again() {
+    for fault in [Fault::Dead, Fault::Half, Fault::HalfUnannounced, Fault::Slow(5000), Fault::Status(503), Fault::Status(429)] {
+        let server = Server::start(move |number| if number < 2 { fault } else { Fault::None }, counts);
+        let patient = |http: &mut HttpConfig| (http.server.timeout, http.server.concurrency) = (1.0, 1);
+        assert_eq!(seven(&on(&server, patient)).unwrap(), SEVEN, "{fault:?}");
+        assert_eq!(server.count(), 4 + 2, "{fault:?}");
+    }
+}
+
+#[test]
+fn faults_that_stay_are_errors_that_say_what_came() {
+    for (fault, asked, expected) in [
+        (Fault::Dead, 2, "cannot be asked"),
+        (Fault::Half, 2, "cannot be asked"),
+        (Fault::HalfUnannounced, 2, "answered with half of an answer: `{\"scores\":"),
+        (Fault::Slow(5000), 2, "gave no answer in time (`timeout`)"),
+        (Fault::Status(500), 2, "answered with status 500"),
+        (Fault::Status(404), 1, "answered with status 404"),
+    ] {
+        let server = Server::start(move |_| fault, counts);
+        let hasty = |http: &mut HttpConfig| (http.server.timeout, http.server.retries) = (0.5, 1);
+        let error = on(&server, hasty).scores(&images(1), &prompts(1)).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains(&server.url), "{fault:?}: {error}");
+        assert_eq!(server.count(), asked, "{fault:?}");
+        assert_eq!(error.contains("(asked 2 times)"), asked == 2, "{error}");
+    }
+    for (answer, expected) in [
+        ("<html>no</html>", "it answered `<html>no</html>`, where {\"scores\": [..]} was expected"),
+        (r#"{"scores": [1]}"#, "it gave 1 scores for 2 pictures"),
+        (r#"{"scores": [1, NaN]}"#, "the reward `http` gave NaN"),
+        (r#"{"error": "no"}"#, "it answered with an error: no"),
+    ] {
+        let server = Server::start(|_| Fault::None, |_| answer.to_owned());
+        let error = format!("{:#}", on(&server, |_| ()).scores(&images(2), &prompts(2)).unwrap_err());
+        assert!(error.contains(expected), "{error}");
+        assert_eq!(server.count(), 1);
+    }
+    let nobody = |http: &mut HttpConfig| {
+        http.server.url = "http://127.0.0.1:1/".to_owned();
+        http.server.retries = 0;
+    };
+    let server = Server::start(|_| Fault::None, counts);
+    let error = on(&server, nobody).scores(&images(1), &prompts(1)).unwrap_err().to_string();
+    assert!(error.starts_with("http://127.0.0.1:1/ cannot be asked"), "{error}");
+    let mut config = HttpConfig::default();
+    for (url, key, expected) in [
+        ("no address", None, "reward.http.server.url = \"no address\": give the address"),
+        ("http://a/", Some("NO_SUCH_VARIABLE_HERE"), "reward.http.server.key_env names the variable NO_SUCH_VARIABLE_HERE"),
+    ] {
+        config.server = ServerConfig { url: url.to_owned(), key_env: key.map(str::to_owned), ..Default::default() };
+        let rewards = RewardsConfig { http: Some(config.clone()), ..Default::default() };
+        let error = format!("{:#}", Rewards::load(&rewards, &tokenizer()).err().unwrap());
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_vision_language_model_is_asked_and_its_answers_become_scores() {
+    let answer = |question: &Json| {
+        let content = &question["messages"][0]["content"];
+        let text = content[0]["text"].as_str().unwrap();
+        let image = content[1]["image_url"]["url"].as_str().unwrap();
+        assert!(image.starts_with("data:image/png;base64,iVBORw0KGgo") && question["model"] == "a-model");
+        let said = match text {
+            "How many in \"picture 1\"?" => "There are 3 of them.",
+            "Is this picture 1, with 1?" => "**Yes**, it is.",
+            "What is it?" => "A picture of one cat",
+            _ => "I cannot tell.",
+        };
+        json!({ "choices": [{ "message": { "role": "assistant", "content": said } }] }).to_string()
+    };
+    let server = Server::start(|_| Fault::None, answer);
+    let score = |vlm: VlmConfig| -> Result<f64> {
+        let server = ServerConfig { url: server.url.clone(), ..Default::default() };
+        let vlm = VlmConfig { server, model: "a-model".into(), ..vlm };
+        let rewards = Rewards::load(&RewardsConfig { vlm: Some(vlm), ..Default::default() }, &tokenizer()).unwrap();
+        Ok(rewards.scores(&images(1), &prompts(2)[1..])?[0][0])
+    };
+    let asking = |question: &str, answer| VlmConfig { question: question.into(), answer, ..Default::default() };
+    assert_eq!(score(asking("How many in \"{prompt}\"?", VlmAnswer::Number)).unwrap(), 3.0);
+    assert_eq!(score(asking("Is this {prompt}, with {count}?", VlmAnswer::YesNo)).unwrap(), 1.0);
+    let words = ["{count}|one", "dog", "a picture", "cat"].map(str::to_owned).to_vec();
+    assert_eq!(score(VlmConfig { words, ..asking("What is it?", VlmAnswer::Words) }).unwrap(), 0.75);
+    // without an answer
+    let lost = asking("Is it so?", VlmAnswer::YesNo);
+    let error = score(lost.clone()).unwrap_err().to_string();
+    assert!(error.contains("a-model's answer for `picture 1` has not yes or no in it: `I cannot tell.`"), "{error}");
+    assert_eq!(score(VlmConfig { otherwise: Some(0.5), ..lost }).unwrap(), 0.5);
+    let error = score(asking("How many {animal}s?", VlmAnswer::Number)).unwrap_err().to_string();
+    assert!(error.contains("no such field"), "{error}");
 }

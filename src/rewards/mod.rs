@@ -7,11 +7,14 @@
 mod clip_head;
 mod command;
 mod derivative;
+mod http;
 mod images;
 mod jpeg;
 mod preprocess;
 mod program;
+mod server;
 mod text_image;
+mod vlm;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -287,6 +290,12 @@ impl Rewards {
         }
         if let Some(c) = &config.command {
             push("command", c.weight, command::command(c))?;
+        }
+        if let Some(c) = &config.http {
+            push("http", c.weight, http::http(c))?;
+        }
+        if let Some(c) = &config.vlm {
+            push("vlm", c.weight, vlm::vlm(c))?;
         }
         if rewards.is_empty() {
             bail!(

@@ -121,7 +121,7 @@ fn of(command: CommandConfig) -> Rewards {
 }
 
 fn faulty(fault: &str, gradient: bool) -> CommandConfig {
-    CommandConfig { program: program(fault), gradient, timeout: 20.0, restarts: 0, ..Default::default() }
+    CommandConfig { program: program(fault), gradient, timeout: 60.0, restarts: 0, ..Default::default() }
 }
 
 /// Scores of two images, and the gradient of their sum.
@@ -258,7 +258,7 @@ fn counts(question: &Json) -> String {
 
 fn on(server: &Server, change: impl FnOnce(&mut HttpConfig)) -> Rewards {
     let mut http = HttpConfig { batch: 2, ..Default::default() };
-    http.server = ServerConfig { url: server.url.clone(), timeout: 10.0, ..Default::default() };
+    http.server = ServerConfig { url: server.url.clone(), timeout: 60.0, ..Default::default() };
     change(&mut http);
     Rewards::load(&RewardsConfig { http: Some(http), ..Default::default() }, &tokenizer()).unwrap()
 }
@@ -273,7 +273,7 @@ const SEVEN: [f64; 7] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
 
 #[test]
 fn a_server_scores_pictures_some_at_a_time_and_in_order() {
-    let server = Server::start(|number| Fault::Slow(if number == 0 { 400 } else { 200 }), counts);
+    let server = Server::start(|number| Fault::Slow(if number == 0 { 2000 } else { 1000 }), counts);
     assert_eq!(seven(&on(&server, |http| http.server.concurrency = 3)).unwrap(), SEVEN);
     assert_eq!((server.count(), server.at_once.load(std::sync::atomic::Ordering::SeqCst)), (4, 3));
     let asked = server.asked.lock().unwrap();
@@ -285,10 +285,11 @@ fn a_server_scores_pictures_some_at_a_time_and_in_order() {
 #[test]
 fn faults_that_may_pass_are_tried_again() {
     for fault in
-        [Fault::Dead, Fault::Half, Fault::HalfUnannounced, Fault::Slow(5000), Fault::Status(503), Fault::Status(429)]
+        [Fault::Dead, Fault::Half, Fault::HalfUnannounced, Fault::Slow(8000), Fault::Status(503), Fault::Status(429)]
     {
         let server = Server::start(move |number| if number < 2 { fault } else { Fault::None }, counts);
-        let patient = |http: &mut HttpConfig| (http.server.timeout, http.server.concurrency) = (1.0, 1);
+        let timeout = if matches!(fault, Fault::Slow(_)) { 2.0 } else { 60.0 };
+        let patient = |http: &mut HttpConfig| (http.server.timeout, http.server.concurrency) = (timeout, 1);
         assert_eq!(seven(&on(&server, patient)).unwrap(), SEVEN, "{fault:?}");
         assert_eq!(server.count(), 4 + 2, "{fault:?}");
     }
@@ -300,12 +301,13 @@ fn faults_that_stay_are_errors_that_say_what_came() {
         (Fault::Dead, 2, "cannot be asked"),
         (Fault::Half, 2, "cannot be asked"),
         (Fault::HalfUnannounced, 2, "answered with half of an answer: `{\"scores\":"),
-        (Fault::Slow(5000), 2, "gave no answer in time (`timeout`)"),
+        (Fault::Slow(8000), 2, "gave no answer in time (`timeout`)"),
         (Fault::Status(500), 2, "answered with status 500"),
         (Fault::Status(404), 1, "answered with status 404"),
     ] {
         let server = Server::start(move |_| fault, counts);
-        let hasty = |http: &mut HttpConfig| (http.server.timeout, http.server.retries) = (0.5, 1);
+        let timeout = if matches!(fault, Fault::Slow(_)) { 0.5 } else { 60.0 };
+        let hasty = |http: &mut HttpConfig| (http.server.timeout, http.server.retries) = (timeout, 1);
         let error = on(&server, hasty).scores(&images(1), &prompts(1)).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains(&server.url), "{fault:?}: {error}");
         assert_eq!(server.count(), asked, "{fault:?}");

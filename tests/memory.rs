@@ -95,7 +95,17 @@ impl Chain {
     fn parts<'a>(&'a self, rewards: &'a Rewards, latent_shape: (usize, usize, usize)) -> Parts<'a> {
         let (denoiser, vae) = (self.denoiser(1, Checkpointing::Step), &self.pipeline.vae);
         let (differentiates_rewards, round, prompt) = (true, 0, &self.prompt);
-        Parts { denoiser, vae, rewards, prompt, timestep: 500.0, latent_shape, steps: STEPS, differentiates_rewards, round }
+        Parts {
+            denoiser,
+            vae,
+            rewards,
+            prompt,
+            timestep: 500.0,
+            latent_shape,
+            steps: STEPS,
+            differentiates_rewards,
+            round,
+        }
     }
 
     /// The peak of the backward pass through the last `k` steps.

@@ -289,7 +289,7 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 9] = [
+pub const REWARD_KINDS: [&str; 12] = [
     "aesthetic",
     "clip-head",
     "hps",
@@ -299,6 +299,9 @@ pub const REWARD_KINDS: [&str; 9] = [
     "incompressibility",
     "count",
     "object",
+    "command",
+    "http",
+    "vlm",
 ];
 
 /// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
@@ -314,6 +317,9 @@ pub struct RewardsConfig {
     pub incompressibility: Option<CompressibilityConfig>,
     pub count: Option<CountConfig>,
     pub object: Option<ObjectConfig>,
+    pub command: Option<CommandConfig>,
+    pub http: Option<HttpConfig>,
+    pub vlm: Option<VlmConfig>,
 }
 
 impl RewardsConfig {
@@ -333,6 +339,9 @@ impl RewardsConfig {
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
             count: pick(wanted("count"), &self.count),
             object: pick(wanted("object"), &self.object),
+            command: pick(wanted("command"), &self.command),
+            http: pick(wanted("http"), &self.http),
+            vlm: pick(wanted("vlm"), &self.vlm),
         }
     }
 
@@ -358,6 +367,9 @@ impl RewardsConfig {
             self.incompressibility.as_ref().map(|reward| reward.weight),
             self.count.as_ref().map(|reward| reward.weight),
             self.object.as_ref().map(|reward| reward.weight),
+            self.command.as_ref().map(|reward| reward.weight),
+            self.http.as_ref().map(|reward| reward.weight),
+            self.vlm.as_ref().map(|reward| reward.weight),
         ];
         let kinds = REWARD_KINDS.into_iter().zip(weights);
         kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
@@ -501,6 +513,94 @@ table! {
         /// Whether the object is to be absent: the score is log P(N = 0), as for removing a concept.
         remove: bool = false,
     }
+}
+
+table! {
+    /// `[reward.command]`: a program of the user's, which gets lines of JSON with pictures and prompts and answers with scores,
+    /// and with their gradients where it has some. docs/rewards.md has the lines and an example in PyTorch.
+    pub struct CommandConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// The program and its arguments: `["python", "reward.py"]`. It is started once, in the current folder. Must be given.
+        program: Vec<String> = Vec::new(),
+        /// Whether it gets f32 tensors and returns gradients of its scores with respect to them: what AlignProp trains with.
+        /// Otherwise it gets PNG files and gives scores alone.
+        gradient: bool = false,
+        /// Compare, at the start, a returned gradient with a difference of two scores, and stop where they disagree.
+        check_gradient: bool = true,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation.
+        target: Option<f64> = None,
+        /// Seconds that an answer may take; more than 0.
+        timeout: f64 = 120.0,
+        /// Seconds that the first answer of a started program may take, which may have a model to load; more than 0.
+        start_timeout: f64 = 1800.0,
+        /// How often the program is started again for one question, where it ended or was silent for too long.
+        restarts: usize = 1,
+    }
+}
+
+table! {
+    /// A server that scores ask: `[reward.http.server]`, `[reward.vlm.server]`. A failure that may pass (no connection, no answer in
+    /// time, half of one, status 429 or 500 and more) is tried again after a pause, which doubles.
+    pub struct ServerConfig {
+        /// Its address: `http://127.0.0.1:8000/score`, or `http://127.0.0.1:8000/v1/chat/completions`. Must be given.
+        url: String = String::new(),
+        /// The environment variable that holds a key, which is sent as `Authorization: Bearer ..`. Absent: none is sent.
+        key_env: Option<String> = None,
+        /// Seconds that an answer may take; more than 0.
+        timeout: f64 = 120.0,
+        /// How often a question is asked again.
+        retries: usize = 5,
+        /// Questions at a time; 1 or more. Training by gradients judges one picture after another, so it has one at a time.
+        concurrency: usize = 4,
+    }
+}
+
+table! {
+    /// `[reward.http]`: a server of the user's, which gets pictures and prompts and answers with scores. docs/rewards.md has the
+    /// lines and an example.
+    pub struct HttpConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        server: ServerConfig = ServerConfig::default(),
+        /// Pictures in one question; 1 or more.
+        batch: usize = 8,
+    }
+}
+
+table! {
+    /// `[reward.vlm]`: a vision-language model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama, ..) is asked a question
+    /// of each picture, and its answer becomes a number.
+    pub struct VlmConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        server: ServerConfig = ServerConfig::default(),
+        /// The model's name on the server. Must be given.
+        model: String = String::new(),
+        /// What it is asked. `{prompt}` is the prompt, `{count}` the prompt's field `count`.
+        question: String = "Does this picture show \"{prompt}\"? Answer with yes or no alone.".into(),
+        /// How the answer becomes a number.
+        answer: VlmAnswer = VlmAnswer::YesNo,
+        /// For `answer = "words"`: what must occur; `{count}|{word}` is one of two. Fields as in `question`.
+        words: Vec<String> = Vec::new(),
+        /// The score of an answer without a number, or without yes and no; finite. Absent: such an answer is an error.
+        otherwise: Option<f64> = None,
+        /// The longest answer, in tokens; 1 or more. A model that thinks first needs more.
+        max_tokens: usize = 64,
+    }
+}
+
+/// How the answer of a [`VlmConfig`] becomes a score.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum VlmAnswer {
+    /// The first number in it.
+    Number,
+    /// 1 for yes, 0 for no, whichever word comes first.
+    #[default]
+    YesNo,
+    /// The share of `words` that occur in it, as whole words in any case.
+    Words,
 }
 
 /// How an image in [0, 1] becomes the square input of a reward model, 224 by 224 for most. Scores made differently do not compare.

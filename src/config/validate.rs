@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{
     CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig,
-    SamplerKind, Truncation,
+    SamplerKind, ServerConfig, Truncation, VlmAnswer,
 };
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
@@ -297,6 +297,30 @@ impl RewardsConfig {
                 "reward.{kind}.threshold = {threshold}: must be a probability, from 0 to 1; 0.5 is usual"
             );
         }
+        if let Some(command) = &self.command {
+            targets.push(("command", command.target));
+            ensure!(
+                command.program.first().is_some_and(|word| !word.is_empty()),
+                "reward.command.program is empty: name the program and its arguments, such as [\"python\", \"reward.py\"]"
+            );
+            seconds("reward.command.timeout", command.timeout)?;
+            seconds("reward.command.start_timeout", command.start_timeout)?;
+        }
+        if let Some(http) = &self.http {
+            http.server.validate("reward.http.server")?;
+            at_least_one("reward.http.batch", http.batch)?;
+        }
+        if let Some(vlm) = &self.vlm {
+            vlm.server.validate("reward.vlm.server")?;
+            named.push(("vlm.model", &vlm.model));
+            named.push(("vlm.question", &vlm.question));
+            at_least_one("reward.vlm.max_tokens", vlm.max_tokens)?;
+            ensure!(
+                (vlm.answer == VlmAnswer::Words) != vlm.words.is_empty(),
+                "reward.vlm.words: list what must occur in the answer with `answer = \"words\"`, and nothing with other answers"
+            );
+            ensure!(vlm.otherwise.is_none_or(f64::is_finite), "reward.vlm.otherwise must be a finite number");
+        }
         for (key, name) in named {
             ensure!(!name.is_empty(), "reward.{key} is empty: say where it is");
         }
@@ -319,6 +343,24 @@ pub fn parse_device(device: &str) -> Result<String, String> {
     } else {
         Err("must be cpu, cuda or cuda:N".to_string())
     }
+}
+
+impl ServerConfig {
+    fn validate(&self, key: &str) -> Result<()> {
+        ensure!(
+            !self.url.is_empty(),
+            "{key}.url is empty: give the address of the server, such as http://127.0.0.1:8000/"
+        );
+        ensure!(self.key_env.as_deref() != Some(""), "{key}.key_env is empty: name a variable, or leave it out");
+        seconds(&format!("{key}.timeout"), self.timeout)?;
+        at_least_one(&format!("{key}.concurrency"), self.concurrency)
+    }
+}
+
+/// A time that somebody would wait for.
+fn seconds(key: &str, value: f64) -> Result<()> {
+    ensure!(value > 0.0 && value <= 1e6, "{key} = {value}: must be seconds, more than 0 and at most a million");
+    Ok(())
 }
 
 pub(super) fn at_least_one(key: &str, value: usize) -> Result<()> {
@@ -370,6 +412,23 @@ mod tests {
             ("reward.count.model = ''", "reward.count.model is empty"),
             ("reward.object.threshold = 1.5", "reward.object.threshold = 1.5: must be a probability"),
             ("reward.object.object = ''", "reward.object.object is empty"),
+            ("reward.command = {}", "reward.command.program is empty: name the program"),
+            ("reward.command = { program = ['a'], timeout = 0 }", "reward.command.timeout = 0: must be seconds"),
+            (
+                "reward.command = { program = ['a'], start_timeout = inf }",
+                "reward.command.start_timeout = inf: must be",
+            ),
+            ("reward.command = { program = ['a'], target = nan }", "reward.command.target must be a finite number"),
+            ("reward.http = {}", "reward.http.server.url is empty: give the address"),
+            ("reward.http = { server.url = 'http://a', batch = 0 }", "reward.http.batch = 0: must be 1 or more"),
+            (
+                "reward.http.server = { url = 'http://a', concurrency = 0 }",
+                "reward.http.server.concurrency = 0: must be",
+            ),
+            ("reward.http.server = { url = 'http://a', timeout = -1 }", "reward.http.server.timeout = -1: must be"),
+            ("reward.vlm.server.url = 'http://a'", "reward.vlm.model is empty"),
+            ("reward.vlm = { server.url = 'http://a', model = 'm', answer = 'words' }", "reward.vlm.words: list what"),
+            ("reward.vlm = { server.url = 'http://a', model = 'm', words = ['a'] }", "reward.vlm.words: list what"),
             ("prompts = { builtin = 'animals', file = 'p' }", "prompts.file and prompts.builtin are both given"),
             ("optimizer.lr = 0", "optimizer.lr = 0: must be a finite number, more than 0"),
             ("optimizer.betas = [0.9, 1.0]", "optimizer.betas = [0.9, 1]: each must be"),

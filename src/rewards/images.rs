@@ -1,16 +1,27 @@
 //! Images as rewards see them: what several of them ask of the same images is computed once.
 
 use std::cell::{OnceCell, RefCell};
+use std::io::Cursor;
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
-use image::RgbImage;
+use image::{ImageFormat, RgbImage};
 
-use super::{Detector, Preprocessor, bytes};
+use super::{Detector, Preprocessor, bytes, to_bytes};
 use crate::config::Preprocess;
 use crate::models::clip::Clip;
 use crate::nn::Value;
+
+/// One image (3, H, W) in [-1, 1] as a PNG file, rounded as diffusers rounds.
+pub(super) fn png_bytes(image: &Tensor) -> Result<Vec<u8>> {
+    let (_, height, width) = image.dims3()?;
+    let picture =
+        RgbImage::from_raw(width as u32, height as u32, to_bytes(image)?).context("an image without pixels")?;
+    let mut file = Cursor::new(Vec::new());
+    picture.write_to(&mut file, ImageFormat::Png)?;
+    Ok(file.into_inner())
+}
 
 /// A batch of images, and what CLIP towers and detectors have found in them so far.
 ///
@@ -39,7 +50,13 @@ impl TapedImages {
     /// Images on a tape, or constant ones, which are only scored.
     pub fn new(images: Value) -> Self {
         let device = images.tensor().device().clone();
-        Self { images: images.into(), pictures: Vec::new(), features: RefCell::default(), detections: RefCell::default(), device }
+        Self {
+            images: images.into(),
+            pictures: Vec::new(),
+            features: RefCell::default(),
+            detections: RefCell::default(),
+            device,
+        }
     }
 
     /// Pictures of any sizes, which are only scored, with towers on `device`.

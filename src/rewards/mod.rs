@@ -6,12 +6,18 @@
 
 mod bytes;
 mod clip_head;
+mod command;
+mod derivative;
 mod detector;
+mod http;
 mod images;
 mod jpeg;
 mod preprocess;
+mod program;
+mod server;
 mod subject;
 mod text_image;
+mod vlm;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -54,6 +60,11 @@ pub trait Score: Send + Sync {
     /// Embeddings (B, D) of the images, of unit norm; `None` where the score has none.
     fn embedding(&self, _images: &TapedImages) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// Whether another program or machine computes it: then it needs no memory here, and is not asked when memory is measured.
+    fn is_elsewhere(&self) -> bool {
+        false
     }
 }
 
@@ -322,6 +333,15 @@ impl Rewards {
                 push(name, weight, Ok(judge))?;
             }
         }
+        if let Some(c) = &config.command {
+            push("command", c.weight, command::command(c))?;
+        }
+        if let Some(c) = &config.http {
+            push("http", c.weight, http::http(c))?;
+        }
+        if let Some(c) = &config.vlm {
+            push("vlm", c.weight, vlm::vlm(c))?;
+        }
         if rewards.is_empty() {
             bail!(
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
@@ -407,10 +427,29 @@ impl Rewards {
     /// # Errors
     /// As there, or a score does not judge pictures of several sizes at once.
     pub fn scores_of(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
+        self.scores_by(images, prompts, |_| true)
+    }
+
+    /// [`Self::scores`] without what is computed elsewhere, as [`Self::judge_here`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn scores_here(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
+        let images = TapedImages::new(Value::constant(images));
+        self.scores_by(&images, prompts, |r| !r.judge.score().is_elsewhere())
+    }
+
+    fn scores_by(
+        &self,
+        images: &TapedImages,
+        prompts: &[Prompt],
+        counts: impl Fn(&Weighted) -> bool,
+    ) -> Result<Vec<Vec<f64>>> {
         let batch = images.batch()?;
         ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
         let noted = |ledger: &mut Ledger| {
-            self.0.iter().map(|r| r.reported(images, prompts, ledger)).collect::<Result<Vec<_>>>()
+            let rewards = self.0.iter().filter(|r| counts(r));
+            rewards.map(|r| r.reported(images, prompts, ledger)).collect::<Result<Vec<_>>>()
         };
         let (scores, readings) = Ledger::around(noted)?;
         let row = |image: usize| scores.iter().map(|reward| readings.get(reward[image])).collect();
@@ -423,13 +462,32 @@ impl Rewards {
     /// # Errors
     /// A score that is not finite, here or when the ledger is read. A score without a gradient that has a weight.
     pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
+        self.judge_by(images, prompts, ledger, |_| true)
+    }
+
+    /// [`Self::judge`] without what is computed elsewhere ([`Score::is_elsewhere`]): for measuring what the others need.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn judge_here(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
+        self.judge_by(images, prompts, ledger, |r| !r.judge.score().is_elsewhere())
+    }
+
+    fn judge_by(
+        &self,
+        images: &Tensor,
+        prompts: &[Prompt],
+        ledger: &mut Ledger,
+        counts: impl Fn(&Weighted) -> bool,
+    ) -> Result<Judged> {
         let batch = images.dims4()?.0;
         ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
+        let rewards: Vec<&Weighted> = self.0.iter().filter(|r| counts(r)).collect();
         let (tape, mut trained) = (Tape::new(), Vec::new());
         let leaf = tape.leaf(images);
         let on_tape = TapedImages::new(leaf.clone());
-        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(self.0.len());
-        for r in &self.0 {
+        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(rewards.len());
+        for r in &rewards {
             let Some(reward) = r.trained() else {
                 ensure!(
                     r.weight == 0.0,
@@ -455,7 +513,7 @@ impl Rewards {
         let constant = on_tape.off_tape();
         let mut scores: Vec<ImageScores> =
             (0..batch).map(|_| ImageScores { reported: Vec::new(), differentiated: Vec::new() }).collect();
-        for (r, differentiated) in self.0.iter().zip(differentiated) {
+        for (r, differentiated) in rewards.into_iter().zip(differentiated) {
             let reported = match &differentiated {
                 Some(numbers) if !r.trained().is_some_and(|reward| reward.is_stand_in()) => numbers.clone(),
                 _ => r.reported(&constant, prompts, ledger)?,

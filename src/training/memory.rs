@@ -21,13 +21,13 @@ use anyhow::Result;
 use candle_core::{DType, Tensor};
 
 use super::limits;
-use super::step::{Critic, Tally, credit};
 use crate::allocator;
 use crate::config::{Checkpointing, Prompt};
 use crate::diffusion::{Noise, Stream};
 use crate::models::unet::UnetTrace;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
+use crate::ops::Ledger;
 use crate::ops::device::{Compute, Counts};
 use crate::rewards::Rewards;
 use crate::sampling::Denoiser;
@@ -212,16 +212,17 @@ impl Parts<'_> {
 
     fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
-        let critic = Critic { vae: self.vae, rewards: self.rewards, checkpointing };
         let prompts = std::slice::from_ref(self.prompt);
         if !self.differentiates_rewards {
-            return rise(self.meter(), || self.rewards.scores(&self.vae.decode(&latents)?, prompts));
+            return rise(self.meter(), || self.rewards.scores_here(&self.vae.decode(&latents)?, prompts));
         }
         rise(self.meter(), || {
-            let mut tally = Tally::new(self.denoiser.adapters);
-            let credit = credit(&critic, &latents, prompts, 1.0, &mut tally)?;
-            tally.ledger.read()?;
-            Ok(credit)
+            let mut ledger = Ledger::default();
+            let decoded = self.vae.trace(&latents, checkpointing)?;
+            let judged = self.rewards.judge_here(decoded.image(), prompts, &mut ledger)?;
+            let d_latents = decoded.pull(&judged.pull(1.0)?)?;
+            ledger.read()?;
+            Ok(d_latents)
         })
     }
 

@@ -3,6 +3,7 @@
 
 pub mod original;
 pub mod program;
+pub mod server;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;

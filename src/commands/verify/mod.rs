@@ -445,12 +445,12 @@ impl<'a> Subject<'a> {
         self.reference.prompts.iter().map(|text| Prompt::from(text.as_str())).collect()
     }
 
-    fn denoiser<'a>(&'a self, adapters: &'a Adapters, conditioning: &Conditioning) -> Denoiser<'a> {
+    fn denoiser<'b>(&'b self, adapters: &'b Adapters, conditioning: &Conditioning) -> Denoiser<'b> {
         let checkpointing = Checkpointing::Step;
         Denoiser { unet: &self.pipeline.unet, adapters, conditioning: conditioning.clone(), checkpointing }
     }
 
-    fn critic<'a>(&'a self, rewards: &'a Rewards) -> Critic<'a> {
+    fn critic<'b>(&'b self, rewards: &'b Rewards) -> Critic<'b> {
         Critic { vae: &self.pipeline.vae, rewards, checkpointing: Checkpointing::Step }
     }
 

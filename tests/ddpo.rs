@@ -13,7 +13,7 @@ use alignprop::lora::{Adapters, formats};
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, Number};
 use alignprop::rewards::{Judge, Rewards, Score, TapedImages, Weighted};
-use alignprop::sampling::{Sampler, Trajectory};
+use alignprop::sampling::{Denoiser, Sampler, Trajectory};
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::ddpo::{Chain, densities};
 use alignprop::training::health::is_not_a_number;
@@ -49,7 +49,7 @@ struct Red;
 
 impl Score for Red {
     fn scores(&self, images: &TapedImages, _: &[Prompt], ledger: &mut Ledger) -> anyhow::Result<Vec<Number>> {
-        let channels = images.tensor().to_dtype(DType::F64)?.mean((2, 3))?;
+        let channels = images.tensor()?.to_dtype(DType::F64)?.mean((2, 3))?;
         Ok(ledger.numbers(&(channels.get_on_dim(1, 0)? - channels.get_on_dim(1, 2)?)?)?)
     }
 }
@@ -88,6 +88,11 @@ impl Lab {
         setup.step(state, config.optimizer.lr, |_| ())
     }
 
+    fn denoiser<'a>(&'a self, adapters: &'a Adapters) -> Denoiser<'a> {
+        let (conditioning, _) = Ledger::around(|ledger| self.sampler.conditioning(&self.prompts, ledger)).unwrap();
+        self.sampler.denoiser(adapters, conditioning, self.plan.checkpointing)
+    }
+
     fn policy(&self) -> Policy {
         self.config.method.policy().unwrap()
     }
@@ -118,14 +123,10 @@ fn the_objectives_gradient_is_its_derivative() {
     let start = &lab.start.adapters;
     let sampled_by = moved(start, &direction(start, 1), 0.1);
     let (adapters, base) = (moved(&sampled_by, &direction(start, 2), 0.02), Adapters::default());
-    let denoiser = |adapters| {
-        let (conditioning, _) = Ledger::around(|ledger| lab.sampler.conditioning(&lab.prompts, ledger)).unwrap();
-        lab.sampler.denoiser(adapters, conditioning, lab.plan.checkpointing)
-    };
     let noise = lab.sampler.training_noise(&lab.noise, 0, 0..batch as u64);
     let ((trajectory, old), readings) = Ledger::around(|ledger| {
         let x_t = noise.initial_latents()?;
-        let trajectory = denoiser(&sampled_by).rollout(&chain.steps, x_t, |i| noise.of_step(i), |_| false, ledger)?;
+        let trajectory = lab.denoiser(&sampled_by).rollout(&chain.steps, x_t, |i| noise.of_step(i), |_| false, ledger)?;
         let old = densities(&chain, &trajectory, ledger)?;
         Ok((trajectory, old))
     })
@@ -134,7 +135,7 @@ fn the_objectives_gradient_is_its_derivative() {
     let latents = trajectory.into_latents();
 
     let predictions = |adapters: &Adapters| -> Vec<Tensor> {
-        let denoiser = denoiser(adapters);
+        let denoiser = lab.denoiser(adapters);
         chain.steps.iter().zip(&latents).map(|(step, x)| denoiser.predict(x, step.timestep).unwrap()).collect()
     };
     let ratios = |adapters: &Adapters| -> Vec<Vec<f64>> {
@@ -179,7 +180,7 @@ fn the_objectives_gradient_is_its_derivative() {
         let mut kl = KlTerm::of_densities(kl_weight / batch as f64, &plan);
         let mut terms: [&mut dyn StepTerm; 2] = [&mut objective, &mut kl];
         let mut trajectory = Trajectory::of_latents(latents.clone());
-        differentiate(&denoiser(&adapters), &plan, &mut trajectory, None, &mut terms, &mut tally).unwrap();
+        differentiate(&lab.denoiser(&adapters), &plan, &mut trajectory, None, &mut terms, &mut tally).unwrap();
         let gradients = tally.take_gradients(&adapters).unwrap();
         let readings = tally.ledger.read().unwrap();
         let expected = ratios(&adapters);

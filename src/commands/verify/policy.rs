@@ -193,7 +193,7 @@ impl<'a> Set<'a> {
         )?;
 
         let schedule = DdimSchedule::load(&subject.pipeline.source, subject.reference.steps, reference.eta)?;
-        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep as f64).collect();
+        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep).collect();
         report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
         let chain = Chain::of(&all_steps(), &schedule, 0)?;
         for (i, (step, expected)) in chain.steps.iter().zip(numbers(part("sigma")?)?).enumerate() {

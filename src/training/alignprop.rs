@@ -85,7 +85,7 @@ impl AlignProp<'_> {
         let of = |(noted, own): &(Vec<Noted>, Option<Readings>)| self.results(noted, own.as_ref().unwrap_or(&readings));
         let images: Vec<ImageResult> = images.iter().flat_map(of).collect();
         let kept_steps = kept_steps as f64 / images.len() as f64;
-        Ok(StepResult { kept_steps, images, grad_norm, policy: None })
+        Ok(StepResult { kept_steps, images, grad_norm, more: Vec::new() })
     }
 
     /// The samples of a micro-batch, from their numbers in the global batch of optimizer step `step`.

@@ -96,15 +96,6 @@ pub struct StepResult {
     pub grad_norm: f64,
     /// Differentiated denoising steps an image.
     pub kept_steps: f64,
-    /// Of policy gradients.
-    pub policy: Option<PolicyResult>,
-}
-
-/// How far the policy has moved from the one that sampled, over all that a round trained on.
-#[derive(Debug, PartialEq)]
-pub struct PolicyResult {
-    /// Root mean square of the ratios' distance from 1.
-    pub ratio_spread: f64,
-    /// Share of the ratios outside of the clip range.
-    pub outside_clip: f64,
+    /// Metrics of the method's own, by their names.
+    pub more: Vec<(&'static str, f64)>,
 }

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod method;
 pub mod plan;
 mod prompts;
+pub mod round;
 pub mod run_folder;
 pub mod signals;
 mod sources;

@@ -303,10 +303,7 @@ impl StepResult {
             let distances = self.images.iter().map(|image| image.distance.unwrap_or(0.0));
             line.insert(names::DISTANCE.to_owned(), json!(mean_std(distances).0));
         }
-        if let Some(policy) = &self.policy {
-            line.insert(names::RATIO_SPREAD.to_owned(), json!(policy.ratio_spread));
-            line.insert(names::OUTSIDE_CLIP.to_owned(), json!(policy.outside_clip));
-        }
+        line.extend(self.more.iter().map(|(name, value)| ((*name).to_owned(), json!(value))));
         line.insert(names::LR.to_owned(), json!(lr));
         line.insert(names::BACKPROP_STEPS.to_owned(), json!(self.kept_steps));
         line

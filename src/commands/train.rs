@@ -145,6 +145,11 @@ fn describe(
 
 /// What is done with the rewards.
 fn describe_method(config: &Config, sampler: &Sampler) -> Result<()> {
+    let name = config.method.name();
+    if let Some(regression) = config.method.regression() {
+        note!("method      {name}, {} a step", counted(regression.updates * regression.inner_epochs, "update"));
+        return Ok(());
+    }
     let Some(policy) = config.method.policy() else {
         note!("truncation  {}", toml::to_string(&config.truncation)?.trim().replace('\n', ", "));
         return Ok(());
@@ -155,8 +160,7 @@ fn describe_method(config: &Config, sampler: &Sampler) -> Result<()> {
     let silent = sampler.schedule.steps().iter().filter(|step| step.noise == 0.0).count();
     let silent = if silent > 0 { format!("; {silent} without noise, which have no density") } else { String::new() };
     note!(
-        "method      {}, {} of {} denoising steps trained, {} a step{silent}",
-        config.method.name(),
+        "method      {name}, {} of {} denoising steps trained, {} a step{silent}",
         chain.trained.len(),
         chain.steps.len(),
         counted(policy.updates * policy.inner_epochs, "update")

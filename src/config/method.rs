@@ -8,8 +8,8 @@ use super::validate::{at_least_one, more_than_zero};
 
 /// `[method]`: how the adapters learn from the rewards. `kind` names the variant, the other keys are its fields.
 ///
-/// `alignprop` needs the reward's gradient. The others need scores only. A step of `ddpo` and `grpo` is a round: the images of the
-/// global batch are sampled and scored, and the adapters then updated `updates` times for each of the `inner_epochs`.
+/// `alignprop` needs the reward's gradient. The others need scores only. A step of theirs is a round: the images of the global batch
+/// are sampled and scored, and the adapters then updated `updates` times for each of the `inner_epochs`.
 /// `[truncation]` is read by `alignprop` alone.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -21,6 +21,10 @@ pub enum Method {
     Ddpo(DdpoConfig),
     /// As `ddpo`, with advantages relative to images of the same prompt (DanceGRPO, Flow-GRPO, MixGRPO).
     Grpo(GrpoConfig),
+    /// Reward-weighted regression (Black et al. 2023): training on the model's own images, the better ones with more weight.
+    Rwr(RwrConfig),
+    /// The same on the best images of each prompt alone.
+    RwrSparse(RwrSparseConfig),
 }
 
 impl Default for Method {
@@ -99,6 +103,35 @@ pub enum Deviation {
 }
 
 super::table! {
+    /// `kind = "rwr"`.
+    pub struct RwrConfig {
+        /// As `ddpo`'s.
+        updates: usize = 1,
+        /// As `ddpo`'s.
+        inner_epochs: usize = 1,
+        /// Of the softmax of the rewards that weighs the images; more than 0. It has the rewards' own unit: the paper's 0.2 is for kB and
+        /// aesthetic points.
+        inverse_temperature: f64 = 0.2,
+        /// Whether the softmax is over the images of each prompt, or over all.
+        per_prompt: bool = false,
+    }
+}
+
+super::table! {
+    /// `kind = "rwr-sparse"`.
+    pub struct RwrSparseConfig {
+        /// As `ddpo`'s, on equal shares of the images that are kept.
+        updates: usize = 1,
+        /// As `ddpo`'s.
+        inner_epochs: usize = 1,
+        /// Images of one prompt that are compared with each other; 2 or more, a divisor of the global batch.
+        group_size: usize = 32,
+        /// Images with at least this percentile of their group's rewards are kept; 0 or more and less than 100.
+        percentile: f64 = 90.0,
+    }
+}
+
+super::table! {
     /// `method.window`: where a run trains.
     pub struct WindowConfig {
         /// Denoising steps in the window; 1 or more.
@@ -142,6 +175,21 @@ pub enum Baseline {
     Group { size: usize, deviation: Deviation, shared_noise: bool },
 }
 
+/// What the regressions of [`RwrConfig`] and [`RwrSparseConfig`] are made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Regression {
+    pub updates: usize,
+    pub inner_epochs: usize,
+    pub selection: Selection,
+}
+
+/// How much images count.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Selection {
+    Weighted { inverse_temperature: f64, per_prompt: bool },
+    Best { group_size: usize, percentile: f64 },
+}
+
 impl Method {
     /// As `kind` has it.
     pub fn name(&self) -> &'static str {
@@ -149,13 +197,15 @@ impl Method {
             Self::Alignprop(_) => "alignprop",
             Self::Ddpo(_) => "ddpo",
             Self::Grpo(_) => "grpo",
+            Self::Rwr(_) => "rwr",
+            Self::RwrSparse(_) => "rwr-sparse",
         }
     }
 
     /// The policy gradient, of methods that are one.
     pub fn policy(&self) -> Option<Policy> {
         match self {
-            Self::Alignprop(_) => None,
+            Self::Alignprop(_) | Self::Rwr(_) | Self::RwrSparse(_) => None,
             Self::Ddpo(c) => Some(Policy {
                 updates: c.updates,
                 inner_epochs: c.inner_epochs,
@@ -182,6 +232,41 @@ impl Method {
         }
     }
 
+    /// The regression, of methods that are one.
+    pub fn regression(&self) -> Option<Regression> {
+        match self {
+            Self::Alignprop(_) | Self::Ddpo(_) | Self::Grpo(_) => None,
+            Self::Rwr(RwrConfig { updates, inner_epochs, inverse_temperature, per_prompt }) => Some(Regression {
+                updates: *updates,
+                inner_epochs: *inner_epochs,
+                selection: Selection::Weighted {
+                    inverse_temperature: *inverse_temperature,
+                    per_prompt: *per_prompt,
+                },
+            }),
+            Self::RwrSparse(RwrSparseConfig { updates, inner_epochs, group_size, percentile }) => Some(Regression {
+                updates: *updates,
+                inner_epochs: *inner_epochs,
+                selection: Selection::Best { group_size: *group_size, percentile: *percentile },
+            }),
+        }
+    }
+
+    /// How often a round's images are trained on; 0 of a method without rounds.
+    pub fn inner_epochs(&self) -> usize {
+        let policy = self.policy().map(|policy| policy.inner_epochs);
+        policy.or(self.regression().map(|regression| regression.inner_epochs)).unwrap_or(0)
+    }
+
+    /// Latents of each image that wait until the round is sampled, of a chain of `steps`.
+    pub fn kept_latents(&self, steps: usize) -> usize {
+        match self {
+            Self::Alignprop(_) => 0,
+            Self::Ddpo(_) | Self::Grpo(_) => steps + 1,
+            Self::Rwr(_) | Self::RwrSparse(_) => 1,
+        }
+    }
+
     /// Whether it needs the gradient of the rewards with respect to the image.
     pub fn differentiates_rewards(&self) -> bool {
         matches!(self, Self::Alignprop(_))
@@ -189,9 +274,9 @@ impl Method {
 
     /// The ranges, and what it demands of other tables.
     pub(super) fn validate(&self, config: &Config) -> Result<()> {
-        let Some(policy) = self.policy() else { return Ok(()) };
         let images = config.train.batch_size * config.train.gradient_accumulation_steps;
         let divides = |key: &str, value: usize| {
+            at_least_one(&format!("method.{key}"), value)?;
             ensure!(
                 images.is_multiple_of(value),
                 "method.{key} = {value} does not divide the global batch of {images} images (train.batch_size x \
@@ -199,46 +284,59 @@ impl Method {
             );
             Ok(())
         };
-        at_least_one("method.updates", policy.updates)?;
-        divides("updates", policy.updates)?;
-        at_least_one("method.inner_epochs", policy.inner_epochs)?;
-        ensure!(
-            policy.clip_range > 0.0,
-            "method.clip_range = {}: must be more than 0; inf turns clipping off",
-            policy.clip_range
-        );
-        more_than_zero("method.advantage_clip", policy.advantage_clip)?;
-        let fraction = policy.timestep_fraction;
-        ensure!(
-            fraction > 0.0 && fraction <= 1.0,
-            "method.timestep_fraction = {fraction}: must be more than 0, up to 1"
-        );
-        match policy.baseline {
-            Baseline::Prompt { min_count, .. } => at_least_one("method.min_count", min_count)?,
-            Baseline::Group { size, .. } => {
-                ensure!(
-                    size >= 2,
-                    "method.group_size = {size}: must be 2 or more, or no image has another to be compared with"
-                );
-                divides("group_size", size)?;
+        let group = |size: usize| {
+            ensure!(size >= 2, "method.group_size = {size}: must be 2 or more, or no image has another to be compared with");
+            divides("group_size", size)
+        };
+        let kind = self.name();
+        if let Some(policy) = self.policy() {
+            divides("updates", policy.updates)?;
+            let clip_range = policy.clip_range;
+            ensure!(clip_range > 0.0, "method.clip_range = {clip_range}: must be more than 0; inf turns clipping off");
+            more_than_zero("method.advantage_clip", policy.advantage_clip)?;
+            let fraction = policy.timestep_fraction;
+            ensure!(
+                fraction > 0.0 && fraction <= 1.0,
+                "method.timestep_fraction = {fraction}: must be more than 0, up to 1"
+            );
+            match policy.baseline {
+                Baseline::Prompt { min_count, .. } => at_least_one("method.min_count", min_count)?,
+                Baseline::Group { size, .. } => group(size)?,
+                Baseline::Round => {}
             }
-            Baseline::Round => {}
+            if let Some(window) = &policy.window {
+                at_least_one("method.window.size", window.size)?;
+                at_least_one("method.window.every", window.every)?;
+            }
+            ensure!(
+                config.sampler.eta > 0.0,
+                "sampler.eta = 0 with method.kind = \"{kind}\": a denoising step without noise has no density; set sampler.eta to 1"
+            );
         }
-        if let Some(window) = &policy.window {
-            at_least_one("method.window.size", window.size)?;
-            at_least_one("method.window.every", window.every)?;
+        if let Some(Regression { updates, selection, .. }) = self.regression() {
+            match selection {
+                Selection::Weighted { inverse_temperature, .. } => {
+                    divides("updates", updates)?;
+                    more_than_zero("method.inverse_temperature", inverse_temperature)?;
+                }
+                Selection::Best { group_size, percentile } => {
+                    at_least_one("method.updates", updates)?;
+                    group(group_size)?;
+                    ensure!(
+                        (0.0..100.0).contains(&percentile),
+                        "method.percentile = {percentile}: must be 0 or more and less than 100"
+                    );
+                }
+            }
         }
-        ensure!(
-            config.sampler.eta > 0.0,
-            "sampler.eta = 0 with method.kind = \"{}\": a denoising step without noise has no density; set sampler.eta to 1",
-            self.name()
-        );
-        ensure!(
-            config.train.stored_steps == 0,
-            "train.stored_steps = {} with method.kind = \"{}\": its images are sampled long before they are trained on; leave it out",
-            config.train.stored_steps,
-            self.name()
-        );
+        if !matches!(self, Self::Alignprop(_)) {
+            at_least_one("method.inner_epochs", self.inner_epochs())?;
+            ensure!(
+                config.train.stored_steps == 0,
+                "train.stored_steps = {} with method.kind = \"{kind}\": its images are sampled long before they are trained on; leave it out",
+                config.train.stored_steps
+            );
+        }
         Ok(())
     }
 }
@@ -261,6 +359,8 @@ mod tests {
             ("kind = 'alignprop'", "alignprop"),
             ("kind = 'ddpo', buffer_size = 0, clip_range = inf", "ddpo"),
             ("kind = 'grpo', group_size = 2, deviation = 'round', window = { size = 2 }", "grpo"),
+            ("kind = 'rwr', per_prompt = true, inverse_temperature = 1", "rwr"),
+            ("kind = 'rwr-sparse', group_size = 4, inner_epochs = 50", "rwr-sparse"),
         ] {
             let text = format!("method = {{ {text} }}\nsampler.eta = 1\ntrain.batch_size = 4");
             let config = Config::parse(&text, "x.toml", &[]).unwrap();
@@ -286,6 +386,10 @@ mod tests {
             ("kind = 'grpo', group_size = 1", "method.group_size = 1: must be 2 or more"),
             ("kind = 'grpo', group_size = 3", "method.group_size = 3 does not divide the global batch of 4"),
             ("kind = 'grpo', group_size = 2, window = { size = 0 }", "method.window.size = 0: must be 1"),
+            ("kind = 'rwr', inverse_temperature = 0", "method.inverse_temperature = 0: must be a finite number, more"),
+            ("kind = 'rwr', updates = 3", "method.updates = 3 does not divide"),
+            ("kind = 'rwr-sparse', group_size = 3", "method.group_size = 3 does not divide"),
+            ("kind = 'rwr-sparse', group_size = 4, percentile = 100", "method.percentile = 100: must be 0 or more"),
         ] {
             let text = format!("method = {{ {text} }}\nsampler.eta = 1\ntrain.batch_size = 4");
             let error = format!("{:#}", Config::parse(&text, "x.toml", &[]).unwrap_err());
@@ -297,7 +401,7 @@ mod tests {
         assert!(error(stored).contains("train.stored_steps = 1 with method.kind = \"ddpo\""));
         assert!(error("method = { kind = 'ddpo', group_size = 2 }").contains("the kind \"ddpo\" takes"));
         assert!(error("method = { kind = 'grpo', window = { sizee = 2 } }").contains("did you mean `size`?"));
-        assert!(error("method.kind = 'ppo'").contains("`ppo`, expected `alignprop`, `ddpo`, `grpo`"));
+        assert!(error("method.kind = 'ppo'").contains("`ppo`, expected `alignprop`, `ddpo`, `grpo`, `rwr`, `rwr-sparse`"));
         assert!(error("method.rule = 'ddpo'").contains("unknown key `method.rule`"));
     }
 }

@@ -20,7 +20,10 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
-pub use method::{AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, WindowConfig};
+pub use method::{
+    AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression, RwrConfig, RwrSparseConfig,
+    Selection, WindowConfig,
+};
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::concerns;
 pub use text::{shown, shown_lines};
@@ -469,7 +472,7 @@ pub enum LrSchedule {
 table! {
     /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
     pub struct TrainConfig {
-        /// Optimizer steps; 1 or more. Of `ddpo` and `grpo`: rounds.
+        /// Optimizer steps; 1 or more. Of all methods but `alignprop`: rounds.
         steps: usize = 100,
         /// Images of one micro-batch; 1 or more. More is faster where memory allows.
         batch_size: usize = 1,

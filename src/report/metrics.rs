@@ -23,6 +23,10 @@ pub mod names {
     pub const RATIO_SPREAD: &str = "policy/ratio_spread";
     /// Of policy gradients: the share of these ratios outside of the clip range.
     pub const OUTSIDE_CLIP: &str = "policy/outside_clip";
+    /// Of reward-weighted regression: the weighted mean of its loss.
+    pub const REGRESSION_LOSS: &str = "regression/loss";
+    /// Of reward-weighted regression: the share of images that is learned from.
+    pub const REGRESSION_KEPT: &str = "regression/kept";
     /// The step's learning rate.
     pub const LR: &str = "lr";
     /// Differentiated denoising steps an image.

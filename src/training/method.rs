@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::checkpoint::Checkpoint;
 use super::step::Update;
-use super::{AlignProp, RunPlan, ddpo, health};
+use super::{AlignProp, RunPlan, ddpo, health, rwr};
 use crate::config::{Config, Prompt};
 use crate::diffusion::{Noise, Stream};
 use crate::optim::moving_average;
@@ -28,10 +28,14 @@ impl Setup<'_> {
     /// # Errors
     /// A number that is not finite, a factor that no gradient reached, a first update that moves nothing.
     pub fn step(&self, state: &mut Checkpoint, lr: f64, tick: impl Fn(usize)) -> Result<StepResult> {
-        match self.config.method.policy() {
-            None => AlignProp(self).step(state, lr, tick),
-            Some(policy) => ddpo::step(self, &policy, state, lr, tick),
+        let method = &self.config.method;
+        if let Some(policy) = method.policy() {
+            return ddpo::step(self, &policy, state, lr, tick);
         }
+        if let Some(regression) = method.regression() {
+            return rwr::step(self, &regression, state, lr, tick);
+        }
+        AlignProp(self).step(state, lr, tick)
     }
 
     /// The prompt of a sample of step `step`: each is drawn by itself.
@@ -59,8 +63,7 @@ impl Setup<'_> {
 
 /// The micro-batches of one step of a run.
 pub fn micro_batches(config: &Config, plan: &RunPlan) -> usize {
-    let passes = config.method.policy().map_or(0, |policy| policy.inner_epochs);
-    plan.gradient_accumulation_steps * (1 + passes)
+    plan.gradient_accumulation_steps * (1 + config.method.inner_epochs())
 }
 
 /// What a step found of one image.

@@ -16,6 +16,7 @@ pub mod plan;
 mod prompts;
 pub mod round;
 pub mod run_folder;
+pub mod rwr;
 pub mod signals;
 mod sources;
 pub mod step;

@@ -124,9 +124,9 @@ fn fit(
         steps: sampler.schedule.len(),
         differentiates_rewards: config.method.differentiates_rewards(),
         // on a GPU a round waits in the host's memory
-        round: match config.method.policy() {
-            Some(_) if sampler.compute().device().is_cpu() => train.batch_size * train.gradient_accumulation_steps,
-            _ => 0,
+        kept_latents: match sampler.compute().device().is_cpu() {
+            true => train.batch_size * train.gradient_accumulation_steps * config.method.kept_latents(sampler.schedule.len()),
+            false => 0,
         },
     };
     let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
@@ -147,9 +147,9 @@ fn fit(
     };
     let (split, fits) = match train.checkpointing {
         CheckpointingChoice::Auto => {
-            let most = match config.method.policy() {
-                None => Plan::most_kept(&config.truncation, sampler.schedule.len()),
-                Some(_) => 0,
+            let most = match config.method.inner_epochs() {
+                0 => Plan::most_kept(&config.truncation, sampler.schedule.len()),
+                _ => 0,
             };
             let budget = Budget { all: budget.unwrap_or(f64::INFINITY), storing };
             fitting(batch_size, most, budget, |split| estimate(split).total())

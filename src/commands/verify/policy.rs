@@ -1,4 +1,4 @@
-//! Sets of the kind `policy`: densities of denoising steps, advantages, the clipped objective and its updates.
+//! Sets of the kind `policy`: densities of denoising steps, advantages, the clipped objective and its updates, reward-weighted regression.
 
 use std::collections::BTreeMap;
 
@@ -16,8 +16,9 @@ use crate::sampling::{Denoiser, Trajectory};
 use crate::training::Plan;
 use crate::training::advantages::{PromptStatistics, of_groups, of_round};
 use crate::training::ddpo::{Chain, densities};
+use crate::training::rwr::{best, one_step_each, percentile, weights};
 use crate::training::step::{Tally, differentiate, sample, update};
-use crate::training::terms::{ClippedObjective, KlTerm, Ratio, StepTerm};
+use crate::training::terms::{ClippedObjective, KlTerm, Ratio, RegressionTerm, StepTerm};
 
 /// Of plain arithmetic in f64.
 const ARITHMETIC: f64 = 1e-9;
@@ -36,6 +37,8 @@ struct Reference {
     advantages: Advantages,
     objectives: BTreeMap<String, Objective>,
     update: Updates,
+    rwr: Rwr,
+    rwr_sparse: Vec<Sparse>,
 }
 
 #[derive(Deserialize)]
@@ -97,6 +100,32 @@ struct Updates {
     log: Vec<UpdateLog>,
 }
 
+/// Reward-weighted regression on the chain's images.
+#[derive(Deserialize)]
+struct Rwr {
+    adapter: String,
+    rewards: Vec<f64>,
+    prompts: Vec<String>,
+    inverse_temperature: f64,
+    guidance_scale: f64,
+    all: Weighted,
+    prompt: Weighted,
+}
+
+#[derive(Deserialize)]
+struct Weighted {
+    weights: Vec<f64>,
+    loss: f64,
+}
+
+#[derive(Deserialize)]
+struct Sparse {
+    rewards: Vec<f64>,
+    percentile: f64,
+    threshold: f64,
+    selected: Vec<bool>,
+}
+
 #[derive(Deserialize)]
 struct UpdateLog {
     loss: f64,
@@ -114,7 +143,17 @@ pub(super) fn compare(subject: &Subject, text: &str, report: &mut Report) -> Res
     for (name, objective) in &reference.objectives {
         set.objective(name, objective, report)?;
     }
-    set.updates(&reference.update, report)
+    set.updates(&reference.update, report)?;
+    set.regression(&reference.rwr, report)?;
+    for (number, case) in reference.rwr_sparse.iter().enumerate() {
+        let name = format!("rwr-sparse {number}");
+        let threshold = percentile(&case.rewards, case.percentile);
+        report.push(&name, "threshold", (threshold - case.threshold).abs(), ARITHMETIC);
+        let selected = best(&case.rewards, case.percentile);
+        let unequal = selected.iter().zip(&case.selected).filter(|(found, expected)| found != expected).count();
+        report.push(&name, "selected", (unequal + selected.len().abs_diff(case.selected.len())) as f64, 0.0);
+    }
+    Ok(())
 }
 
 fn advantages(expected: &Advantages, report: &mut Report) -> Result<()> {
@@ -374,6 +413,45 @@ impl<'a> Set<'a> {
         }
         report.push(name, "loss, absolute", (loss - case.loss).abs(), self.wider * DENSITY);
         self.subject.compare_gradients(name, adapters, &gradients, &expected, report)
+    }
+
+    /// The gradient of the weighted regression on the chain's images.
+    fn regression(&self, case: &Rwr, report: &mut Report) -> Result<()> {
+        let inputs = self.subject.tensors("rwr_inputs.safetensors")?;
+        let input = |what: &str| inputs.get(what).with_context(|| format!("rwr_inputs.safetensors has no `{what}`"));
+        let timesteps: Vec<usize> = numbers(input("timesteps")?)?.into_iter().map(|t| t as usize).collect();
+        let schedule = DdimSchedule::load(&self.subject.pipeline.source, self.chain.steps.len(), 1.0)?;
+        ensure!(
+            timesteps.iter().all(|t| *t < schedule.train_timesteps()),
+            "rwr_inputs.safetensors: a timestep that the schedule has not"
+        );
+        let parts = self.subject.bounds.parts;
+        let (x_t, targets) = schedule.noised(&timesteps, input("x_0")?, input("noise")?)?;
+        report.compare("rwr", "x_t", &x_t, input("x_t")?, parts)?;
+        let adapters = self.adapters(&case.adapter)?;
+        let denoiser = self.subject.denoiser(adapters, &self.subject.conditioning(case.guidance_scale, 0.0)?);
+        for (name, expected, keys) in [("rwr_all", &case.all, None), ("rwr_prompt", &case.prompt, Some(&case.prompts))] {
+            let weights = match keys {
+                None => weights(&case.rewards, &[()], case.inverse_temperature),
+                Some(prompts) => weights(&case.rewards, prompts, case.inverse_temperature),
+            };
+            report.compare(name, "weights", &tensor(&weights)?, &tensor(&expected.weights)?, ARITHMETIC)?;
+            let recorded = self.subject.tensors(&format!("{name}.safetensors"))?;
+            let images = weights.len() as f64;
+            let mut term = RegressionTerm::new(weights.iter().map(|w| w / images).collect(), targets.clone());
+            let mut tally = Tally::new(adapters);
+            let mut trajectory = Trajectory::of_latents(vec![x_t.clone(); timesteps.len() + 1]);
+            differentiate(&denoiser, &one_step_each(&timesteps), &mut trajectory, None, &mut [&mut term], &mut tally)?;
+            let gradients = tally.take_gradients(adapters)?;
+            let readings = tally.ledger.read()?;
+            let losses: Vec<f64> = term.losses(&readings).into_iter().map(|(_, loss)| loss).collect();
+            let mse = recorded.get("mse").with_context(|| format!("{name}.safetensors has no `mse`"))?;
+            report.compare(name, "mse", &tensor(&losses)?, mse, parts)?;
+            let loss = losses.iter().zip(&weights).map(|(loss, w)| w * loss).sum::<f64>() / images;
+            report.push(name, "loss", (loss / expected.loss - 1.0).abs(), parts);
+            self.subject.compare_gradients(name, adapters, &gradients, &recorded, report)?;
+        }
+        Ok(())
     }
 
     /// One inner epoch of two updates.

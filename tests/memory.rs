@@ -94,7 +94,16 @@ impl Chain {
     fn parts<'a>(&'a self, rewards: &'a Rewards, latent_shape: (usize, usize, usize)) -> Parts<'a> {
         let (denoiser, vae) = (self.denoiser(1, Checkpointing::Step), &self.pipeline.vae);
         let (differentiates_rewards, kept_latents) = (true, 0);
-        Parts { denoiser, vae, rewards, timestep: 500, latent_shape, steps: STEPS, differentiates_rewards, kept_latents }
+        Parts {
+            denoiser,
+            vae,
+            rewards,
+            timestep: 500,
+            latent_shape,
+            steps: STEPS,
+            differentiates_rewards,
+            kept_latents,
+        }
     }
 
     /// The peak of the backward pass through the last `k` steps.

@@ -15,7 +15,7 @@ use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 use crate::training::checkpoint::Checkpoint;
 use crate::training::ddpo::Chain;
-use crate::training::guard::Guard;
+use crate::training::guard::{Guard, Objection};
 use crate::training::memory::{self, Meter};
 use crate::training::method::micro_batches;
 use crate::training::run_folder::{Run, RunFolder};
@@ -83,9 +83,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             say!("stopped after step {step} of {steps}; go on with `{resume}`");
             return Ok(());
         }
-        End::Guard(objection) => {
-            say!("stopped after step {step} of {steps} by the guard: {objection}");
-            say!("to go on all the same: `{resume} --set guard.patience=0`");
+        End::Guard(Objection { reason, overrule }) => {
+            say!("stopped after step {step} of {steps} by the guard: {reason}");
+            say!("to go on all the same: `{resume} --set {overrule}`");
         }
         End::Signal(signal) => return Err(Interrupted { signal, step, steps, resume }.into()),
     }

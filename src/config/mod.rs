@@ -21,8 +21,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
 pub use method::{
-    AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression, RwrConfig, RwrSparseConfig,
-    Selection, WindowConfig,
+    AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression, RwrConfig,
+    RwrSparseConfig, Selection, WindowConfig,
 };
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::concerns;
@@ -553,6 +553,9 @@ table! {
         /// Stop after so many evaluations in a row in which the training reward rose while the held-out score fell;
         /// 0: never.
         patience: usize = 3,
+        /// Stop where the training rewards are sharper than this on the guard's images: how much the loss rises where an image is moved
+        /// against them (RSA-FT's S1; by `method.rho`, or 0.01); more than 0. Absent: never.
+        max_sharpness: Option<f64> = None,
         /// The first prompts of the list to evaluate on; 1 or more.
         num_prompts: usize = 8,
         /// Images of each prompt; 1 or more, and 2 or more for a diversity.

@@ -19,6 +19,8 @@ pub mod names {
     pub const GRAD_NORM: &str = "grad_norm";
     /// Mean distance of the batch's noise predictions from the base model's.
     pub const DISTANCE: &str = "distance";
+    /// Mean rise of the loss where the images are moved against the rewards (RSA-FT's S1).
+    pub const SHARPNESS: &str = "sharpness";
     /// Of policy gradients: root mean square of the distance from 1 of the ratios of new to old density.
     pub const RATIO_SPREAD: &str = "policy/ratio_spread";
     /// Of policy gradients: the share of these ratios outside of the clip range.
@@ -45,6 +47,8 @@ pub mod names {
     pub const GUARD_HELD_OUT: &str = "guard/held_out";
     /// Mean distance of the noise predictions from the base model's, on the guard's images.
     pub const GUARD_DISTANCE: &str = "guard/distance";
+    /// The same of the training rewards on the guard's images, where the guard looks at it.
+    pub const GUARD_SHARPNESS: &str = "guard/sharpness";
     /// Mean distance of the images of one prompt from each other.
     pub const GUARD_DIVERSITY: &str = "guard/diversity";
 

@@ -44,10 +44,12 @@ pub fn step(
 
     let Policy { updates, inner_epochs, .. } = *policy;
     let updates = Updates { setup, step: state.step, lr, updates, inner_epochs };
-    let learning = Learning { setup, policy, chain: &chain, sampled: &sampled, advantages: &advantages, draws: &updates };
+    let learning =
+        Learning { setup, policy, chain: &chain, sampled: &sampled, advantages: &advantages, draws: &updates };
     let images: Vec<usize> = (0..advantages.len()).collect();
     let mut seen = Seen { ratios: Vec::new(), divergences: vec![Vec::new(); images.len()] };
-    let back = |pass: &Pass, loss_scale: &mut Option<LossScale>, tally: &mut Tally| learning.back(pass, loss_scale, tally);
+    let back =
+        |pass: &Pass, loss_scale: &mut Option<LossScale>, tally: &mut Tally| learning.back(pass, loss_scale, tally);
     let grad_norm = updates.learn(&mut next, &images, back, |noted, readings| seen.add(&noted, readings), &tick)?;
     next.step += 1;
     *state = next;
@@ -244,7 +246,7 @@ impl Seen {
         let of = |(scores, divergences): (Vec<f64>, &Vec<f64>)| {
             let mean = divergences.iter().sum::<f64>() / divergences.len().max(1) as f64;
             let distance = (kl_weight > 0.0).then_some(mean);
-            ImageResult { loss: setup.rewards.loss(&scores) + kl_weight * mean, scores, distance }
+            ImageResult { loss: setup.rewards.loss(&scores) + kl_weight * mean, scores, distance, sharpness: None }
         };
         scores.into_iter().zip(&self.divergences).map(of).collect()
     }

@@ -75,17 +75,22 @@ pub struct ImageResult {
     pub loss: f64,
     /// The KL term without its weight, where the loss has one: a mean over the steps that were differentiated.
     pub distance: Option<f64>,
+    /// How much its loss rises where it is moved against the rewards, where the loss is that of the moved image (RSA-FT).
+    pub sharpness: Option<f64>,
 }
 
 impl ImageResult {
     pub(super) fn add(&mut self, other: Self) {
         self.scores.iter_mut().zip(other.scores).for_each(|(sum, score)| *sum += score);
         self.loss += other.loss;
-        self.distance = self.distance.zip(other.distance).map(|(sum, distance)| sum + distance);
+        let add = |(sum, value): (f64, f64)| sum + value;
+        self.distance = self.distance.zip(other.distance).map(add);
+        self.sharpness = self.sharpness.zip(other.sharpness).map(add);
     }
 
     pub(super) fn divide(&mut self, count: f64) {
-        let values = self.scores.iter_mut().chain([&mut self.loss]).chain(&mut self.distance);
+        let values =
+            self.scores.iter_mut().chain([&mut self.loss]).chain(&mut self.distance).chain(&mut self.sharpness);
         values.for_each(|value| *value /= count);
     }
 }

@@ -125,7 +125,11 @@ fn fit(
         differentiates_rewards: config.method.differentiates_rewards(),
         // on a GPU a round waits in the host's memory
         kept_latents: match sampler.compute().device().is_cpu() {
-            true => train.batch_size * train.gradient_accumulation_steps * config.method.kept_latents(sampler.schedule.len()),
+            true => {
+                train.batch_size
+                    * train.gradient_accumulation_steps
+                    * config.method.kept_latents(sampler.schedule.len())
+            }
             false => 0,
         },
     };

@@ -78,12 +78,19 @@ pub fn step(
     next.step += 1;
     *state = next;
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
-    let more =
-        vec![(names::REGRESSION_LOSS, mean(&losses)), (names::REGRESSION_KEPT, kept.len() as f64 / weights.len() as f64)];
+    let more = vec![
+        (names::REGRESSION_LOSS, mean(&losses)),
+        (names::REGRESSION_KEPT, kept.len() as f64 / weights.len() as f64),
+    ];
     let kl_weight = setup.config.regularization.kl_weight;
     let of = |(scores, divergences): (Vec<f64>, &Vec<f64>)| {
         let distance = (kl_weight > 0.0).then(|| mean(divergences));
-        ImageResult { loss: setup.rewards.loss(&scores) + kl_weight * distance.unwrap_or(0.0), scores, distance }
+        ImageResult {
+            loss: setup.rewards.loss(&scores) + kl_weight * distance.unwrap_or(0.0),
+            scores,
+            distance,
+            sharpness: None,
+        }
     };
     let images = round.scores.into_iter().zip(&divergences).map(of).collect();
     Ok(StepResult { images, grad_norm, kept_steps: 1.0, more })

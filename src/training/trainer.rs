@@ -9,7 +9,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::advantages::PromptStatistics;
 use super::checkpoint::{Checkpoint, EMA};
-use super::guard::Guard;
+use super::guard::{Guard, Objection};
 use super::health;
 use super::loss_scale::LossScale;
 use super::method::{Setup, StepResult, micro_batches};
@@ -43,7 +43,7 @@ pub enum End {
     /// The step that was asked for is done, and there are more.
     Paused,
     /// The guard objects: says why.
-    Guard(String),
+    Guard(Objection),
     /// A signal arrived, and the state is saved.
     Signal(i32),
 }
@@ -173,7 +173,7 @@ impl Trainer<'_> {
     }
 
     /// The guard's evaluation where one belongs to this step, and its objection.
-    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<String>> {
+    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<Objection>> {
         let Some(guard) = self.guard else { return Ok(None) };
         let step = self.state.step;
         let due = guard.due(step, self.config().train.steps) && !Guard::has_evaluated(self.run.metrics(), step);
@@ -302,6 +302,10 @@ impl StepResult {
         if config.regularization.kl_weight > 0.0 {
             let distances = self.images.iter().map(|image| image.distance.unwrap_or(0.0));
             line.insert(names::DISTANCE.to_owned(), json!(mean_std(distances).0));
+        }
+        if config.method.rho() > 0.0 {
+            let sharpness = self.images.iter().map(|image| image.sharpness.unwrap_or(0.0));
+            line.insert(names::SHARPNESS.to_owned(), json!(mean_std(sharpness).0));
         }
         line.extend(self.more.iter().map(|(name, value)| ((*name).to_owned(), json!(value))));
         line.insert(names::LR.to_owned(), json!(lr));

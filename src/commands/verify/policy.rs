@@ -1,6 +1,7 @@
-//! Sets of the kind `policy`: densities of denoising steps, advantages, the clipped objective and its updates, reward-weighted regression.
+//! Sets of the kind `policy`: densities of denoising steps, advantages, the clipped objective and its updates, reward-weighted regression, images moved against
+//! the reward (RSA-FT).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -12,12 +13,13 @@ use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
 use crate::ops::Ledger;
 use crate::optim::AdamW;
+use crate::rewards::ImageScores;
 use crate::sampling::{Denoiser, Trajectory};
 use crate::training::Plan;
 use crate::training::advantages::{PromptStatistics, of_groups, of_round};
 use crate::training::ddpo::{Chain, densities};
 use crate::training::rwr::{best, one_step_each, percentile, weights};
-use crate::training::step::{Tally, differentiate, sample, update};
+use crate::training::step::{Tally, credit_moved, differentiate, sample, update};
 use crate::training::terms::{ClippedObjective, KlTerm, Ratio, RegressionTerm, StepTerm};
 
 /// Of plain arithmetic in f64.
@@ -39,6 +41,7 @@ struct Reference {
     update: Updates,
     rwr: Rwr,
     rwr_sparse: Vec<Sparse>,
+    rsa: Rsa,
 }
 
 #[derive(Deserialize)]
@@ -126,6 +129,24 @@ struct Sparse {
     selected: Vec<bool>,
 }
 
+/// RSA-FT's image part.
+#[derive(Deserialize)]
+struct Rsa {
+    adapter: String,
+    eta: f64,
+    guidance_scale: f64,
+    backprop_steps: usize,
+    samples: usize,
+    cases: BTreeMap<String, RsaCase>,
+}
+
+#[derive(Deserialize)]
+struct RsaCase {
+    reward: String,
+    rho: f64,
+    loss: f64,
+}
+
 #[derive(Deserialize)]
 struct UpdateLog {
     loss: f64,
@@ -145,6 +166,7 @@ pub(super) fn compare(subject: &Subject, text: &str, report: &mut Report) -> Res
     }
     set.updates(&reference.update, report)?;
     set.regression(&reference.rwr, report)?;
+    set.moved_images(&reference.rsa, report)?;
     for (number, case) in reference.rwr_sparse.iter().enumerate() {
         let name = format!("rwr-sparse {number}");
         let threshold = percentile(&case.rewards, case.percentile);
@@ -430,7 +452,8 @@ impl<'a> Set<'a> {
         report.compare("rwr", "x_t", &x_t, input("x_t")?, parts)?;
         let adapters = self.adapters(&case.adapter)?;
         let denoiser = self.subject.denoiser(adapters, &self.subject.conditioning(case.guidance_scale, 0.0)?);
-        for (name, expected, keys) in [("rwr_all", &case.all, None), ("rwr_prompt", &case.prompt, Some(&case.prompts))] {
+        for (name, expected, keys) in [("rwr_all", &case.all, None), ("rwr_prompt", &case.prompt, Some(&case.prompts))]
+        {
             let weights = match keys {
                 None => weights(&case.rewards, &[()], case.inverse_temperature),
                 Some(prompts) => weights(&case.rewards, prompts, case.inverse_temperature),
@@ -450,6 +473,77 @@ impl<'a> Set<'a> {
             let loss = losses.iter().zip(&weights).map(|(loss, w)| w * loss).sum::<f64>() / images;
             report.push(name, "loss", (loss / expected.loss - 1.0).abs(), parts);
             self.subject.compare_gradients(name, adapters, &gradients, &recorded, report)?;
+        }
+        Ok(())
+    }
+
+    /// RSA-FT's gradients, of images moved against the reward.
+    fn moved_images(&self, case: &Rsa, report: &mut Report) -> Result<()> {
+        let Self { subject, .. } = self;
+        let (parts, steps) = (subject.bounds.parts, self.chain.steps.len());
+        let schedule = DdimSchedule::load(&subject.pipeline.source, steps, case.eta)?;
+        let keep: Vec<bool> = (0..steps).map(|i| i + case.backprop_steps >= steps).collect();
+        let plan = Plan::with_mask(&schedule, &keep, case.samples);
+        let adapters = self.adapters(&case.adapter)?;
+        let rows = Tensor::arange(0, case.samples as u32, subject.compute.device())?;
+        let conditioning = subject.conditioning(case.guidance_scale, 0.0)?.select(&rows)?;
+        let denoiser = subject.denoiser(adapters, &conditioning);
+        let prompts = &subject.prompts()[..case.samples];
+        for (name, RsaCase { reward, rho, loss }) in &case.cases {
+            let name = format!("rsa_{name}");
+            let Some(rewards) = subject.rewards(reward, 10.0)? else {
+                report.skipped.push(format!("{name}: no aesthetic head"));
+                continue;
+            };
+            let (of_case, of_reward) = (
+                subject.tensors(&format!("{name}.safetensors"))?,
+                subject.tensors(&format!("rsa_{reward}.safetensors"))?,
+            );
+            let of = |tensors: &HashMap<String, Tensor>, what: &str| {
+                tensors.get(what).cloned().with_context(|| format!("the tensors of {name} have no `{what}`"))
+            };
+            let mut tally = Tally::new(adapters);
+            let x_t = self.latents[0].narrow(0, 0, case.samples)?;
+            let no_noise = |_| anyhow::bail!("eta is 0");
+            let mut trajectory = sample(&denoiser, &plan, x_t, no_noise, 0, &mut tally.ledger)?;
+            report.compare(&name, "latents", trajectory.latents(), &of(&of_reward, "latents")?, parts)?;
+            // the images one by one, as training has them
+            let (mut gradients, mut moved) = (Vec::new(), Vec::new());
+            for (row, prompt) in prompts.iter().enumerate() {
+                let image = subject.pipeline.vae.decode(&trajectory.latents().narrow(0, row, 1)?)?;
+                let judge = |ledger: &mut Ledger| rewards.judge(&image, std::slice::from_ref(prompt), ledger);
+                // d loss / d image is -1/2 of d score / d (image in [0, 1]): all these scores are to rise
+                gradients.push((Ledger::around(judge)?.0.pull(1.0)? * -2.0)?);
+                moved.push(Ledger::around(judge)?.0.moved_against(*rho)?);
+            }
+            let expected = of(&of_reward, "reward_gradient")?;
+            report.compare(
+                &name,
+                "reward_gradient",
+                &Tensor::cat(&gradients, 0)?,
+                &expected,
+                subject.bounds.image_gradients,
+            )?;
+            if let Some(expected) = of_case.get("perturbed") {
+                report.compare(&name, "perturbed", &Tensor::cat(&moved, 0)?, expected, parts)?;
+            }
+            let critic = subject.critic(&rewards);
+            let scale = 1.0 / case.samples as f64;
+            let credit = credit_moved(&critic, trajectory.latents(), prompts, *rho, scale, &mut tally)?;
+            differentiate(&denoiser, &plan, &mut trajectory, Some(&credit.d_latents), &mut [], &mut tally)?;
+            let gradients = tally.take_gradients(adapters)?;
+            let readings = tally.ledger.read()?;
+            let scores = |scores: &[ImageScores]| scores.iter().map(|s| s.get(&readings)[0]).collect::<Vec<f64>>();
+            let (plain, moved) = (scores(&credit.scores), scores(&credit.moved));
+            report.compare(&name, "scores", &tensor(&plain)?, &of(&of_reward, "scores")?, parts)?;
+            report.compare(&name, "perturbed_scores", &tensor(&moved)?, &of(&of_case, "perturbed_scores")?, parts)?;
+            let s1: Vec<f64> = plain.iter().zip(&moved).map(|(plain, moved)| plain - moved).collect();
+            let largest = plain.iter().fold(1.0, |most: f64, score| most.max(score.abs()));
+            let error = largest_difference(&s1, &of(&of_case, "s1")?)?;
+            report.push(&name, "s1, of the score", error / largest, self.wider * DENSITY);
+            let found = credit.moved.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() * scale;
+            report.push(&name, "loss", (found / loss - 1.0).abs(), parts);
+            subject.compare_gradients(&name, adapters, &gradients, &of_case, report)?;
         }
         Ok(())
     }

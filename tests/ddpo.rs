@@ -7,21 +7,21 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use alignprop::commands::verify::verify;
-use alignprop::config::{Config, Policy, Precision, Prompt};
-use alignprop::diffusion::{DdimSchedule, Noise, SchedulerConfig, Stream};
+use alignprop::config::{Config, Precision, Prompt};
+use alignprop::diffusion::{DdimSchedule, SchedulerConfig};
 use alignprop::lora::{Adapters, formats};
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, Number};
-use alignprop::rewards::{Judge, Rewards, Score, TapedImages, Weighted};
-use alignprop::sampling::{Sampler, Trajectory};
+use alignprop::rewards::{Score, TapedImages};
+use alignprop::sampling::Trajectory;
+use alignprop::training::Plan;
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::ddpo::{Chain, densities};
 use alignprop::training::health::is_not_a_number;
 use alignprop::training::step::{Tally, differentiate};
 use alignprop::training::terms::{ClippedObjective, KlTerm, Ratio, StepTerm};
-use alignprop::training::trainer::begin;
-use alignprop::training::{Plan, RunPlan, Setup, StepResult};
 use candle_core::{DType, Tensor};
+use support::lab::{Lab, Red, along, difference, direction, moved};
 use support::*;
 
 /// An experiment in which DDPO has all that chance decides: two updates, two inner epochs, two of three steps.
@@ -43,69 +43,6 @@ fn ddpo<'a>(more: &[&'a str]) -> Vec<&'a str> {
 }
 
 // ---------------------------------------------------------------------------------------------------- the objective
-
-/// A score without a gradient: how much redder than blue an image is.
-struct Red;
-
-impl Score for Red {
-    fn scores(&self, images: &TapedImages, _: &[Prompt], ledger: &mut Ledger) -> anyhow::Result<Vec<Number>> {
-        let channels = images.tensor().to_dtype(DType::F64)?.mean((2, 3))?;
-        Ok(ledger.numbers(&(channels.get_on_dim(1, 0)? - channels.get_on_dim(1, 2)?)?)?)
-    }
-}
-
-fn judged_by(score: impl Score + 'static) -> Rewards {
-    Rewards::new(vec![Weighted { name: "red", weight: 1.0, cap: None, judge: Judge::Score(Box::new(score)) }])
-}
-
-/// What a step needs, with a reward of the test's own.
-struct Lab {
-    config: Config,
-    sampler: Sampler,
-    rewards: Rewards,
-    prompts: Vec<Prompt>,
-    plan: RunPlan,
-    start: Checkpoint,
-    noise: Noise,
-}
-
-impl Lab {
-    fn new(settings: &[&str], compute: &Compute, score: impl Score + 'static) -> Self {
-        let experiment = Experiment::new("tiny-sd15");
-        let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
-        let config = Config::load(Path::new(&experiment.config()), &settings).unwrap();
-        let sampler = Sampler::load(&config.model, &config.sampler, compute).unwrap();
-        let (rewards, noise) = (judged_by(score), Noise::new(config.run.seed));
-        let start = begin(&config, &sampler, &noise).unwrap();
-        let plan = RunPlan::resolve(&config, &sampler, &rewards, &start.adapters).unwrap();
-        let prompts = config.prompts.load().unwrap();
-        Self { config, sampler, rewards, prompts, plan, start, noise }
-    }
-
-    fn step(&self, state: &mut Checkpoint) -> anyhow::Result<StepResult> {
-        let Self { config, sampler, rewards, prompts, plan, noise, .. } = self;
-        let setup = Setup { config, plan, sampler, rewards, prompts, noise: *noise };
-        setup.step(state, config.optimizer.lr, |_| ())
-    }
-
-    fn policy(&self) -> Policy {
-        self.config.method.policy().unwrap()
-    }
-}
-
-/// Random numbers in the shapes of the factors.
-fn direction(adapters: &Adapters, number: u64) -> Vec<Tensor> {
-    let random = |(tensor, i): (Tensor, u64)| {
-        let data = Noise::new(7).normal(Stream::Renoise, number, i, tensor.elem_count());
-        Tensor::from_vec(data, tensor.shape(), tensor.device()).unwrap()
-    };
-    adapters.tensors().into_iter().zip(0..).map(random).collect()
-}
-
-fn moved(adapters: &Adapters, direction: &[Tensor], by: f64) -> Adapters {
-    let tensors = adapters.tensors().into_iter().zip(direction).map(|(x, d)| (x + (d * by).unwrap()).unwrap());
-    adapters.with_tensors(tensors.collect()).unwrap()
-}
 
 /// The gradient of clipped objective and KL term at adapters away from those that sampled, against differences of the loss
 /// as it is written down; some samples' steps are cut by the clip.
@@ -190,11 +127,9 @@ fn the_objectives_gradient_is_its_derivative() {
         }
         for number in [3, 4] {
             let direction = direction(&adapters, number);
-            let pairs = gradients.iter().zip(&direction).flat_map(|(g, d)| numbers(g).into_iter().zip(numbers(d)));
-            let along: f64 = pairs.map(|(g, d)| f64::from(g) * f64::from(d)).sum();
-            // fourth order; so small a step that no ratio crosses the clip
-            let (h, at) = (1e-3, |by: f64| loss(&moved(&adapters, &direction, by)));
-            let difference = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
+            let along = along(&gradients, &direction);
+            // so small a step that no ratio crosses the clip
+            let difference = difference(1e-3, |by| loss(&moved(&adapters, &direction, by)));
             eprintln!("{along:.6e} by the backward pass, {difference:.6e} by differences");
             assert!((along - difference).abs() < 5e-3 * difference.abs(), "{along} and {difference}");
         }
@@ -243,7 +178,9 @@ fn the_reference_set_of_policies_beside_the_repository_is_reproduced() {
     let failed: Vec<String> =
         report.rows.iter().filter(|row| !row.pass).map(|row| format!("{}: {}", row.case, row.what)).collect();
     assert!(report.passed() && report.skipped.is_empty(), "{failed:?} {:?}", report.skipped);
-    for case in ["trajectory", "advantages", "is_common", "is_per_sample", "is_kl", "is_grpo", "sf", "update 2"] {
+    let cases = "trajectory,advantages,is_common,is_per_sample,is_kl,is_grpo,sf,update 2,rwr_all,rwr_prompt,rwr-sparse 5,\
+                 rsa_aesthetic_rho0.01,rsa_hps_rho1.0,adjoint,adjoint_kept";
+    for case in cases.split(',') {
         assert!(report.rows.iter().any(|row| row.case == case), "{case}");
     }
 }

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
-use crate::config::{Config, Prompt, shown, shown_lines};
+use crate::config::{AdjointMatchingConfig, Config, Method, Prompt, shown, shown_lines};
 use crate::diffusion::Noise;
 use crate::report::names;
 use crate::rewards::Rewards;
@@ -148,6 +148,10 @@ fn describe_method(config: &Config, sampler: &Sampler) -> Result<()> {
     let name = config.method.name();
     if let Some(regression) = config.method.regression() {
         note!("method      {name}, {} a step", counted(regression.updates * regression.inner_epochs, "update"));
+        return Ok(());
+    }
+    if let Method::AdjointMatching(AdjointMatchingConfig { lambda, steps, .. }) = &config.method {
+        note!("method      {name}, {steps} of {} denoising steps matched, lambda {lambda}", sampler.schedule.len());
         return Ok(());
     }
     let Some(policy) = config.method.policy() else {

@@ -8,7 +8,7 @@ use super::validate::{at_least_one, more_than_zero, zero_or_more};
 
 /// `[method]`: how the adapters learn from the rewards. `kind` names the variant, the other keys are its fields.
 ///
-/// `alignprop` needs the reward's gradient. The others need scores only. A step of theirs is a round: the images of the global batch
+/// `alignprop` and `adjoint-matching` need the reward's gradient. The others need scores only. A step of theirs is a round: the images of the global batch
 /// are sampled and scored, and the adapters then updated `updates` times for each of the `inner_epochs`.
 /// `[truncation]` is read by `alignprop` alone.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -25,6 +25,9 @@ pub enum Method {
     Rwr(RwrConfig),
     /// The same on the best images of each prompt alone.
     RwrSparse(RwrSparseConfig),
+    /// Adjoint Matching (Domingo-Enrich et al. 2024): the reward's gradient goes back through the base model along the whole chain, and
+    /// the adapted model is drawn towards it at a few steps.
+    AdjointMatching(AdjointMatchingConfig),
 }
 
 impl Default for Method {
@@ -137,6 +140,19 @@ super::table! {
 }
 
 super::table! {
+    /// `kind = "adjoint-matching"`.
+    pub struct AdjointMatchingConfig {
+        /// How much the reward counts against the distance from the base model; more than 0. It has the rewards' own unit: the paper's 100
+        /// is for ImageReward.
+        lambda: f64 = 100.0,
+        /// Denoising steps of each chain that are matched; 2 or more. Half are drawn from the first 60 %, half from the others.
+        steps: usize = 4,
+        /// Steps whose root loss is above a moving average of this quantile are left out; more than 0, up to 1, which keeps all.
+        quantile: f64 = 0.9,
+    }
+}
+
+super::table! {
     /// `method.window`: where a run trains.
     pub struct WindowConfig {
         /// Denoising steps in the window; 1 or more.
@@ -204,13 +220,14 @@ impl Method {
             Self::Grpo(_) => "grpo",
             Self::Rwr(_) => "rwr",
             Self::RwrSparse(_) => "rwr-sparse",
+            Self::AdjointMatching(_) => "adjoint-matching",
         }
     }
 
     /// The policy gradient, of methods that are one.
     pub fn policy(&self) -> Option<Policy> {
         match self {
-            Self::Alignprop(_) | Self::Rwr(_) | Self::RwrSparse(_) => None,
+            Self::Alignprop(_) | Self::Rwr(_) | Self::RwrSparse(_) | Self::AdjointMatching(_) => None,
             Self::Ddpo(c) => Some(Policy {
                 updates: c.updates,
                 inner_epochs: c.inner_epochs,
@@ -240,7 +257,7 @@ impl Method {
     /// The regression, of methods that are one.
     pub fn regression(&self) -> Option<Regression> {
         match self {
-            Self::Alignprop(_) | Self::Ddpo(_) | Self::Grpo(_) => None,
+            Self::Alignprop(_) | Self::Ddpo(_) | Self::Grpo(_) | Self::AdjointMatching(_) => None,
             Self::Rwr(RwrConfig { updates, inner_epochs, inverse_temperature, per_prompt }) => Some(Regression {
                 updates: *updates,
                 inner_epochs: *inner_epochs,
@@ -263,7 +280,7 @@ impl Method {
     /// Latents of each image that wait until the round is sampled, of a chain of `steps`.
     pub fn kept_latents(&self, steps: usize) -> usize {
         match self {
-            Self::Alignprop(_) => 0,
+            Self::Alignprop(_) | Self::AdjointMatching(_) => 0,
             Self::Ddpo(_) | Self::Grpo(_) => steps + 1,
             Self::Rwr(_) | Self::RwrSparse(_) => 1,
         }
@@ -279,7 +296,7 @@ impl Method {
 
     /// Whether it needs the gradient of the rewards with respect to the image.
     pub fn differentiates_rewards(&self) -> bool {
-        matches!(self, Self::Alignprop(_))
+        matches!(self, Self::Alignprop(_) | Self::AdjointMatching(_))
     }
 
     /// The ranges, and what it demands of other tables.
@@ -343,11 +360,25 @@ impl Method {
                 }
             }
         }
-        if !matches!(self, Self::Alignprop(_)) {
+        if let Self::AdjointMatching(AdjointMatchingConfig { lambda, steps, quantile }) = self {
+            more_than_zero("method.lambda", *lambda)?;
+            let total = config.sampler.num_inference_steps;
+            ensure!(
+                (2..=total).contains(steps),
+                "method.steps = {steps}: must be 2 or more, and no more than sampler.num_inference_steps = {total}"
+            );
+            ensure!(*quantile > 0.0 && *quantile <= 1.0, "method.quantile = {quantile}: must be more than 0, up to 1");
+            ensure!(
+                config.sampler.eta > 0.0,
+                "sampler.eta = 0 with method.kind = \"{kind}\": a denoising step without noise cannot be matched; set sampler.eta to 1"
+            );
+        } else if !matches!(self, Self::Alignprop(_)) {
             at_least_one("method.inner_epochs", self.inner_epochs())?;
+        }
+        if !matches!(self, Self::Alignprop(_)) {
             ensure!(
                 config.train.stored_steps == 0,
-                "train.stored_steps = {} with method.kind = \"{kind}\": its images are sampled long before they are trained on; leave it out",
+                "train.stored_steps = {} with method.kind = \"{kind}\": no step of its chains is differentiated as it is sampled; leave it out",
                 config.train.stored_steps
             );
         }
@@ -376,6 +407,7 @@ mod tests {
             ("kind = 'grpo', group_size = 2, deviation = 'round', window = { size = 2 }", "grpo"),
             ("kind = 'rwr', per_prompt = true, inverse_temperature = 1", "rwr"),
             ("kind = 'rwr-sparse', group_size = 4, inner_epochs = 50", "rwr-sparse"),
+            ("kind = 'adjoint-matching', lambda = 12.5, quantile = 1", "adjoint-matching"),
         ] {
             let text = format!("method = {{ {text} }}\nsampler.eta = 1\ntrain.batch_size = 4");
             let config = Config::parse(&text, "x.toml", &[]).unwrap();
@@ -403,6 +435,9 @@ mod tests {
             ("kind = 'grpo', group_size = 3", "method.group_size = 3 does not divide the global batch of 4"),
             ("kind = 'grpo', group_size = 2, window = { size = 0 }", "method.window.size = 0: must be 1"),
             ("kind = 'rwr', inverse_temperature = 0", "method.inverse_temperature = 0: must be a finite number, more"),
+            ("kind = 'adjoint-matching', steps = 1", "method.steps = 1: must be 2 or more"),
+            ("kind = 'adjoint-matching', steps = 51", "method.steps = 51: must be 2 or more, and no more than"),
+            ("kind = 'adjoint-matching', quantile = 0", "method.quantile = 0: must be more than 0"),
             ("kind = 'rwr', updates = 3", "method.updates = 3 does not divide"),
             ("kind = 'rwr-sparse', group_size = 3", "method.group_size = 3 does not divide"),
             ("kind = 'rwr-sparse', group_size = 4, percentile = 100", "method.percentile = 100: must be 0 or more"),
@@ -418,7 +453,8 @@ mod tests {
         assert!(error("method = { kind = 'ddpo', group_size = 2 }").contains("the kind \"ddpo\" takes"));
         assert!(error("method = { kind = 'grpo', window = { sizee = 2 } }").contains("did you mean `size`?"));
         assert!(
-            error("method.kind = 'ppo'").contains("`ppo`, expected `alignprop`, `ddpo`, `grpo`, `rwr`, `rwr-sparse`")
+            error("method.kind = 'ppo'")
+                .contains("`ppo`, expected `alignprop`, `ddpo`, `grpo`, `rwr`, `rwr-sparse`, `adjoint-matching`")
         );
         assert!(error("method.rule = 'ddpo'").contains("unknown key `method.rule`"));
     }

@@ -21,8 +21,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
 pub use method::{
-    AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression, RwrConfig,
-    RwrSparseConfig, Selection, WindowConfig,
+    AdjointMatchingConfig, AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression,
+    RwrConfig, RwrSparseConfig, Selection, WindowConfig,
 };
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::concerns;
@@ -472,7 +472,7 @@ pub enum LrSchedule {
 table! {
     /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
     pub struct TrainConfig {
-        /// Optimizer steps; 1 or more. Of all methods but `alignprop`: rounds.
+        /// Optimizer steps; 1 or more. Of `ddpo`, `grpo` and `rwr`: rounds.
         steps: usize = 100,
         /// Images of one micro-batch; 1 or more. More is faster where memory allows.
         batch_size: usize = 1,

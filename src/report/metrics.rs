@@ -29,6 +29,10 @@ pub mod names {
     pub const REGRESSION_LOSS: &str = "regression/loss";
     /// Of reward-weighted regression: the share of images that is learned from.
     pub const REGRESSION_KEPT: &str = "regression/kept";
+    /// Of Adjoint Matching: its loss, of the steps below the threshold.
+    pub const MATCHING_LOSS: &str = "matching/loss";
+    /// Of Adjoint Matching: the share of the steps below the threshold.
+    pub const MATCHING_KEPT: &str = "matching/kept";
     /// The step's learning rate.
     pub const LR: &str = "lr";
     /// Differentiated denoising steps an image.

@@ -4,8 +4,8 @@ use anyhow::Result;
 
 use super::checkpoint::Checkpoint;
 use super::step::Update;
-use super::{AlignProp, RunPlan, ddpo, health, rwr};
-use crate::config::{Config, Prompt};
+use super::{AlignProp, RunPlan, adjoint_matching, ddpo, health, rwr};
+use crate::config::{Config, Method, Prompt};
 use crate::diffusion::{Noise, Stream};
 use crate::optim::moving_average;
 use crate::rewards::Rewards;
@@ -34,6 +34,9 @@ impl Setup<'_> {
         }
         if let Some(regression) = method.regression() {
             return rwr::step(self, &regression, state, lr, tick);
+        }
+        if let Method::AdjointMatching(matching) = method {
+            return adjoint_matching::step(self, matching, state, lr, tick);
         }
         AlignProp(self).step(state, lr, tick)
     }

@@ -1,5 +1,6 @@
 //! Training: the optimizer step and its parts, the run around it, and what it keeps on disk.
 
+pub mod adjoint_matching;
 pub mod advantages;
 pub mod alignprop;
 mod backprop;

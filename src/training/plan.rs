@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 
 use super::memory::{Budget, Estimate, Meter, Parts, Split, fitting, size};
 use super::truncation::Plan;
-use crate::config::{Checkpointing, CheckpointingChoice, Config, LoraConfig, Precision, Prompt};
+use crate::config::{Checkpointing, CheckpointingChoice, Config, LoraConfig, Method, Precision, Prompt};
 use crate::lora::{Adapters, take_over};
 use crate::ops::Ledger;
 use crate::rewards::Rewards;
@@ -151,8 +151,8 @@ fn fit(
     };
     let (split, fits) = match train.checkpointing {
         CheckpointingChoice::Auto => {
-            let most = match config.method.inner_epochs() {
-                0 => Plan::most_kept(&config.truncation, sampler.schedule.len()),
+            let most = match config.method {
+                Method::Alignprop(_) => Plan::most_kept(&config.truncation, sampler.schedule.len()),
                 _ => 0,
             };
             let budget = Budget { all: budget.unwrap_or(f64::INFINITY), storing };

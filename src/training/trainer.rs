@@ -16,7 +16,7 @@ use super::method::{Setup, StepResult, micro_batches};
 use super::run_folder::{Run, RunFolder};
 use super::signals::Interrupt;
 use super::terms::distances_from_base;
-use crate::config::{Checkpointing, Config, Prompt, RunConfig};
+use crate::config::{Checkpointing, Config, Method, Prompt, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::ops::Ledger;
@@ -259,7 +259,7 @@ impl Trainer<'_> {
             ]
             .map(|(key, value)| (key.to_owned(), value)),
         );
-        if config.method.differentiates_rewards() {
+        if let Method::Alignprop(_) = config.method {
             metadata.insert("truncation".to_owned(), keys(toml::to_string(&config.truncation)));
         }
         metadata
@@ -335,7 +335,8 @@ pub fn begin(config: &Config, sampler: &Sampler, noise: &Noise) -> Result<Checkp
     let optimizer = AdamW::new(&config.optimizer, &adapters.tensors())?;
     let loss_scale = LossScale::new(sampler.compute().dtype());
     let statistics = PromptStatistics::default();
-    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale, statistics }.to_device(sampler.compute().device())
+    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale, statistics, matching: None }
+        .to_device(sampler.compute().device())
 }
 
 /// Adapters whose product is zero.

@@ -1,5 +1,5 @@
 //! Sets of the kind `policy`: densities of denoising steps, advantages, the clipped objective and its updates, reward-weighted regression, images moved against
-//! the reward (RSA-FT).
+//! the reward (RSA-FT), lean adjoints (Adjoint Matching).
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -16,6 +16,7 @@ use crate::optim::AdamW;
 use crate::rewards::ImageScores;
 use crate::sampling::{Denoiser, Trajectory};
 use crate::training::Plan;
+use crate::training::adjoint_matching::{MatchingTerm, Target, lean_adjoints};
 use crate::training::advantages::{PromptStatistics, of_groups, of_round};
 use crate::training::ddpo::{Chain, densities};
 use crate::training::rwr::{best, one_step_each, percentile, weights};
@@ -42,6 +43,7 @@ struct Reference {
     rwr: Rwr,
     rwr_sparse: Vec<Sparse>,
     rsa: Rsa,
+    adjoint_matching: Matching,
 }
 
 #[derive(Deserialize)]
@@ -148,6 +150,20 @@ struct RsaCase {
 }
 
 #[derive(Deserialize)]
+struct Matching {
+    adapter: String,
+    lambda: f64,
+    adjoint: MatchingCase,
+    adjoint_kept: MatchingCase,
+}
+
+#[derive(Deserialize)]
+struct MatchingCase {
+    loss: f64,
+    root_below: Option<f64>,
+}
+
+#[derive(Deserialize)]
 struct UpdateLog {
     loss: f64,
     grad_norm: f64,
@@ -167,6 +183,7 @@ pub(super) fn compare(subject: &Subject, text: &str, report: &mut Report) -> Res
     set.updates(&reference.update, report)?;
     set.regression(&reference.rwr, report)?;
     set.moved_images(&reference.rsa, report)?;
+    set.matching(&reference.adjoint_matching, report)?;
     for (number, case) in reference.rwr_sparse.iter().enumerate() {
         let name = format!("rwr-sparse {number}");
         let threshold = percentile(&case.rewards, case.percentile);
@@ -544,6 +561,69 @@ impl<'a> Set<'a> {
             let found = credit.moved.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() * scale;
             report.push(&name, "loss", (found / loss - 1.0).abs(), parts);
             subject.compare_gradients(&name, adapters, &gradients, &of_case, report)?;
+        }
+        Ok(())
+    }
+
+    /// Lean adjoints, and the gradients of the matching with them.
+    fn matching(&self, case: &Matching, report: &mut Report) -> Result<()> {
+        let recorded = self.subject.tensors("adjoint.safetensors")?;
+        let part = |what: &str| recorded.get(what).with_context(|| format!("adjoint.safetensors has no `{what}`"));
+        let (steps, parts, batch) = (&self.chain.steps, self.subject.bounds.parts, self.latents[0].dims4()?.0);
+        let adapters = self.adapters(&case.adapter)?;
+        let denoiser = self.denoiser(adapters)?.unguided();
+        let every: Vec<usize> = (0..steps.len()).collect();
+        let trajectory = Trajectory::of_latents(self.latents.clone());
+        let start = (part("d_reward")? * -case.lambda)?;
+        let targets = |wanted: &[usize]| {
+            let mut tally = Tally::new(adapters);
+            let targets = lean_adjoints(&denoiser, steps, &trajectory, start.clone(), wanted, &mut tally)?;
+            tally.ledger.read().map(|_| targets)
+        };
+        let mut all = targets(&every)?;
+        all.reverse();
+        let adjoints: Vec<&Tensor> = all.iter().map(|target| &target.adjoint).chain([&start]).collect();
+        report.compare("adjoint", "adjoint", &Tensor::stack(&adjoints, 0)?, part("adjoint")?, parts)?;
+        let mean = |target: &Target| steps[target.index].mean(&self.latents[target.index], &target.prediction);
+        let means = all.iter().map(mean).collect::<candle_core::Result<Vec<_>>>()?;
+        report.compare("adjoint", "mean_base", &Tensor::stack(&means, 0)?, part("mean_base")?, parts)?;
+
+        let chosen: Vec<usize> = numbers(part("steps")?)?.into_iter().map(|step| step as usize).collect();
+        ensure!(chosen.iter().all(|step| *step < steps.len()), "adjoint.safetensors: a step that the chain has not");
+        let own = |i: &usize| -> Result<Tensor> {
+            Ok(steps[*i].mean(&self.latents[*i], &denoiser.predict(&self.latents[*i], steps[*i].timestep)?)?)
+        };
+        let means = chosen.iter().map(own).collect::<Result<Vec<_>>>()?;
+        report.compare("adjoint", "mean_lora", &Tensor::stack(&means, 0)?, part("mean_lora")?, parts)?;
+        for (name, MatchingCase { loss, root_below }) in
+            [("adjoint", &case.adjoint), ("adjoint_kept", &case.adjoint_kept)]
+        {
+            let recorded = self.subject.tensors(&format!("{name}.safetensors"))?;
+            let part = |what: &str| recorded.get(what).with_context(|| format!("{name}.safetensors has no `{what}`"));
+            let entries = chosen.len() * batch;
+            let mut term = MatchingTerm {
+                scale: 1.0 / entries as f64,
+                below: *root_below,
+                targets: targets(&chosen)?,
+                losses: Vec::new(),
+            };
+            let keep = every.iter().map(|i| vec![chosen.contains(i); batch]).collect();
+            let plan = Plan { steps: steps.clone(), keep, detach_input: false, renoise: 0 };
+            let mut tally = Tally::new(adapters);
+            let mut trajectory = Trajectory::of_latents(self.latents.clone());
+            differentiate(&denoiser, &plan, &mut trajectory, None, &mut [&mut term], &mut tally)?;
+            let gradients = tally.take_gradients(adapters)?;
+            let readings = tally.ledger.read()?;
+            let losses: BTreeMap<(usize, usize), f64> =
+                term.losses.iter().map(|loss| ((loss.index, loss.row), readings.get(loss.value))).collect();
+            let losses: Vec<f64> = losses.into_values().collect();
+            report.compare(name, "losses", &tensor(&losses)?, &flat(part("losses")?)?, parts)?;
+            let kept = |loss: &&f64| root_below.is_none_or(|below| loss.sqrt() < below);
+            let found: Vec<f64> = losses.iter().map(|loss| f64::from(u8::from(kept(&loss)))).collect();
+            report.push(name, "kept", unequal(&found, part("kept")?)?, 0.0);
+            let found = losses.iter().filter(kept).sum::<f64>() / entries as f64;
+            report.push(name, "loss", (found / loss - 1.0).abs(), parts);
+            self.subject.compare_gradients(name, adapters, &gradients, &recorded, report)?;
         }
         Ok(())
     }

@@ -232,7 +232,7 @@ impl Judged {
     pub fn moved_against(self, rho: f64) -> Result<Tensor> {
         let images = self.images.tensor().clone();
         let d_images = self.pull(1.0)?;
-        let norm = d_images.to_dtype(DType::F64)?.sqr()?.sum_keepdim([1, 2, 3])?.sqrt()?.maximum(f64::MIN_POSITIVE)?;
+        let norm = d_images.to_dtype(DType::F64)?.sqr()?.sum_keepdim([1, 2, 3])?.sqrt()?.maximum(1e-30)?;
         let factor = norm.recip()?.affine(2.0 * rho, 0.0)?.to_dtype(d_images.dtype())?;
         Ok((images + d_images.broadcast_mul(&factor)?)?)
     }

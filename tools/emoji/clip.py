@@ -5,18 +5,18 @@ some ten thousand pictures: the scenes' boxes, by which every patch is told what
 (`start_local`), Muon for the vision tower's matrices, and captions that differ in one thing (`change`). The extra heads
 are used in training only; detector.py starts from the vision tower and uses them, too.
 """
-import time
+import os, time
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 import data
-from common import LENGTH, Average, Training, averaged, encode, load_tokenizer, rate, set_rate, to_float
+from common import LENGTH, Average, Training, averaged, encode, load_tokenizer, rate, set_rate, to_float, trained
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MODELS = {  # half: of the combinations, 0 for A and 1 for B
-    "clip": dict(half=0, seed=2, steps=1800, width=128, layers=4, heads=4, act="quick_gelu", text=(128, 4, 4), projection=128),
-    "judge": dict(half=1, seed=3, steps=1800, width=96, layers=6, heads=3, act="gelu", text=(96, 3, 4), projection=96),
+    "clip": dict(half=0, seed=2, steps=1600, width=128, layers=4, heads=4, act="quick_gelu", text=(128, 4, 4), projection=128),
+    "judge": dict(half=1, seed=3, steps=1600, width=96, layers=6, heads=3, act="gelu", text=(96, 3, 4), projection=96),
 }
 PATCH, GRID = 8, data.SIZE // 8
 BATCH, MUON, ADAM = 32, 4e-3, 1e-3  # and peak learning rates
@@ -318,7 +318,7 @@ def train(folder, kind, minutes, log):
         step_all((muon, adam), step, training.steps)
         average.update(both)
         sums.append([l.item() for l in losses])
-        if step % 50 == 49:
+        if step % 100 == 99:
             report()
     if sums:
         report()
@@ -331,3 +331,22 @@ def load(folder, kind, heads=False):
     both.load_state_dict(averaged(folder, kind)[0])
     both.eval().requires_grad_(False)
     return both if heads else both["model"], tokenizer
+
+
+# ---------------------------------------------------------------- the text encoder of emoji-sd
+
+def text_encoder(folder):
+    """(text encoder of emoji-sd, tokenizer): clip's text tower with its weights in f16, as they were when it was first asked for.
+    From then on text_encoder.pt keeps it: a UNet lives on its hidden states, whatever happens to `clip`."""
+    model, tokenizer = load(folder, "clip")
+    text = model.text_model.half().float()
+    if not trained(folder, "text_encoder"):
+        torch.save({"average": {"weights": text.state_dict()}, "step": 1, "steps": 1}, os.path.join(folder, "text_encoder.pt"))
+    text.load_state_dict(averaged(folder, "text_encoder")[0])
+    return text, tokenizer
+
+
+@torch.no_grad()
+def hidden_states(text, tokenizer, captions):
+    """(N, LENGTH, width), padding included, as diffusers' pipeline gives them to the UNet."""
+    return torch.cat([text(input_ids=ids).last_hidden_state for ids in encode(tokenizer, captions).split(256)])

@@ -1,4 +1,4 @@
-"""The two detectors: `detector`, a reward, and `detector-judge`, never trained against. YOLOS in the layout of transformers,
+"""The two detectors: `detector`, a reward, and `detector_judge`, never trained against. YOLOS in the layout of transformers,
 whose classes are the animals.
 
 Each starts from the vision tower of the contrastive model of its own half, because a transformer that learns to see and to match
@@ -17,7 +17,7 @@ import clip, data
 from common import Average, Training, averaged, to_float
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the image processor's
-MODELS = {"detector": dict(start="clip", seed=8, steps=2000), "detector-judge": dict(start="judge", seed=9, steps=2000)}
+MODELS = {"detector": dict(start="clip", seed=8, steps=2000), "detector_judge": dict(start="judge", seed=9, steps=2000)}
 ANCHORS = [((i + 0.5) / 4, (j + 0.5) / 3) for j in range(3) for i in range(4)]
 THRESHOLD = 0.5
 NONE_WEIGHT, PULL = 0.4, 20.0

@@ -34,9 +34,9 @@ def new(kind, vocab_size):
 
 
 def with_heads(kind, vocab_size):
-    """The model and the heads of training: on the picture's embedding style, background and counts, on each patch `dense`'s."""
+    """The model and the heads of training: on the picture's embedding style, background and counts, on each patch `dense`'s and style."""
     width = MODELS[kind]["width"]
-    sizes = {"style": len(data.STYLES), "background": len(data.BACKGROUNDS), "counts": KINDS * COUNTS, "patches": KINDS + 6}
+    sizes = {"style": len(data.STYLES), "background": len(data.BACKGROUNDS), "counts": KINDS * COUNTS, "patches": KINDS + 6, "patch_style": len(data.STYLES)}
     return torch.nn.ModuleDict({"model": new(kind, vocab_size), "heads": torch.nn.ModuleDict({k: torch.nn.Linear(width, n) for k, n in sizes.items()})})
 
 
@@ -204,11 +204,18 @@ def dense(logits, targets):
     return loss + 0.1 * F.smooth_l1_loss(logits[..., KINDS + 2:][inside], targets[..., 2:][inside])
 
 
+def dense_loss(heads, patches, targets, labels):
+    """`dense`, and the style where there is an animal."""
+    inside = targets[..., 0] < KINDS
+    style = torch.from_numpy(labels[:, 0].astype(np.int64))[:, None].expand(-1, GRID * GRID)
+    return dense(heads["patches"](patches), targets) + 0.5 * F.cross_entropy(heads["patch_style"](patches[inside]), style[inside])
+
+
 def global_loss(heads, pooled, scenes_labels, counts):
     """Style, background, and how many there are of each kind."""
     label = torch.from_numpy(scenes_labels.astype(np.int64))
     loss = 0.2 * F.cross_entropy(heads["style"](pooled), label[:, 0]) + 0.2 * F.cross_entropy(heads["background"](pooled), label[:, 5])
-    return loss + 4 * F.cross_entropy(heads["counts"](pooled).view(-1, COUNTS), torch.from_numpy(counts).flatten())
+    return loss + 8 * F.cross_entropy(heads["counts"](pooled).view(-1, COUNTS), torch.from_numpy(counts).flatten())
 
 
 # ---------------------------------------------------------------- tests
@@ -263,7 +270,7 @@ def alike(groups, labels, rng, size):
 def contrastive(model, images, labels, tokenizer, rng, hard):
     """Both directions of the contrastive loss, where several captions may be true of a picture; `hard`: and, for each picture, a
     caption that differs in one thing."""
-    says = rng.random((len(labels), 3)) < (0.85, 0.85, 0.9)
+    says = rng.random((len(labels), 3)) < (0.7, 0.7, 0.9)
     stated = [data.Label(*map(int, l)) for l in labels]
     if hard:
         stated += [change(l, rng) for l in stated]
@@ -306,11 +313,13 @@ def train(folder, kind, minutes, log):
         hard = rng.random() < 0.5
         i = rng.choice(mine, BATCH, replace=False) if hard else alike(groups, scenes.labels, rng, BATCH)
         x = augment(to_float(scenes.pictures[i]), rng)
-        out = model.vision_model(pixel_values=normalise(x))
+        out = model.vision_model(pixel_values=normalise(x), output_hidden_states=True)
         images = F.normalize(model.visual_projection(out.pooler_output), dim=-1)
-        patches = heads["patches"](model.vision_model.post_layernorm(out.last_hidden_state[:, 1:]))
+        targets = dense_targets(torch.from_numpy(scenes.boxes[i]), torch.from_numpy(scenes.classes[i].astype(np.int64)))
+        # the layer before the last one knows the animals, too, so that the last one can gather them
+        shown = [dense_loss(heads, model.vision_model.post_layernorm(h[:, 1:]), targets, scenes.labels[i]) for h in out.hidden_states[-2:]]
         losses = [contrastive(model, images, scenes.labels[i], tokenizer, rng, hard),
-                  dense(patches, dense_targets(torch.from_numpy(scenes.boxes[i]), torch.from_numpy(scenes.classes[i].astype(np.int64)))),
+                  sum(shown) / 2,
                   global_loss(heads, out.pooler_output, scenes.labels[i], counts[i].astype(np.int64))]
         both.zero_grad()
         sum(losses).backward()

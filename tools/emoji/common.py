@@ -42,6 +42,36 @@ def set_rate(optimizer, value):
         group["lr"] = value
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal, for matrices and convolutions (Jordan et al., 2024), scaled to the size of Adam's steps (Liu et al., 2502.16982)."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(m, group["momentum"]).flatten(1)
+                size, tall = max(x.shape), x.shape[0] > x.shape[1]
+                x = x.T if tall else x
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315) @ x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_((x.T if tall else x).reshape(p.shape), alpha=-0.2 * size**0.5 * group["lr"])
+
+
+def muon_and_adam(module, lr, ends):
+    """Muon for the matrices and convolutions whose names have none of `ends` in them, AdamW for the rest."""
+    inner, rest = [], []
+    for name, p in module.named_parameters():
+        (rest if p.ndim < 2 or any(e in name for e in ends) else inner).append(p)
+    return Muon(inner, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+
 class Average:
     """Exponential moving average of a module's weights, with a horizon that grows with the number of steps."""
 
@@ -71,10 +101,12 @@ class Training:
     Parts are whatever has `state_dict` and `load_state_dict`; FOLDER/STAGE.pt keeps them every two minutes and at the end.
     Where there is none, the module `model` and its `average` start from the committed piece, at the piece's step, with a fresh
     optimizer: weights and schedule go on, bits do not.
+    Of several processes each has its own numbers, and `agree` tells all of them the first one's word whether to go on.
     """
 
-    def __init__(self, folder, stage, steps, seed, minutes, model, average, **parts):
+    def __init__(self, folder, stage, steps, seed, minutes, model, average, rank=0, agree=bool, **parts):
         self.path, self.steps, self.seed, self.minutes = os.path.join(folder, stage + ".pt"), steps, seed, minutes
+        self.rank, self.agree = rank, agree
         self.parts, self.step = {"model": model, "average": average, **parts}, 0
         if os.path.exists(self.path):
             saved = torch.load(self.path, weights_only=True)
@@ -91,15 +123,17 @@ class Training:
         return self.step / self.steps
 
     def save(self):
+        if self.rank:
+            return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         torch.save({**state, "step": self.step, "steps": self.steps}, self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
 
     def __iter__(self):
         start = kept = time.time()
-        while self.step < self.steps and time.time() - start < self.minutes * 60:
-            torch.manual_seed(self.seed * 10**7 + self.step)
-            yield self.step, np.random.default_rng([self.seed, self.step])
+        while self.agree(self.step < self.steps and time.time() - start < self.minutes * 60):
+            torch.manual_seed(self.seed * 10**7 + self.step + 10**12 * self.rank)
+            yield self.step, np.random.default_rng([self.seed, self.step] + [self.rank] * (self.rank > 0))
             self.step += 1
             if time.time() - kept > 120:
                 self.save()
@@ -161,8 +195,9 @@ def bytes_to_unicode():
     return [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
 
 
-def make_tokenizer(out, words):
-    """Write CLIP's tokenizer reduced to the merges that these words use, so that ids are small."""
+def make_tokenizer(folder, words):
+    """Write tokenizer/ in the folder: CLIP's tokenizer reduced to the merges that these words use, so that ids are small."""
+    out = os.path.join(folder, "tokenizer")
     with gzip.open(importlib.resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as f:
         merges = [tuple(line.split()) for line in f.read().split("\n")[1:49152 - 256 - 2 + 1]]
     rank = {m: i for i, m in enumerate(merges)}

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 import data
-from common import Average, Training, averaged, rate, set_rate, to_float, to_uint8
+from common import Average, Training, averaged, muon_and_adam, rate, set_rate, to_float, to_uint8
 
 CONFIG = dict(block_out_channels=(32, 64, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
               latent_channels=4, norm_num_groups=4, sample_size=64, in_channels=3, out_channels=3)
-STEPS, PEAK, KL, EDGES = 3000, 1e-3, 1e-6, 1.5
-CROP, CROPS = 32, 16  # in the last WHOLE of the steps a quarter as many whole pictures
-WHOLE, ADVERSARIAL, ADVERSARIAL_WEIGHT = 0.15, 1 / 3, 0.3
+STEPS, PEAK, KL, EDGES = 1800, 1e-3, 1e-6, 1.5
+CROP, CROPS = 32, 8  # in the last WHOLE of the steps a quarter as many whole pictures
+WHOLE, ADVERSARIAL, ADVERSARIAL_WEIGHT = 0.1, 1 / 3, 0.3
 LATENTS = 40000  # so many of the pictures are encoded for the UNet
 
 
@@ -55,10 +55,10 @@ def train(folder, minutes, log, start=None):
     torch.manual_seed(1)
     model = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32) if start and os.path.exists(start) else AutoencoderKL(**CONFIG)
     critic, last = Discriminator(), model.decoder.conv_out.weight
-    optimizer = torch.optim.AdamW(model.parameters(), PEAK, betas=(0.9, 0.98), weight_decay=1e-4)
+    muon, adam = muon_and_adam(model, PEAK, ("conv_in", "conv_out", "quant_conv"))
     critic_optimizer = torch.optim.AdamW(critic.parameters(), PEAK, betas=(0.5, 0.9), weight_decay=1e-4)
     average, sums = Average(model, 0.995), []
-    training = Training(folder, "vae", STEPS, 1, minutes, model, average, optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
+    training = Training(folder, "vae", STEPS, 1, minutes, model, average, muon=muon, adam=adam, critic=critic, critic_optimizer=critic_optimizer)
     if os.path.exists(os.path.join(folder, "latents.npy")):  # a UNet lives on these latents: only the decoder may go on learning
         for part in (model.encoder, model.quant_conv):
             part.requires_grad_(False)
@@ -74,7 +74,8 @@ def train(folder, minutes, log, start=None):
     for step, rng in training:
         whole, adversarial = step >= (1 - WHOLE) * STEPS, step >= (1 - ADVERSARIAL) * STEPS
         x = to_float(scenes.pictures[rng.integers(0, len(scenes.labels), CROPS // 4)] if whole else crops(scenes, rng, CROPS))
-        set_rate(optimizer, rate(PEAK, step, STEPS))
+        for optimizer in (muon, adam):
+            set_rate(optimizer, rate(PEAK, step, STEPS, warmup=20))
         set_rate(critic_optimizer, rate(PEAK, step, STEPS, warmup=1))
         posterior = model.encode(x).latent_dist
         out = model.decode(posterior.sample()).sample
@@ -87,10 +88,11 @@ def train(folder, minutes, log, start=None):
             begin = min(1.0, (step - (1 - ADVERSARIAL) * STEPS) / 200)  # the critic learns first
             loss = loss + ADVERSARIAL_WEIGHT * begin * (ratio[0] / (ratio[1] + 1e-4)).clamp(max=1e3) * fooled
         loss = loss + KL * posterior.kl().mean() / (x.shape[-1] / data.SIZE) ** 2
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        muon.step()
+        adam.step()
         average.update(model)
         if adversarial:
             critic_loss = F.relu(1 - critic(x)).mean() + F.relu(1 + critic(out.detach())).mean()
@@ -99,7 +101,7 @@ def train(folder, minutes, log, start=None):
             critic_optimizer.step()
             seen["critic"] = critic_loss.item()
         sums.append(seen)
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 200 == 0:
             report(step + 1)
     report(training.step)
 

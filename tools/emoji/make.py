@@ -83,7 +83,7 @@ def main():
     os.makedirs(os.path.join(out, "sheets"), exist_ok=True)
     log = common.Log(os.path.join(out, "log.jsonl"))
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        if finished(stage, out):
+        if args.stage == "all" and finished(stage, out):
             print(f"{stage}: finished", flush=True)
             continue
         run(stage, out, args.minutes, args.threads, log, args.start)

@@ -10,13 +10,16 @@ judge and the detectors, which wait for the contrastive model of their half.
 
 tools/emoji/pieces holds averaged weights of the trainings in f16, with the step that each is at. A training with no state in --out
 starts from them, with a new optimizer: the rest of its schedule, but not the same bits; one that is finished there is passed over. Remove a
-piece to make it from nothing. `make.py pieces` writes them from --out.
+piece to make it from nothing. `make.py pieces` writes them from --out, with their log and sheets.
 
 `latents` fixes what the UNet learns on: after it, more steps of `vae` train the decoder alone, and more steps of `clip` the reward but not
 the text encoder of emoji-sd. `head` learns from samples of the UNet: remove head.npz and head.pt before you make it for another one.
-`export` writes to assets/ what is trained, in f16. log.jsonl is the log of the committed weights.
+`export` writes to assets/ what is trained, in f16, and log.jsonl, its log.
+
+As long as assets/ has emoji-train.txt and no emoji-train.jsonl, the models there, log.jsonl, results.py and guard.py are those of an
+earlier recipe: one animal a picture, 100 kinds, six styles.
 """
-import argparse, os
+import argparse, os, shutil
 import torch
 import common, data
 
@@ -68,6 +71,9 @@ def run(stage, out, minutes, threads, log, start):
         for name in (*TRAININGS, "text_encoder"):
             if os.path.exists(os.path.join(out, name + ".pt")):
                 common.write_piece(out, name)
+        shutil.copyfile(log.path, os.path.join(common.PIECES, "log.jsonl"))
+        for name in ("data.png", "vae.png"):
+            shutil.copyfile(os.path.join(out, "sheets", name), os.path.join(common.PIECES, name))
 
 
 def main():

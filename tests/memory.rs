@@ -94,7 +94,7 @@ impl Chain {
 
     fn parts<'a>(&'a self, rewards: &'a Rewards, latent_shape: (usize, usize, usize)) -> Parts<'a> {
         let (denoiser, vae) = (self.denoiser(1, Checkpointing::Step), &self.pipeline.vae);
-        let (differentiates_rewards, round, prompt) = (true, 0, &self.prompt);
+        let (differentiates_rewards, kept_latents, prompt) = (true, 0, &self.prompt);
         Parts {
             denoiser,
             vae,
@@ -104,7 +104,7 @@ impl Chain {
             latent_shape,
             steps: STEPS,
             differentiates_rewards,
-            round,
+            kept_latents,
         }
     }
 

@@ -291,7 +291,7 @@ impl Work {
             latent_shape: self.subject.latent_shape,
             steps: self.plan.steps.len(),
             differentiates_rewards: true,
-            round: 0,
+            kept_latents: 0,
         };
         Ok(parts.estimate(&parts.measure(self.checkpointing)?, self.batch, self.stored_steps).total())
     }

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
-use crate::config::{Config, Prompt, shown, shown_lines};
+use crate::config::{AdjointMatchingConfig, Config, Method, Prompt, shown, shown_lines};
 use crate::diffusion::Noise;
 use crate::report::chart::short;
 use crate::report::{Change, Summary, summary};
@@ -16,7 +16,7 @@ use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 use crate::training::checkpoint::Checkpoint;
 use crate::training::ddpo::Chain;
-use crate::training::guard::Guard;
+use crate::training::guard::{Guard, Objection};
 use crate::training::memory::{self, Meter};
 use crate::training::method::micro_batches;
 use crate::training::run_folder::{Run, RunFolder};
@@ -81,9 +81,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             say!("stopped after step {step} of {steps}; go on with `{resume}`");
             return Ok(());
         }
-        End::Guard(objection) => {
-            say!("stopped after step {step} of {steps} by the guard: {objection}");
-            say!("to go on all the same: `{resume} --set guard.patience=0`");
+        End::Guard(Objection { reason, overrule }) => {
+            say!("stopped after step {step} of {steps} by the guard: {reason}");
+            say!("to go on all the same: `{resume} --set {overrule}`");
         }
         End::Signal(signal) => return Err(Interrupted { signal, step, steps, resume }.into()),
     }
@@ -166,6 +166,15 @@ fn describe(
 
 /// What is done with the rewards.
 fn describe_method(config: &Config, sampler: &Sampler) -> Result<()> {
+    let name = config.method.name();
+    if let Some(regression) = config.method.regression() {
+        note!("method      {name}, {} a step", counted(regression.updates * regression.inner_epochs, "update"));
+        return Ok(());
+    }
+    if let Method::AdjointMatching(AdjointMatchingConfig { lambda, steps, .. }) = &config.method {
+        note!("method      {name}, {steps} of {} denoising steps matched, lambda {lambda}", sampler.schedule.len());
+        return Ok(());
+    }
     let Some(policy) = config.method.policy() else {
         note!("truncation  {}", toml::to_string(&config.truncation)?.trim().replace('\n', ", "));
         return Ok(());
@@ -176,8 +185,7 @@ fn describe_method(config: &Config, sampler: &Sampler) -> Result<()> {
     let silent = sampler.schedule.steps().iter().filter(|step| step.noise == 0.0).count();
     let silent = if silent > 0 { format!("; {silent} without noise, which have no density") } else { String::new() };
     note!(
-        "method      {}, {} of {} denoising steps trained, {} a step{silent}",
-        config.method.name(),
+        "method      {name}, {} of {} denoising steps trained, {} a step{silent}",
         chain.trained.len(),
         chain.steps.len(),
         counted(policy.updates * policy.inner_epochs, "update")

@@ -20,7 +20,10 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
-pub use method::{AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, WindowConfig};
+pub use method::{
+    AdjointMatchingConfig, AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression,
+    RwrConfig, RwrSparseConfig, Selection, WindowConfig,
+};
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::{concerns, nearest};
 pub use text::{decode, shell_word, shown, shown_lines};
@@ -656,7 +659,7 @@ pub enum LrSchedule {
 table! {
     /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
     pub struct TrainConfig {
-        /// Optimizer steps; 1 or more. Of `ddpo` and `grpo`: rounds.
+        /// Optimizer steps; 1 or more. Of `ddpo`, `grpo` and `rwr`: rounds.
         steps: usize = 100,
         /// Images of one micro-batch; 1 or more. More is faster where memory allows.
         batch_size: usize = 1,
@@ -737,6 +740,9 @@ table! {
         /// Stop after so many evaluations in a row in which the training reward rose while the held-out score fell;
         /// 0: never.
         patience: usize = 3,
+        /// Stop where the training rewards are sharper than this on the guard's images: how much the loss rises where an image is moved
+        /// against them (RSA-FT's S1; by `method.rho`, or 0.01); more than 0. Absent: never.
+        max_sharpness: Option<f64> = None,
         /// The first prompts of the list to evaluate on; 1 or more.
         num_prompts: usize = 8,
         /// Images of each prompt; 1 or more, and 2 or more for a diversity.

@@ -121,6 +121,11 @@ impl Config {
         }
         regularization.validate(reward)?;
         guard.validate()?;
+        ensure!(
+            guard.max_sharpness.is_none() || method.differentiates_rewards(),
+            "guard.max_sharpness with method.kind = \"{}\": sharpness is of the reward's gradient, which this method does not ask for",
+            method.name()
+        );
 
         ensure!(
             run.dir.as_ref().is_none_or(|dir| !dir.as_os_str().is_empty()),
@@ -246,6 +251,9 @@ impl GuardConfig {
     fn validate(&self) -> Result<()> {
         at_least_one("guard.num_prompts", self.num_prompts)?;
         at_least_one("guard.seeds", self.seeds)?;
+        if let Some(sharpness) = self.max_sharpness {
+            ensure!(sharpness > 0.0, "guard.max_sharpness = {sharpness}: must be more than 0; inf never stops");
+        }
         if let Some(prompts) = &self.prompts {
             prompts.validate().context("in guard")?;
         }
@@ -373,7 +381,7 @@ pub(super) fn more_than_zero(key: &str, value: f64) -> Result<()> {
     Ok(())
 }
 
-fn zero_or_more(key: &str, value: f64) -> Result<()> {
+pub(super) fn zero_or_more(key: &str, value: f64) -> Result<()> {
     ensure!(value >= 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, 0 or more");
     Ok(())
 }
@@ -449,6 +457,7 @@ mod tests {
                 "regularization.reward_cap.clip-score: the config has no such reward; it has hps",
             ),
             ("guard.seeds = 0", "guard.seeds = 0: must be 1 or more"),
+            ("guard.max_sharpness = 0", "guard.max_sharpness = 0: must be more than 0"),
             ("guard.num_prompts = 0", "guard.num_prompts = 0: must be 1 or more"),
             ("guard.reward.hps.file = ''", "in guard: reward.hps.file is empty"),
             ("guard.prompts.list = []", "in guard: prompts.list is empty"),

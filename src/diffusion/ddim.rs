@@ -223,6 +223,31 @@ impl DdimSchedule {
         step(self.prediction, self.steps[i].timestep, self.alpha(i), 1.0, 0.0)
     }
 
+    /// How many timesteps the model was trained on.
+    pub fn train_timesteps(&self) -> usize {
+        self.alphas_cumprod.len()
+    }
+
+    /// Images x_0 (B, C, h, w), each noised to a timestep of its own, and what the UNet should predict there.
+    ///
+    /// ```text
+    /// x_t = sqrt(ᾱ) x_0 + sqrt(1 - ᾱ) z        target: z, or v = sqrt(ᾱ) z - sqrt(1 - ᾱ) x_0, or x_0
+    /// ```
+    pub fn noised(&self, timesteps: &[usize], x_0: &Tensor, z: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        let of = |value: &dyn Fn(f64) -> f64| {
+            let values: Vec<f32> = timesteps.iter().map(|t| value(self.alphas_cumprod[*t]) as f32).collect();
+            Tensor::from_vec(values, (timesteps.len(), 1, 1, 1), x_0.device())
+        };
+        let (signal, spread) = (of(&|alpha| alpha.sqrt())?, of(&|alpha| (1.0 - alpha).sqrt())?);
+        let x_t = (x_0.broadcast_mul(&signal)? + z.broadcast_mul(&spread)?)?;
+        let target = match self.prediction {
+            Prediction::Epsilon => z.clone(),
+            Prediction::V => (z.broadcast_mul(&signal)? - x_0.broadcast_mul(&spread)?)?,
+            Prediction::Sample => x_0.clone(),
+        };
+        Ok((x_t, target))
+    }
+
     /// (factor of x_0, factor of the noise) that make x_t at step `i`: sqrt(ᾱ), sqrt(1 - ᾱ).
     pub fn add_noise(&self, i: usize) -> (f64, f64) {
         let alpha = self.alpha(i);
@@ -392,6 +417,23 @@ mod tests {
                 );
                 let stop = schedule.predicted_original(i);
                 assert!((stop.sample * x_t + stop.model_output * out - x0).abs() < 1e-9);
+            }
+        }
+    }
+
+    #[test]
+    fn a_noised_image_and_its_target_give_the_image_back() {
+        for prediction_type in ["epsilon", "v_prediction", "sample"] {
+            let config = SchedulerConfig { prediction_type: prediction_type.into(), ..stable_diffusion() };
+            let schedule = DdimSchedule::new(&config, 10, 0.0).unwrap();
+            let normal = |seed| crate::ops::testing::Case::normal(&[2, 4, 3, 5], seed).to_dtype(DType::F32).unwrap();
+            let (x_0, z) = (normal(1), normal(2));
+            let timesteps = [3, 7].map(|i| schedule.steps()[i].timestep);
+            let (x_t, target) = schedule.noised(&timesteps, &x_0, &z).unwrap();
+            for (row, i) in [3, 7].into_iter().enumerate() {
+                let row = |x: &Tensor| x.narrow(0, row, 1).unwrap();
+                let back = schedule.predicted_original(i).mean(&row(&x_t), &row(&target)).unwrap();
+                assert!(crate::ops::testing::relative_error(&back, &row(&x_0)) < 1e-4, "{prediction_type}");
             }
         }
     }

@@ -29,6 +29,9 @@ pub enum Stream {
     GuardVariance = 10,
     /// The order of a round's images in training, and their steps (DDPO).
     Shuffle = 11,
+    /// Where regression on finished images noises them to (RWR), and with what.
+    RegressionTimestep = 12,
+    RegressionNoise = 13,
 }
 
 /// One number for (optimizer step, place within it); a chain has fewer than 2¹⁶ steps. Part of the file format of a run.

@@ -250,6 +250,25 @@ impl Judged {
     }
 }
 
+impl Judged {
+    /// The images moved against the rewards, as RSA-FT has it (arXiv 2603.21175): up the gradient of their own loss by `rho`, an L2
+    /// distance over an image in [0, 1], which is half its distance in [-1, 1]. An image without a gradient stays.
+    ///
+    /// ```text
+    /// y' = y + rho g / |g|       y = image / 2 + 1/2, g = d loss / d y
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Self::pull`].
+    pub fn moved_against(self, rho: f64) -> Result<Tensor> {
+        let images = self.images.tensor().clone();
+        let d_images = self.pull(1.0)?;
+        let norm = d_images.to_dtype(DType::F64)?.sqr()?.sum_keepdim([1, 2, 3])?.sqrt()?.maximum(1e-30)?;
+        let factor = norm.recip()?.affine(2.0 * rho, 0.0)?.to_dtype(d_images.dtype())?;
+        Ok((images + d_images.broadcast_mul(&factor)?)?)
+    }
+}
+
 impl IntoIterator for Rewards {
     type Item = Weighted;
     type IntoIter = std::vec::IntoIter<Weighted>;
@@ -454,6 +473,24 @@ impl Rewards {
         let (scores, readings) = Ledger::around(noted)?;
         let row = |image: usize| scores.iter().map(|reward| readings.get(reward[image])).collect();
         Ok((0..prompts.len()).map(row).collect())
+    }
+
+    /// How much an image's loss rises where it is moved against the rewards by `rho` ([`Judged::moved_against`]): RSA-FT's S1, for one
+    /// reward of weight 1 the fall of its score. Large where a score is high for reasons that the next picture does not share.
+    /// Waits for a GPU.
+    ///
+    /// # Errors
+    /// As [`Self::judge`].
+    pub fn sharpness(&self, image: &Tensor, prompt: &Prompt, rho: f64) -> Result<f64> {
+        let prompt = std::slice::from_ref(prompt);
+        let judged = |ledger: &mut Ledger| {
+            let judged = self.judge(image, prompt, ledger)?;
+            let plain = judged.scores()[0].clone();
+            let moved = self.judge(&judged.moved_against(rho)?, prompt, ledger)?;
+            Ok((plain, moved.scores()[0].clone()))
+        };
+        let ((plain, moved), readings) = Ledger::around(judged)?;
+        Ok(moved.loss(self, &readings) - plain.loss(self, &readings))
     }
 
     /// Scores of images (B, 3, H, W) in [-1, 1], recorded for [`Judged::pull`]. What is trained shares one tape; what is not

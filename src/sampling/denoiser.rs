@@ -31,6 +31,11 @@ impl<'a> Denoiser<'a> {
         Denoiser { adapters, ..self.clone() }
     }
 
+    /// The same without guidance.
+    pub fn unguided(&self) -> Self {
+        Self { conditioning: self.conditioning.clone().unguided(), ..self.clone() }
+    }
+
     /// The same for these rows of the batch only.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
         Ok(Self { conditioning: self.conditioning.select(rows)?, ..self.clone() })

@@ -85,10 +85,6 @@ impl PromptStatistics {
         prompts.iter().zip(rewards).map(advantage).collect()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// As a checkpoint keeps them: for each prompt its rewards (n), f64, oldest first.
     pub fn tensors(&self) -> Result<HashMap<String, Tensor>> {
         let tensor = |(prompt, latest): (&String, &VecDeque<f64>)| {

@@ -9,7 +9,7 @@ use super::Plan;
 use super::checkpoint::Checkpoint;
 use super::loss_scale::LossScale;
 use super::method::{ImageResult, Setup, StepResult};
-use super::step::{Critic, Tally, credit, differentiate, sample, scaled, update};
+use super::step::{Critic, Tally, credit_moved, differentiate, sample, scaled, update};
 use super::terms::{KlTerm, StepTerm};
 use crate::config::Prompt;
 use crate::ops::{Ledger, Readings};
@@ -85,7 +85,7 @@ impl AlignProp<'_> {
         let of = |(noted, own): &(Vec<Noted>, Option<Readings>)| self.results(noted, own.as_ref().unwrap_or(&readings));
         let images: Vec<ImageResult> = images.iter().flat_map(of).collect();
         let kept_steps = kept_steps as f64 / images.len() as f64;
-        Ok(StepResult { kept_steps, images, grad_norm, policy: None })
+        Ok(StepResult { kept_steps, images, grad_norm, more: Vec::new() })
     }
 
     /// The samples of a micro-batch, from their numbers in the global batch of optimizer step `step`.
@@ -126,11 +126,12 @@ impl AlignProp<'_> {
         let images = (self.plan.global_batch() * averaged) as f64;
         let vae = &self.sampler.pipeline.vae;
         let critic = Critic { vae, rewards: self.rewards, checkpointing: self.plan.checkpointing };
-        let credit = credit(&critic, trajectory.latents(), prompts, loss_coeff / images, tally)?;
+        let rho = self.config.method.rho();
+        let credit = credit_moved(&critic, trajectory.latents(), prompts, rho, loss_coeff / images, tally)?;
         let mut kl = (kl_weight > 0.0).then(|| KlTerm::new(loss_coeff * kl_weight / images, plan));
         let mut terms: Vec<&mut dyn StepTerm> = kl.iter_mut().map(|term| term as &mut dyn StepTerm).collect();
         differentiate(denoiser, plan, trajectory, Some(&credit.d_latents), &mut terms, tally)?;
-        Ok(Noted { scores: credit.scores, kl })
+        Ok(Noted { scores: credit.scores, moved: (rho > 0.0).then_some(credit.moved), kl })
     }
 
     /// The backward pass of DRaFT-LV (Clark et al. 2024): the images are noised to the last step's level and denoised again,
@@ -168,8 +169,11 @@ impl AlignProp<'_> {
             let distances = noted.kl.as_ref().map(|kl| kl.distances(readings));
             for (image, scores) in noted.scores.iter().enumerate() {
                 let distance = distances.as_ref().map(|distances| distances[image]);
-                let loss = scores.loss(self.rewards, readings) + kl_weight * distance.unwrap_or(0.0);
-                let result = ImageResult { scores: scores.get(readings), loss, distance };
+                let of_scores = scores.loss(self.rewards, readings);
+                let loss = of_scores + kl_weight * distance.unwrap_or(0.0);
+                let moved = noted.moved.as_ref().map(|moved| moved[image].loss(self.rewards, readings));
+                let sharpness = moved.map(|moved| moved - of_scores);
+                let result = ImageResult { scores: scores.get(readings), loss, distance, sharpness };
                 match mean.get_mut(image) {
                     Some(sum) => sum.add(result),
                     None => mean.push(result),
@@ -184,6 +188,8 @@ impl AlignProp<'_> {
 /// What a backward pass notes of its images, known when the ledger is read.
 struct Noted {
     scores: Vec<ImageScores>,
+    /// Of the images moved against the rewards, where the loss is theirs.
+    moved: Option<Vec<ImageScores>>,
     /// Where the loss has the KL term.
     kl: Option<KlTerm>,
 }

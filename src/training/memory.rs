@@ -111,8 +111,8 @@ pub struct Parts<'a> {
     pub steps: usize,
     /// Whether images go back through the rewards and the decoder.
     pub differentiates_rewards: bool,
-    /// Images whose chains are kept until all of them are there.
-    pub round: usize,
+    /// Latents that wait until all images of a step are sampled.
+    pub kept_latents: usize,
 }
 
 /// Sides of the latents that are measured: the larger one is enough for every level of the UNet.
@@ -245,7 +245,7 @@ impl Parts<'_> {
         let latent = (4 * channels * h * w) as f64;
         Estimate {
             loaded: costs.loaded,
-            trajectory: latent * (2 * self.steps * batch + (self.steps + 1) * self.round) as f64,
+            trajectory: latent * (2 * self.steps * batch + self.kept_latents) as f64,
             unet: self.branches() * costs.unet.of(batch, pixels),
             stored_step: self.branches() * costs.stored.of(batch, pixels),
             stored_steps,

@@ -4,8 +4,8 @@ use anyhow::Result;
 
 use super::checkpoint::Checkpoint;
 use super::step::Update;
-use super::{AlignProp, RunPlan, ddpo, health};
-use crate::config::{Config, Prompt};
+use super::{AlignProp, RunPlan, adjoint_matching, ddpo, health, rwr};
+use crate::config::{Config, Method, Prompt};
 use crate::diffusion::{Noise, Stream};
 use crate::optim::moving_average;
 use crate::rewards::Rewards;
@@ -28,10 +28,17 @@ impl Setup<'_> {
     /// # Errors
     /// A number that is not finite, a factor that no gradient reached, a first update that moves nothing.
     pub fn step(&self, state: &mut Checkpoint, lr: f64, tick: impl Fn(usize)) -> Result<StepResult> {
-        match self.config.method.policy() {
-            None => AlignProp(self).step(state, lr, tick),
-            Some(policy) => ddpo::step(self, &policy, state, lr, tick),
+        let method = &self.config.method;
+        if let Some(policy) = method.policy() {
+            return ddpo::step(self, &policy, state, lr, tick);
         }
+        if let Some(regression) = method.regression() {
+            return rwr::step(self, &regression, state, lr, tick);
+        }
+        if let Method::AdjointMatching(matching) = method {
+            return adjoint_matching::step(self, matching, state, lr, tick);
+        }
+        AlignProp(self).step(state, lr, tick)
     }
 
     /// The prompt of a sample of step `step`: each is drawn by itself.
@@ -59,8 +66,7 @@ impl Setup<'_> {
 
 /// The micro-batches of one step of a run.
 pub fn micro_batches(config: &Config, plan: &RunPlan) -> usize {
-    let passes = config.method.policy().map_or(0, |policy| policy.inner_epochs);
-    plan.gradient_accumulation_steps * (1 + passes)
+    plan.gradient_accumulation_steps * (1 + config.method.inner_epochs())
 }
 
 /// What a step found of one image.
@@ -72,17 +78,22 @@ pub struct ImageResult {
     pub loss: f64,
     /// The KL term without its weight, where the loss has one: a mean over the steps that were differentiated.
     pub distance: Option<f64>,
+    /// How much its loss rises where it is moved against the rewards, where the loss is that of the moved image (RSA-FT).
+    pub sharpness: Option<f64>,
 }
 
 impl ImageResult {
     pub(super) fn add(&mut self, other: Self) {
         self.scores.iter_mut().zip(other.scores).for_each(|(sum, score)| *sum += score);
         self.loss += other.loss;
-        self.distance = self.distance.zip(other.distance).map(|(sum, distance)| sum + distance);
+        let add = |(sum, value): (f64, f64)| sum + value;
+        self.distance = self.distance.zip(other.distance).map(add);
+        self.sharpness = self.sharpness.zip(other.sharpness).map(add);
     }
 
     pub(super) fn divide(&mut self, count: f64) {
-        let values = self.scores.iter_mut().chain([&mut self.loss]).chain(&mut self.distance);
+        let values =
+            self.scores.iter_mut().chain([&mut self.loss]).chain(&mut self.distance).chain(&mut self.sharpness);
         values.for_each(|value| *value /= count);
     }
 }
@@ -96,15 +107,6 @@ pub struct StepResult {
     pub grad_norm: f64,
     /// Differentiated denoising steps an image.
     pub kept_steps: f64,
-    /// Of policy gradients.
-    pub policy: Option<PolicyResult>,
-}
-
-/// How far the policy has moved from the one that sampled, over all that a round trained on.
-#[derive(Debug, PartialEq)]
-pub struct PolicyResult {
-    /// Root mean square of the ratios' distance from 1.
-    pub ratio_spread: f64,
-    /// Share of the ratios outside of the clip range.
-    pub outside_clip: f64,
+    /// Metrics of the method's own, by their names.
+    pub more: Vec<(&'static str, f64)>,
 }

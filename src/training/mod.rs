@@ -1,5 +1,6 @@
 //! Training: the optimizer step and its parts, the run around it, and what it keeps on disk.
 
+pub mod adjoint_matching;
 pub mod advantages;
 pub mod alignprop;
 mod backprop;
@@ -14,7 +15,9 @@ pub mod memory;
 pub mod method;
 pub mod plan;
 mod prompts;
+pub mod round;
 pub mod run_folder;
+pub mod rwr;
 pub mod signals;
 mod sources;
 pub mod step;

@@ -158,6 +158,46 @@ impl StepTerm for ClippedObjective<'_> {
     }
 }
 
+/// Regression of each kept step's prediction on a target, for plans in which each image keeps one step:
+///
+/// ```text
+/// term of an image = factor · mean over the elements of (prediction - target)²
+/// d term / d prediction = 2 factor (prediction - target) / elements
+/// ```
+pub struct RegressionTerm {
+    factors: Vec<f64>,
+    targets: Tensor,
+    /// Of the images, as far as the backward pass has come.
+    distances: Vec<(usize, Distance)>,
+}
+
+impl RegressionTerm {
+    /// A factor for each image of the batch, and targets (B, C, h, w).
+    pub fn new(factors: Vec<f64>, targets: Tensor) -> Self {
+        Self { factors, targets, distances: Vec::new() }
+    }
+
+    /// The images' rows with their mean squares, without the factors, in the order of the rows.
+    pub fn losses(&self, readings: &Readings) -> Vec<(usize, f64)> {
+        let mut losses: Vec<_> = self.distances.iter().map(|(row, distance)| (*row, distance.get(readings))).collect();
+        losses.sort_by_key(|(row, _)| *row);
+        losses
+    }
+}
+
+impl StepTerm for RegressionTerm {
+    fn cotangent(&mut self, at: &KeptStep, ledger: &mut Ledger) -> Result<Tensor> {
+        let rows: Vec<u32> = at.rows.iter().map(|row| *row as u32).collect();
+        let targets = self.targets.index_select(&Tensor::new(rows, self.targets.device())?, 0)?;
+        let difference = (at.prediction - targets)?;
+        let elements = (difference.elem_count() / at.rows.len()) as f64;
+        self.distances.extend(at.rows.iter().copied().zip(Distance::of(&difference, ledger)?));
+        let factors: Vec<f32> = at.rows.iter().map(|row| (2.0 * self.factors[*row] / elements) as f32).collect();
+        let factors = Tensor::from_vec(factors, (at.rows.len(), 1, 1, 1), difference.device())?;
+        Ok(difference.broadcast_mul(&factors)?)
+    }
+}
+
 /// The mean squared distance of each image's predictions from the base model's, over all steps of a chain. Evaluates the
 /// base model at every step, and waits for a GPU at the end.
 pub fn distances_from_base(denoiser: &Denoiser, steps: &[DdimStep], trajectory: &Trajectory) -> Result<Vec<f64>> {

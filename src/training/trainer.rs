@@ -9,14 +9,14 @@ use serde_json::{Map, Value as Json, json};
 
 use super::advantages::PromptStatistics;
 use super::checkpoint::{Checkpoint, EMA};
-use super::guard::Guard;
+use super::guard::{Guard, Objection};
 use super::health;
 use super::loss_scale::LossScale;
 use super::method::{Setup, StepResult, micro_batches};
 use super::run_folder::{Run, RunFolder};
 use super::signals::Interrupt;
 use super::terms::distances_from_base;
-use crate::config::{Checkpointing, Config, Prompt, RunConfig};
+use crate::config::{Checkpointing, Config, Method, Prompt, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::ops::Ledger;
@@ -44,7 +44,7 @@ pub enum End {
     /// The step that was asked for is done, and there are more.
     Paused,
     /// The guard objects: says why.
-    Guard(String),
+    Guard(Objection),
     /// A signal arrived, and the state is saved.
     Signal(i32),
 }
@@ -184,7 +184,7 @@ impl Trainer<'_> {
     }
 
     /// The guard's evaluation where one belongs to this step, and its objection.
-    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<String>> {
+    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<Objection>> {
         let Some(guard) = self.guard else { return Ok(None) };
         let step = self.state.step;
         let due = guard.due(step, self.config().train.steps) && !Guard::has_evaluated(self.run.metrics(), step);
@@ -275,7 +275,7 @@ impl Trainer<'_> {
             ]
             .map(|(key, value)| (key.to_owned(), value)),
         );
-        if config.method.differentiates_rewards() {
+        if let Method::Alignprop(_) = config.method {
             metadata.insert("truncation".to_owned(), keys(toml::to_string(&config.truncation)));
         }
         metadata
@@ -319,10 +319,11 @@ impl StepResult {
             let distances = self.images.iter().map(|image| image.distance.unwrap_or(0.0));
             line.insert(names::DISTANCE.to_owned(), json!(mean_std(distances).0));
         }
-        if let Some(policy) = &self.policy {
-            line.insert(names::RATIO_SPREAD.to_owned(), json!(policy.ratio_spread));
-            line.insert(names::OUTSIDE_CLIP.to_owned(), json!(policy.outside_clip));
+        if config.method.rho() > 0.0 {
+            let sharpness = self.images.iter().map(|image| image.sharpness.unwrap_or(0.0));
+            line.insert(names::SHARPNESS.to_owned(), json!(mean_std(sharpness).0));
         }
+        line.extend(self.more.iter().map(|(name, value)| ((*name).to_owned(), json!(value))));
         line.insert(names::LR.to_owned(), json!(lr));
         line.insert(names::BACKPROP_STEPS.to_owned(), json!(self.kept_steps));
         line
@@ -350,7 +351,8 @@ pub fn begin(config: &Config, sampler: &Sampler, noise: &Noise) -> Result<Checkp
     let optimizer = AdamW::new(&config.optimizer, &adapters.tensors())?;
     let loss_scale = LossScale::new(sampler.compute().dtype());
     let statistics = PromptStatistics::default();
-    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale, statistics }.to_device(sampler.compute().device())
+    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale, statistics, matching: None }
+        .to_device(sampler.compute().device())
 }
 
 /// Adapters whose product is zero.

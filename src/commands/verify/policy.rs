@@ -1,6 +1,7 @@
-//! Sets of the kind `policy`: densities of denoising steps, advantages, the clipped objective and its updates.
+//! Sets of the kind `policy`: densities of denoising steps, advantages, the clipped objective and its updates, reward-weighted regression, images moved against
+//! the reward (RSA-FT), lean adjoints (Adjoint Matching).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -12,12 +13,15 @@ use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
 use crate::ops::Ledger;
 use crate::optim::AdamW;
+use crate::rewards::ImageScores;
 use crate::sampling::{Denoiser, Trajectory};
 use crate::training::Plan;
+use crate::training::adjoint_matching::{MatchingTerm, Target, lean_adjoints};
 use crate::training::advantages::{PromptStatistics, of_groups, of_round};
 use crate::training::ddpo::{Chain, densities};
-use crate::training::step::{Tally, differentiate, sample, update};
-use crate::training::terms::{ClippedObjective, KlTerm, Ratio, StepTerm};
+use crate::training::rwr::{best, one_step_each, percentile, weights};
+use crate::training::step::{Tally, credit_moved, differentiate, sample, update};
+use crate::training::terms::{ClippedObjective, KlTerm, Ratio, RegressionTerm, StepTerm};
 
 /// Of plain arithmetic in f64.
 const ARITHMETIC: f64 = 1e-9;
@@ -36,6 +40,10 @@ struct Reference {
     advantages: Advantages,
     objectives: BTreeMap<String, Objective>,
     update: Updates,
+    rwr: Rwr,
+    rwr_sparse: Vec<Sparse>,
+    rsa: Rsa,
+    adjoint_matching: Matching,
 }
 
 #[derive(Deserialize)]
@@ -97,6 +105,64 @@ struct Updates {
     log: Vec<UpdateLog>,
 }
 
+/// Reward-weighted regression on the chain's images.
+#[derive(Deserialize)]
+struct Rwr {
+    adapter: String,
+    rewards: Vec<f64>,
+    prompts: Vec<String>,
+    inverse_temperature: f64,
+    guidance_scale: f64,
+    all: Weighted,
+    prompt: Weighted,
+}
+
+#[derive(Deserialize)]
+struct Weighted {
+    weights: Vec<f64>,
+    loss: f64,
+}
+
+#[derive(Deserialize)]
+struct Sparse {
+    rewards: Vec<f64>,
+    percentile: f64,
+    threshold: f64,
+    selected: Vec<bool>,
+}
+
+/// RSA-FT's image part.
+#[derive(Deserialize)]
+struct Rsa {
+    adapter: String,
+    eta: f64,
+    guidance_scale: f64,
+    backprop_steps: usize,
+    samples: usize,
+    cases: BTreeMap<String, RsaCase>,
+}
+
+#[derive(Deserialize)]
+struct RsaCase {
+    reward: String,
+    rho: f64,
+    loss: f64,
+}
+
+#[derive(Deserialize)]
+struct Matching {
+    adapter: String,
+    lambda: f64,
+    adjoint: MatchingCase,
+    adjoint_kept: MatchingCase,
+}
+
+#[derive(Deserialize)]
+struct MatchingCase {
+    loss: f64,
+    root_below: Option<f64>,
+}
+
 #[derive(Deserialize)]
 struct UpdateLog {
     loss: f64,
@@ -116,6 +182,17 @@ pub(super) fn compare(subject: &Subject, text: &str) -> Result<Report> {
         set.objective(name, objective, &mut report)?;
     }
     set.updates(&reference.update, &mut report)?;
+    set.regression(&reference.rwr, &mut report)?;
+    set.moved_images(&reference.rsa, &mut report)?;
+    set.matching(&reference.adjoint_matching, &mut report)?;
+    for (number, case) in reference.rwr_sparse.iter().enumerate() {
+        let name = format!("rwr-sparse {number}");
+        let threshold = percentile(&case.rewards, case.percentile);
+        report.push(&name, "threshold", (threshold - case.threshold).abs(), ARITHMETIC);
+        let selected = best(&case.rewards, case.percentile);
+        let unequal = selected.iter().zip(&case.selected).filter(|(found, expected)| found != expected).count();
+        report.push(&name, "selected", (unequal + selected.len().abs_diff(case.selected.len())) as f64, 0.0);
+    }
     Ok(report)
 }
 
@@ -376,6 +453,180 @@ impl<'a> Set<'a> {
         }
         report.push(name, "loss, absolute", (loss - case.loss).abs(), self.wider * DENSITY);
         self.subject.compare_gradients(name, adapters, &gradients, &expected, report)
+    }
+
+    /// The gradient of the weighted regression on the chain's images.
+    fn regression(&self, case: &Rwr, report: &mut Report) -> Result<()> {
+        let inputs = self.subject.tensors("rwr_inputs.safetensors")?;
+        let input = |what: &str| inputs.get(what).with_context(|| format!("rwr_inputs.safetensors has no `{what}`"));
+        let timesteps: Vec<usize> = numbers(input("timesteps")?)?.into_iter().map(|t| t as usize).collect();
+        let schedule = DdimSchedule::load(&self.subject.pipeline.source, self.chain.steps.len(), 1.0)?;
+        ensure!(
+            timesteps.iter().all(|t| *t < schedule.train_timesteps()),
+            "rwr_inputs.safetensors: a timestep that the schedule has not"
+        );
+        let parts = self.subject.bounds.parts;
+        let (x_t, targets) = schedule.noised(&timesteps, input("x_0")?, input("noise")?)?;
+        report.compare("rwr", "x_t", &x_t, input("x_t")?, parts)?;
+        let adapters = self.adapters(&case.adapter)?;
+        let denoiser = self.subject.denoiser(adapters, &self.subject.conditioning(case.guidance_scale, 0.0)?);
+        for (name, expected, keys) in [("rwr_all", &case.all, None), ("rwr_prompt", &case.prompt, Some(&case.prompts))]
+        {
+            let weights = match keys {
+                None => weights(&case.rewards, &[()], case.inverse_temperature),
+                Some(prompts) => weights(&case.rewards, prompts, case.inverse_temperature),
+            };
+            report.compare(name, "weights", &tensor(&weights)?, &tensor(&expected.weights)?, ARITHMETIC)?;
+            let recorded = self.subject.tensors(&format!("{name}.safetensors"))?;
+            let images = weights.len() as f64;
+            let mut term = RegressionTerm::new(weights.iter().map(|w| w / images).collect(), targets.clone());
+            let mut tally = Tally::new(adapters);
+            let mut trajectory = Trajectory::of_latents(vec![x_t.clone(); timesteps.len() + 1]);
+            differentiate(&denoiser, &one_step_each(&timesteps), &mut trajectory, None, &mut [&mut term], &mut tally)?;
+            let gradients = tally.take_gradients(adapters)?;
+            let readings = tally.ledger.read()?;
+            let losses: Vec<f64> = term.losses(&readings).into_iter().map(|(_, loss)| loss).collect();
+            let mse = recorded.get("mse").with_context(|| format!("{name}.safetensors has no `mse`"))?;
+            report.compare(name, "mse", &tensor(&losses)?, mse, parts)?;
+            let loss = losses.iter().zip(&weights).map(|(loss, w)| w * loss).sum::<f64>() / images;
+            report.push(name, "loss", (loss / expected.loss - 1.0).abs(), parts);
+            self.subject.compare_gradients(name, adapters, &gradients, &recorded, report)?;
+        }
+        Ok(())
+    }
+
+    /// RSA-FT's gradients, of images moved against the reward.
+    fn moved_images(&self, case: &Rsa, report: &mut Report) -> Result<()> {
+        let Self { subject, .. } = self;
+        let (parts, steps) = (subject.bounds.parts, self.chain.steps.len());
+        let schedule = DdimSchedule::load(&subject.pipeline.source, steps, case.eta)?;
+        let keep: Vec<bool> = (0..steps).map(|i| i + case.backprop_steps >= steps).collect();
+        let plan = Plan::with_mask(&schedule, &keep, case.samples);
+        let adapters = self.adapters(&case.adapter)?;
+        let rows = Tensor::arange(0, case.samples as u32, subject.compute.device())?;
+        let conditioning = subject.conditioning(case.guidance_scale, 0.0)?.select(&rows)?;
+        let denoiser = subject.denoiser(adapters, &conditioning);
+        let prompts = &subject.prompts()[..case.samples];
+        for (name, RsaCase { reward, rho, loss }) in &case.cases {
+            let name = format!("rsa_{name}");
+            let Some(rewards) = subject.rewards(reward, 10.0)? else {
+                report.skipped.push(format!("{name}: no aesthetic head"));
+                continue;
+            };
+            let (of_case, of_reward) = (
+                subject.tensors(&format!("{name}.safetensors"))?,
+                subject.tensors(&format!("rsa_{reward}.safetensors"))?,
+            );
+            let of = |tensors: &HashMap<String, Tensor>, what: &str| {
+                tensors.get(what).cloned().with_context(|| format!("the tensors of {name} have no `{what}`"))
+            };
+            let mut tally = Tally::new(adapters);
+            let x_t = self.latents[0].narrow(0, 0, case.samples)?;
+            let no_noise = |_| anyhow::bail!("eta is 0");
+            let mut trajectory = sample(&denoiser, &plan, x_t, no_noise, 0, &mut tally.ledger)?;
+            report.compare(&name, "latents", trajectory.latents(), &of(&of_reward, "latents")?, parts)?;
+            // the images one by one, as training has them
+            let (mut gradients, mut moved) = (Vec::new(), Vec::new());
+            for (row, prompt) in prompts.iter().enumerate() {
+                let image = subject.pipeline.vae.decode(&trajectory.latents().narrow(0, row, 1)?)?;
+                let judge = |ledger: &mut Ledger| rewards.judge(&image, std::slice::from_ref(prompt), ledger);
+                // d loss / d image is -1/2 of d score / d (image in [0, 1]): all these scores are to rise
+                gradients.push((Ledger::around(judge)?.0.pull(1.0)? * -2.0)?);
+                moved.push(Ledger::around(judge)?.0.moved_against(*rho)?);
+            }
+            let expected = of(&of_reward, "reward_gradient")?;
+            report.compare(
+                &name,
+                "reward_gradient",
+                &Tensor::cat(&gradients, 0)?,
+                &expected,
+                subject.bounds.image_gradients,
+            )?;
+            if let Some(expected) = of_case.get("perturbed") {
+                report.compare(&name, "perturbed", &Tensor::cat(&moved, 0)?, expected, parts)?;
+            }
+            let critic = subject.critic(&rewards);
+            let scale = 1.0 / case.samples as f64;
+            let credit = credit_moved(&critic, trajectory.latents(), prompts, *rho, scale, &mut tally)?;
+            differentiate(&denoiser, &plan, &mut trajectory, Some(&credit.d_latents), &mut [], &mut tally)?;
+            let gradients = tally.take_gradients(adapters)?;
+            let readings = tally.ledger.read()?;
+            let scores = |scores: &[ImageScores]| scores.iter().map(|s| s.get(&readings)[0]).collect::<Vec<f64>>();
+            let (plain, moved) = (scores(&credit.scores), scores(&credit.moved));
+            report.compare(&name, "scores", &tensor(&plain)?, &of(&of_reward, "scores")?, parts)?;
+            report.compare(&name, "perturbed_scores", &tensor(&moved)?, &of(&of_case, "perturbed_scores")?, parts)?;
+            let s1: Vec<f64> = plain.iter().zip(&moved).map(|(plain, moved)| plain - moved).collect();
+            let largest = plain.iter().fold(1.0, |most: f64, score| most.max(score.abs()));
+            let error = largest_difference(&s1, &of(&of_case, "s1")?)?;
+            report.push(&name, "s1, of the score", error / largest, self.wider * DENSITY);
+            let found = credit.moved.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() * scale;
+            report.push(&name, "loss", (found / loss - 1.0).abs(), parts);
+            subject.compare_gradients(&name, adapters, &gradients, &of_case, report)?;
+        }
+        Ok(())
+    }
+
+    /// Lean adjoints, and the gradients of the matching with them.
+    fn matching(&self, case: &Matching, report: &mut Report) -> Result<()> {
+        let recorded = self.subject.tensors("adjoint.safetensors")?;
+        let part = |what: &str| recorded.get(what).with_context(|| format!("adjoint.safetensors has no `{what}`"));
+        let (steps, parts, batch) = (&self.chain.steps, self.subject.bounds.parts, self.latents[0].dims4()?.0);
+        let adapters = self.adapters(&case.adapter)?;
+        let denoiser = self.denoiser(adapters)?.unguided();
+        let every: Vec<usize> = (0..steps.len()).collect();
+        let trajectory = Trajectory::of_latents(self.latents.clone());
+        let start = (part("d_reward")? * -case.lambda)?;
+        let targets = |wanted: &[usize]| {
+            let mut tally = Tally::new(adapters);
+            let targets = lean_adjoints(&denoiser, steps, &trajectory, start.clone(), wanted, &mut tally)?;
+            tally.ledger.read().map(|_| targets)
+        };
+        let mut all = targets(&every)?;
+        all.reverse();
+        let adjoints: Vec<&Tensor> = all.iter().map(|target| &target.adjoint).chain([&start]).collect();
+        report.compare("adjoint", "adjoint", &Tensor::stack(&adjoints, 0)?, part("adjoint")?, parts)?;
+        let mean = |target: &Target| steps[target.index].mean(&self.latents[target.index], &target.prediction);
+        let means = all.iter().map(mean).collect::<candle_core::Result<Vec<_>>>()?;
+        report.compare("adjoint", "mean_base", &Tensor::stack(&means, 0)?, part("mean_base")?, parts)?;
+
+        let chosen: Vec<usize> = numbers(part("steps")?)?.into_iter().map(|step| step as usize).collect();
+        ensure!(chosen.iter().all(|step| *step < steps.len()), "adjoint.safetensors: a step that the chain has not");
+        let own = |i: &usize| -> Result<Tensor> {
+            Ok(steps[*i].mean(&self.latents[*i], &denoiser.predict(&self.latents[*i], steps[*i].timestep)?)?)
+        };
+        let means = chosen.iter().map(own).collect::<Result<Vec<_>>>()?;
+        report.compare("adjoint", "mean_lora", &Tensor::stack(&means, 0)?, part("mean_lora")?, parts)?;
+        for (name, MatchingCase { loss, root_below }) in
+            [("adjoint", &case.adjoint), ("adjoint_kept", &case.adjoint_kept)]
+        {
+            let recorded = self.subject.tensors(&format!("{name}.safetensors"))?;
+            let part = |what: &str| recorded.get(what).with_context(|| format!("{name}.safetensors has no `{what}`"));
+            let entries = chosen.len() * batch;
+            let mut term = MatchingTerm {
+                scale: 1.0 / entries as f64,
+                below: *root_below,
+                targets: targets(&chosen)?,
+                losses: Vec::new(),
+            };
+            let keep = every.iter().map(|i| vec![chosen.contains(i); batch]).collect();
+            let plan = Plan { steps: steps.clone(), keep, detach_input: false, renoise: 0 };
+            let mut tally = Tally::new(adapters);
+            let mut trajectory = Trajectory::of_latents(self.latents.clone());
+            differentiate(&denoiser, &plan, &mut trajectory, None, &mut [&mut term], &mut tally)?;
+            let gradients = tally.take_gradients(adapters)?;
+            let readings = tally.ledger.read()?;
+            let losses: BTreeMap<(usize, usize), f64> =
+                term.losses.iter().map(|loss| ((loss.index, loss.row), readings.get(loss.value))).collect();
+            let losses: Vec<f64> = losses.into_values().collect();
+            report.compare(name, "losses", &tensor(&losses)?, &flat(part("losses")?)?, parts)?;
+            let kept = |loss: &&f64| root_below.is_none_or(|below| loss.sqrt() < below);
+            let found: Vec<f64> = losses.iter().map(|loss| f64::from(u8::from(kept(&loss)))).collect();
+            report.push(name, "kept", unequal(&found, part("kept")?)?, 0.0);
+            let found = losses.iter().filter(kept).sum::<f64>() / entries as f64;
+            report.push(name, "loss", (found / loss - 1.0).abs(), parts);
+            self.subject.compare_gradients(name, adapters, &gradients, &recorded, report)?;
+        }
+        Ok(())
     }
 
     /// One inner epoch of two updates.

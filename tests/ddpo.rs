@@ -58,7 +58,8 @@ fn the_objectives_gradient_is_its_derivative() {
     let noise = lab.sampler.training_noise(&lab.noise, 0, 0..batch as u64);
     let ((trajectory, old), readings) = Ledger::around(|ledger| {
         let x_t = noise.initial_latents()?;
-        let trajectory = lab.denoiser(&sampled_by).rollout(&chain.steps, x_t, |i| noise.of_step(i), |_| false, ledger)?;
+        let trajectory =
+            lab.denoiser(&sampled_by).rollout(&chain.steps, x_t, |i| noise.of_step(i), |_| false, ledger)?;
         let old = densities(&chain, &trajectory, ledger)?;
         Ok((trajectory, old))
     })

@@ -68,7 +68,8 @@ fn the_regressions_gradient_is_its_derivative() {
     let loss = |adapters: &Adapters| -> f64 {
         let each = |row: usize| {
             let of = |x: &Tensor| x.narrow(0, row, 1).unwrap();
-            let prediction = denoiser(&lab, adapters, &prompts[row..=row]).predict(&of(&x_t), timesteps[row]).unwrap();
+            let prediction =
+                denoiser(&lab, adapters, &prompts[row..=row]).predict(&of(&x_t), timesteps[row] as f64).unwrap();
             let apart = (prediction - of(&targets)).unwrap();
             factors[row] * dot(&apart, &apart) / apart.elem_count() as f64
         };
@@ -121,7 +122,7 @@ fn a_regression_learns() {
         let at = |timestep: usize| {
             let z = noise.of_step(timestep).unwrap();
             let (x_t, target) = schedule.noised(&[timestep; 3], &images, &z).unwrap();
-            let apart = (denoiser(&lab, adapters, prompts).predict(&x_t, timestep).unwrap() - target).unwrap();
+            let apart = (denoiser(&lab, adapters, prompts).predict(&x_t, timestep as f64).unwrap() - target).unwrap();
             dot(&apart, &apart) / apart.elem_count() as f64
         };
         [50, 250, 450, 650, 850].into_iter().map(at).sum::<f64>() / 5.0
@@ -174,23 +175,36 @@ fn the_matchings_gradient_is_its_derivative() {
     let lab = Lab::new(&ADJOINT, &Compute::cpu(), Red);
     let start = &lab.start.adapters;
     let adapters = moved(start, &direction(start, 1), 0.1);
-    let denoiser_of = |adapters| denoiser(&lab, adapters, &lab.prompts[..2]).unguided();
     let noise = lab.sampler.training_noise(&lab.noise, 0, 0..2);
     let steps = lab.sampler.schedule.steps().to_vec();
     let trajectory = || {
         let x_t = noise.initial_latents()?;
-        Ledger::around(|ledger| denoiser_of(start).rollout(&steps, x_t, |i| noise.of_step(i), |_| false, ledger))
+        Ledger::around(|ledger| {
+            denoiser(&lab, start, &lab.prompts[..2]).unguided().rollout(
+                &steps,
+                x_t,
+                |i| noise.of_step(i),
+                |_| false,
+                ledger,
+            )
+        })
     };
     let mut trajectory = trajectory().unwrap().0;
     let none = Adapters::default();
-    let base: Vec<Tensor> =
-        (0..3).map(|i| denoiser_of(&none).predict(trajectory.input(i), steps[i].timestep).unwrap()).collect();
+    let base: Vec<Tensor> = (0..3)
+        .map(|i| {
+            denoiser(&lab, &none, &lab.prompts[..2]).unguided().predict(trajectory.input(i), steps[i].timestep).unwrap()
+        })
+        .collect();
     let adjoint = noise.of_step(7).unwrap();
     let chosen = [0, 2];
     let latents: Vec<Tensor> = (0..3).map(|i| trajectory.input(i).clone()).collect();
     let losses = |adapters: &Adapters| -> Vec<f64> {
         let of = |i: &usize| {
-            let prediction = denoiser_of(adapters).predict(&latents[*i], steps[*i].timestep).unwrap();
+            let prediction = denoiser(&lab, adapters, &lab.prompts[..2])
+                .unguided()
+                .predict(&latents[*i], steps[*i].timestep)
+                .unwrap();
             let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
             let weight = steps[*i].model_output / steps[*i].noise;
             let apart = ((wide(&prediction) - wide(&base[*i])).unwrap() * weight).unwrap();
@@ -209,7 +223,14 @@ fn the_matchings_gradient_is_its_derivative() {
     let targets = || {
         let start = (&adjoint * 1.0)?;
         let mut tally = Tally::new(&adapters);
-        lean_adjoints(&denoiser_of(&adapters), &steps, &trajectory, start, &chosen, &mut tally)
+        lean_adjoints(
+            &denoiser(&lab, &adapters, &lab.prompts[..2]).unguided(),
+            &steps,
+            &trajectory,
+            start,
+            &chosen,
+            &mut tally,
+        )
     };
     let mut targets = targets().unwrap();
     targets.iter_mut().for_each(|target| target.adjoint = adjoint.clone());
@@ -217,7 +238,15 @@ fn the_matchings_gradient_is_its_derivative() {
     let keep = (0..3).map(|i| vec![chosen.contains(&i); 2]).collect();
     let plan = Plan { steps: steps.clone(), keep, detach_input: false, renoise: 0 };
     let mut tally = Tally::new(&adapters);
-    differentiate(&denoiser_of(&adapters), &plan, &mut trajectory, None, &mut [&mut term], &mut tally).unwrap();
+    differentiate(
+        &denoiser(&lab, &adapters, &lab.prompts[..2]).unguided(),
+        &plan,
+        &mut trajectory,
+        None,
+        &mut [&mut term],
+        &mut tally,
+    )
+    .unwrap();
     let gradients = tally.take_gradients(&adapters).unwrap();
     tally.ledger.read().unwrap();
     for number in [2, 3] {

@@ -428,7 +428,7 @@ mod tests {
             let schedule = DdimSchedule::new(&config, 10, 0.0).unwrap();
             let normal = |seed| crate::ops::testing::Case::normal(&[2, 4, 3, 5], seed).to_dtype(DType::F32).unwrap();
             let (x_0, z) = (normal(1), normal(2));
-            let timesteps = [3, 7].map(|i| schedule.steps()[i].timestep);
+            let timesteps = [3, 7].map(|i| schedule.steps()[i].timestep as usize);
             let (x_t, target) = schedule.noised(&timesteps, &x_0, &z).unwrap();
             for (row, i) in [3, 7].into_iter().enumerate() {
                 let row = |x: &Tensor| x.narrow(0, row, 1).unwrap();

@@ -199,7 +199,7 @@ impl Learning<'_> {
 
 /// A plan in which step i is that of image i alone, at a timestep of its own.
 pub fn one_step_each(timesteps: &[usize]) -> Plan {
-    let step = |timestep: &usize| DdimStep { timestep: *timestep, sample: 1.0, model_output: 0.0, noise: 0.0 };
+    let step = |timestep: &usize| DdimStep { timestep: *timestep as f64, sample: 1.0, model_output: 0.0, noise: 0.0 };
     let own = |i: usize| (0..timesteps.len()).map(|image| image == i).collect();
     Plan {
         steps: timesteps.iter().map(step).collect(),

@@ -100,7 +100,7 @@ impl Trainer<'_> {
         self.write_report(match &end {
             End::Finished => Status::Finished,
             End::Paused => Status::Stopped("as it was told".to_owned()),
-            End::Guard(objection) => Status::Stopped(format!("by the guard, as {objection}")),
+            End::Guard(objection) => Status::Stopped(format!("by the guard, as {}", objection.reason)),
             End::Signal(_) => Status::Stopped("by a signal".to_owned()),
         })?;
         Ok(end)

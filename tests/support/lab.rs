@@ -8,7 +8,7 @@ use alignprop::lora::Adapters;
 use alignprop::ops::device::Compute;
 use alignprop::ops::{Ledger, Number};
 use alignprop::rewards::{Judge, Rewards, Score, TapedImages, Weighted};
-use alignprop::sampling::Sampler;
+use alignprop::sampling::{Denoiser, Sampler};
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::trainer::begin;
 use alignprop::training::{RunPlan, Setup, StepResult};
@@ -68,6 +68,11 @@ impl Lab {
         let Self { config, sampler, rewards, prompts, plan, noise, .. } = self;
         let setup = Setup { config, plan, sampler, rewards, prompts, noise: *noise };
         setup.step(state, config.optimizer.lr, |_| ())
+    }
+
+    pub fn denoiser<'a>(&'a self, adapters: &'a Adapters) -> Denoiser<'a> {
+        let (conditioning, _) = Ledger::around(|ledger| self.sampler.conditioning(&self.prompts, ledger)).unwrap();
+        self.sampler.denoiser(adapters, conditioning, self.plan.checkpointing)
     }
 
     pub fn policy(&self) -> Policy {

@@ -263,7 +263,7 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 9] = [
+pub const REWARD_KINDS: [&str; 10] = [
     "aesthetic",
     "clip-head",
     "hps",
@@ -271,6 +271,7 @@ pub const REWARD_KINDS: [&str; 9] = [
     "pickscore",
     "compressibility",
     "incompressibility",
+    "image-reward",
     "count",
     "object",
 ];
@@ -286,6 +287,7 @@ pub struct RewardsConfig {
     pub pickscore: Option<PickscoreConfig>,
     pub compressibility: Option<CompressibilityConfig>,
     pub incompressibility: Option<CompressibilityConfig>,
+    pub image_reward: Option<ImageRewardConfig>,
     pub count: Option<CountConfig>,
     pub object: Option<ObjectConfig>,
 }
@@ -305,6 +307,7 @@ impl RewardsConfig {
             pickscore: pick(wanted("pickscore"), &self.pickscore),
             compressibility: pick(wanted("compressibility"), &self.compressibility),
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
+            image_reward: pick(wanted("image-reward"), &self.image_reward),
             count: pick(wanted("count"), &self.count),
             object: pick(wanted("object"), &self.object),
         }
@@ -320,6 +323,7 @@ impl RewardsConfig {
             self.pickscore.as_ref().map(|reward| reward.weight),
             self.compressibility.as_ref().map(|reward| reward.weight),
             self.incompressibility.as_ref().map(|reward| reward.weight),
+            self.image_reward.as_ref().map(|reward| reward.weight),
             self.count.as_ref().map(|reward| reward.weight),
             self.object.as_ref().map(|reward| reward.weight),
         ];
@@ -428,6 +432,25 @@ table! {
     pub struct CompressibilityConfig {
         /// Factor of its loss; finite. 0: logged, not trained.
         weight: f64 = 1.0,
+    }
+}
+
+table! {
+    /// `[reward.image-reward]`: ImageReward, what people would think of an image for its prompt; scores are those of the
+    /// original, about -2 to 2.
+    pub struct ImageRewardConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A folder or a hub id, with the weights and, where it is not BERT-base, a `med_config.json`.
+        model: String = "THUDM/ImageReward".into(),
+        /// The weights inside `model` (a `.pt` or safetensors), or the path of a file, which needs no `model`.
+        file: String = "ImageReward.pt".into(),
+        /// The `vocab.txt` of bert-base-uncased: a file, or a folder or hub id that has one. Absent: the one beside the
+        /// weights, else google-bert/bert-base-uncased.
+        vocab: Option<String> = None,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation. (ReFL's relu(2 - score) is
+        /// a target of 2 with `regularization.reward_cap` at 2.)
+        target: Option<f64> = None,
     }
 }
 

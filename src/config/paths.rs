@@ -43,7 +43,8 @@ impl Config {
         let mut names = vec![&mut self.model.path];
         names.extend([self.model.config.as_mut(), self.model.tokenizer.as_mut()].into_iter().flatten());
         for rewards in [&mut self.reward, &mut self.guard.reward] {
-            let RewardsConfig { aesthetic, clip_head, hps, clip_score, pickscore, count, object, .. } = rewards;
+            let RewardsConfig { aesthetic, clip_head, hps, clip_score, pickscore, image_reward, count, object, .. } =
+                rewards;
             names.extend(aesthetic.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
             names.extend(clip_head.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
             if let Some(reward) = hps {
@@ -57,6 +58,10 @@ impl Config {
             if let Some(reward) = pickscore {
                 names.push(&mut reward.model);
                 names.extend(reward.tokenizer.as_mut());
+            }
+            if let Some(reward) = image_reward {
+                names.extend([&mut reward.model, &mut reward.file]);
+                names.extend(reward.vocab.as_mut());
             }
             names.extend(count.as_mut().map(|reward| &mut reward.model));
             names.extend(object.as_mut().map(|reward| &mut reward.model));

@@ -3,6 +3,8 @@
 //! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
 //! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
+mod image_reward;
+mod siglip;
 mod yolos;
 
 use std::collections::{BTreeMap, HashMap};
@@ -221,7 +223,6 @@ struct Distance {
 impl Distance {
     fn between(found: &Tensor, expected: &Tensor) -> Result<Self> {
         anyhow::ensure!(found.dims() == expected.dims(), "shape {:?} instead of {:?}", found.dims(), expected.dims());
-        let numbers = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
         let (found, expected) = (numbers(found)?, numbers(expected)?);
         Ok(Self {
             difference: found.iter().zip(&expected).map(|(x, y)| (x - y) * (x - y)).sum(),
@@ -316,8 +317,12 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     let place = || format!("reading {}/reference.json", dir.display());
     match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
         None => pipeline(dir, serde_json::from_str(&text).with_context(place)?, head, compute, bounds),
+        Some("imagereward") => image_reward::compare(dir, &text, compute, bounds),
+        Some("siglip") => siglip::compare(dir, compute, bounds),
         Some("yolos") => yolos::compare(dir, &text, compute, bounds),
-        Some(other) => bail!("{} is of kind `{other}`: none (a pipeline) and yolos are known", dir.display()),
+        Some(other) => {
+            bail!("{} is of kind `{other}`: none (a pipeline), imagereward, siglip and yolos are known", dir.display())
+        }
     }
 }
 
@@ -714,9 +719,20 @@ fn largest<'a>(values: impl Iterator<Item = (f64, &'a String)>) -> (f64, &'a str
     values.fold((0.0, ""), |worst, (value, name)| if value > worst.0 || value.is_nan() { (value, name) } else { worst })
 }
 
+/// A tensor's numbers, on the host.
+fn numbers(x: &Tensor) -> Result<Vec<f64>> {
+    Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+/// The largest difference of two entries, or the first that is none.
+fn farthest(found: &[f64], expected: &[f64]) -> f64 {
+    let apart = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
+    apart.fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most })
+}
+
 /// How many entries differ.
 fn unequal(found: &[f64], expected: &Tensor) -> Result<f64> {
-    let expected = expected.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let expected = numbers(expected)?;
     let differing = found.iter().zip(&expected).filter(|(x, y)| x != y).count();
     Ok((differing + found.len().abs_diff(expected.len())) as f64)
 }

@@ -708,6 +708,20 @@ mod tests {
     }
 
     #[test]
+    fn refl_has_its_published_settings_and_the_count_preset_is_whole() {
+        let Config { sampler, truncation, reward, regularization, optimizer, train, .. } = preset("refl.toml");
+        assert_eq!((sampler.num_inference_steps, sampler.guidance_scale, sampler.eta), (40, 1.0, 1.0));
+        assert_eq!(truncation, Truncation::Refl { lo: 30, hi: 39 });
+        assert_eq!(reward.weights(), [("image-reward", 1.0)]);
+        // relu(2 - score) / 1000
+        assert_eq!(reward.image_reward.unwrap().target, Some(2.0));
+        assert_eq!(regularization.reward_cap, [("image-reward".to_owned(), 2.0)].into());
+        assert_eq!((optimizer.weight_decay, optimizer.max_grad_norm, optimizer.loss_coeff), (0.01, 1.0, 0.001));
+        assert_eq!((train.steps, train.batch_size * train.gradient_accumulation_steps), (100, 64));
+        assert_eq!(preset("count.toml").reward.weights(), [("count", 1.0)]);
+    }
+
+    #[test]
     fn an_empty_file_is_the_defaults() {
         let mut defaults = Config::default();
         defaults.prompts.resolve();

@@ -17,6 +17,16 @@ fn within(w: &Weights, prefix: &str, key: &str) -> Weights {
     if inner.contains(key) { inner } else { w.clone() }
 }
 
+/// How many patches a square image has.
+fn patches_of(image_size: usize, patch_size: usize) -> Result<usize> {
+    // beyond any tower's
+    const MOST: usize = 1 << 14;
+    if patch_size == 0 || image_size > MOST || !image_size.is_multiple_of(patch_size) {
+        bail!("an image of {image_size} pixels does not divide into patches of {patch_size}, or has more than {MOST}");
+    }
+    Ok((image_size / patch_size).pow(2))
+}
+
 /// A projection: a linear layer `<name>.weight` (D, C), or a matrix `<name>` (C, D) where the model is open_clip's.
 fn projection(w: &Weights, name: &str, width: usize, dim: usize) -> Result<Linear> {
     let weight = match w.contains(name) {
@@ -222,11 +232,7 @@ impl VisionTower {
         patch_size: usize,
         dim: usize,
     ) -> Result<Self> {
-        let c = config.width;
-        if patch_size == 0 || !image_size.is_multiple_of(patch_size) {
-            bail!("an image of {image_size} pixels does not divide into patches of {patch_size}");
-        }
-        let patches = (image_size / patch_size).pow(2);
+        let (c, patches) = (config.width, patches_of(image_size, patch_size)?);
         let kernel = [c, 3, patch_size, patch_size];
         let flat = (c, 3 * patch_size * patch_size);
         let m = within(w, "vision_model", "embeddings.class_embedding");
@@ -248,11 +254,7 @@ impl VisionTower {
 
     /// SigLIP's: no class token, and a learned query reads the patches.
     pub(super) fn load_siglip(w: &Weights, config: &TowerConfig, image_size: usize, patch_size: usize) -> Result<Self> {
-        let c = config.width;
-        if patch_size == 0 || !image_size.is_multiple_of(patch_size) {
-            bail!("an image of {image_size} pixels does not divide into patches of {patch_size}");
-        }
-        let patches = (image_size / patch_size).pow(2);
+        let (c, patches) = (config.width, patches_of(image_size, patch_size)?);
         let m = within(w, "vision_model", "embeddings.patch_embedding.weight");
         let embedding = m.pp("embeddings.patch_embedding");
         let kernel = embedding.get("weight", &[c, 3, patch_size, patch_size])?;

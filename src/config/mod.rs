@@ -292,7 +292,7 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 12] = [
+pub const REWARD_KINDS: [&str; 13] = [
     "aesthetic",
     "clip-head",
     "hps",
@@ -300,6 +300,7 @@ pub const REWARD_KINDS: [&str; 12] = [
     "pickscore",
     "compressibility",
     "incompressibility",
+    "image-reward",
     "count",
     "object",
     "command",
@@ -318,6 +319,7 @@ pub struct RewardsConfig {
     pub pickscore: Option<PickscoreConfig>,
     pub compressibility: Option<CompressibilityConfig>,
     pub incompressibility: Option<CompressibilityConfig>,
+    pub image_reward: Option<ImageRewardConfig>,
     pub count: Option<CountConfig>,
     pub object: Option<ObjectConfig>,
     pub command: Option<CommandConfig>,
@@ -340,6 +342,7 @@ impl RewardsConfig {
             pickscore: pick(wanted("pickscore"), &self.pickscore),
             compressibility: pick(wanted("compressibility"), &self.compressibility),
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
+            image_reward: pick(wanted("image-reward"), &self.image_reward),
             count: pick(wanted("count"), &self.count),
             object: pick(wanted("object"), &self.object),
             command: pick(wanted("command"), &self.command),
@@ -368,6 +371,7 @@ impl RewardsConfig {
             self.pickscore.as_ref().map(|reward| reward.weight),
             self.compressibility.as_ref().map(|reward| reward.weight),
             self.incompressibility.as_ref().map(|reward| reward.weight),
+            self.image_reward.as_ref().map(|reward| reward.weight),
             self.count.as_ref().map(|reward| reward.weight),
             self.object.as_ref().map(|reward| reward.weight),
             self.command.as_ref().map(|reward| reward.weight),
@@ -479,6 +483,25 @@ table! {
     pub struct CompressibilityConfig {
         /// Factor of its loss; finite. 0: logged, not trained.
         weight: f64 = 1.0,
+    }
+}
+
+table! {
+    /// `[reward.image-reward]`: ImageReward, what people would think of an image for its prompt; scores are those of the
+    /// original, about -2 to 2.
+    pub struct ImageRewardConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A folder or a hub id, with the weights and, where it is not BERT-base, a `med_config.json`.
+        model: String = "THUDM/ImageReward".into(),
+        /// The weights inside `model` (a `.pt` or safetensors), or the path of a file, which needs no `model`.
+        file: String = "ImageReward.pt".into(),
+        /// The `vocab.txt` of bert-base-uncased: a file, or a folder or hub id that has one. Absent: the one beside the
+        /// weights, else google-bert/bert-base-uncased.
+        vocab: Option<String> = None,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation. (ReFL's relu(2 - score) is
+        /// a target of 2 with `regularization.reward_cap` at 2.)
+        target: Option<f64> = None,
     }
 }
 
@@ -837,6 +860,20 @@ mod tests {
         }
         let aesthetic = preset("aesthetic.toml").reward.aesthetic.unwrap();
         assert_eq!(aesthetic, AestheticConfig { target: Some(10.0), ..Default::default() });
+    }
+
+    #[test]
+    fn refl_has_its_published_settings_and_the_count_preset_is_whole() {
+        let Config { sampler, truncation, reward, regularization, optimizer, train, .. } = preset("refl.toml");
+        assert_eq!((sampler.num_inference_steps, sampler.guidance_scale, sampler.eta), (40, 1.0, 1.0));
+        assert_eq!(truncation, Truncation::Refl { lo: 30, hi: 39 });
+        assert_eq!(reward.weights(), [("image-reward", 1.0)]);
+        // relu(2 - score) / 1000
+        assert_eq!(reward.image_reward.unwrap().target, Some(2.0));
+        assert_eq!(regularization.reward_cap, [("image-reward".to_owned(), 2.0)].into());
+        assert_eq!((optimizer.weight_decay, optimizer.max_grad_norm, optimizer.loss_coeff), (0.01, 1.0, 0.001));
+        assert_eq!((train.steps, train.batch_size * train.gradient_accumulation_steps), (100, 64));
+        assert_eq!(preset("count.toml").reward.weights(), [("count", 1.0)]);
     }
 
     #[test]

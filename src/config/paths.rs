@@ -43,8 +43,9 @@ impl Config {
         let mut names = vec![&mut self.model.path];
         names.extend([self.model.config.as_mut(), self.model.tokenizer.as_mut()].into_iter().flatten());
         for rewards in [&mut self.reward, &mut self.guard.reward] {
-            let RewardsConfig { aesthetic, clip_head, hps, clip_score, pickscore, count, object, command, .. } =
-                rewards;
+            let RewardsConfig {
+                aesthetic, clip_head, hps, clip_score, pickscore, image_reward, count, object, command, ..
+            } = rewards;
             // of a command the files: its script, not a word that happens to be a folder's name, nor a program of `PATH`
             let words = command.iter_mut().flat_map(|reward| reward.program.iter_mut().enumerate());
             let is_file = |(place, word): &(usize, &mut String)| {
@@ -64,6 +65,10 @@ impl Config {
             if let Some(reward) = pickscore {
                 names.push(&mut reward.model);
                 names.extend(reward.tokenizer.as_mut());
+            }
+            if let Some(reward) = image_reward {
+                names.extend([&mut reward.model, &mut reward.file]);
+                names.extend(reward.vocab.as_mut());
             }
             names.extend(count.as_mut().map(|reward| &mut reward.model));
             names.extend(object.as_mut().map(|reward| &mut reward.model));

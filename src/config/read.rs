@@ -536,7 +536,7 @@ mod tests {
             ),
             (
                 "[reward.clip-head]\nlayers = [{ activation = 'rel' }]",
-                "bad value for `reward.clip-head.layers` (x.toml line 2): `rel`, expected `identity`, `relu`, `silu`, `gelu`, `quick_gelu`, `tanh`, `sigmoid`; did you mean `relu`?",
+                "bad value for `reward.clip-head.layers` (x.toml line 2): `rel`, expected `identity`, `relu`, `silu`, `gelu`, `quick_gelu`, `tanh`, `sigmoid`, `gelu_tanh`; did you mean `relu`?",
             ),
         ] {
             assert_error(text, &[], expected);

@@ -286,6 +286,10 @@ impl RewardsConfig {
         }
         named.extend(self.clip_score.iter().map(|reward| ("clip-score.model", &reward.model)));
         named.extend(self.pickscore.iter().map(|reward| ("pickscore.model", &reward.model)));
+        if let Some(reward) = &self.image_reward {
+            named.extend([("image-reward.model", &reward.model), ("image-reward.file", &reward.file)]);
+            targets.push(("image-reward", reward.target));
+        }
         named.extend(self.object.iter().filter_map(|reward| Some(("object.object", reward.object.as_ref()?))));
         let detectors = self
             .count
@@ -416,6 +420,8 @@ mod tests {
             ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
             ("reward.clip-head.head = 'h.pth'", "reward.clip-head.layers has no linear layer"),
             ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
+            ("reward.image-reward.file = ''", "reward.image-reward.file is empty"),
+            ("reward.image-reward.target = inf", "reward.image-reward.target must be a finite number"),
             ("reward.count.size = 0", "reward.count.size = 0: must be from 1 to"),
             ("reward.count.model = ''", "reward.count.model is empty"),
             ("reward.object.threshold = 1.5", "reward.object.threshold = 1.5: must be a probability"),

@@ -22,21 +22,24 @@ pub(super) struct TowerConfig {
 /// Where a layer's parameters are, under the layer's own prefix.
 pub(super) struct Names {
     pub norm1: &'static str,
-    pub q: &'static str,
-    pub k: &'static str,
-    pub v: &'static str,
+    pub qkv: Qkv,
     pub out: &'static str,
     pub norm2: &'static str,
     pub fc1: &'static str,
     pub fc2: &'static str,
 }
 
+/// The three projections of attention.
+pub(super) enum Qkv {
+    Apart([&'static str; 3]),
+    /// In one matrix (3 C, C).
+    Together(&'static str),
+}
+
 /// Those of transformers' CLIP and SigLIP.
 pub(super) const CLIP: Names = Names {
     norm1: "layer_norm1",
-    q: "self_attn.q_proj",
-    k: "self_attn.k_proj",
-    v: "self_attn.v_proj",
+    qkv: Qkv::Apart(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     out: "self_attn.out_proj",
     norm2: "layer_norm2",
     fc1: "mlp.fc1",
@@ -46,13 +49,21 @@ pub(super) const CLIP: Names = Names {
 /// Those of transformers' ViT and YOLOS.
 pub(super) const VIT: Names = Names {
     norm1: "layernorm_before",
-    q: "attention.attention.query",
-    k: "attention.attention.key",
-    v: "attention.attention.value",
+    qkv: Qkv::Apart(["attention.attention.query", "attention.attention.key", "attention.attention.value"]),
     out: "attention.output.dense",
     norm2: "layernorm_after",
     fc1: "intermediate.dense",
     fc2: "output.dense",
+};
+
+/// Those of timm's ViT, which BLIP has.
+pub(super) const TIMM: Names = Names {
+    norm1: "norm1",
+    qkv: Qkv::Together("attn.qkv"),
+    out: "attn.proj",
+    norm2: "norm2",
+    fc1: "mlp.fc1",
+    fc2: "mlp.fc2",
 };
 
 pub(super) struct Transformer {
@@ -119,18 +130,29 @@ impl Transformer {
 impl Layer {
     fn load(w: &Weights, config: &TowerConfig, names: &Names) -> Result<Self> {
         let (c, mlp, eps) = (config.width, config.mlp, config.eps);
-        let square = |name| linear(&w.pp(name), c, c, true);
+        let [q, k, v] = match &names.qkv {
+            Qkv::Apart(names) => names.map(|name| linear(&w.pp(name), c, c, true)),
+            Qkv::Together(name) => thirds(&w.pp(name), "weight", "bias", c)?.map(Ok),
+        };
         Ok(Self {
             norm1: layer_norm(&w.pp(names.norm1), c, eps)?,
-            q: square(names.q)?,
-            k: square(names.k)?,
-            v: square(names.v)?,
-            out: square(names.out)?,
+            q: q?,
+            k: k?,
+            v: v?,
+            out: linear(&w.pp(names.out), c, c, true)?,
             norm2: layer_norm(&w.pp(names.norm2), c, eps)?,
             fc1: linear(&w.pp(names.fc1), c, mlp, true)?,
             fc2: linear(&w.pp(names.fc2), mlp, c, true)?,
         })
     }
+}
+
+/// The projections to queries, keys and values that one matrix (3 C, C) with its bias holds.
+pub(super) fn thirds(w: &Weights, weight: &str, bias: &str, c: usize) -> Result<[Linear; 3]> {
+    let (weight, bias) = (w.get(weight, &[3 * c, c])?, w.get(bias, &[3 * c])?);
+    let part =
+        |i| Linear::new(&weight.narrow(0, i * c, c)?.contiguous()?, Some(bias.narrow(0, i * c, c)?.contiguous()?));
+    Ok([part(0)?, part(1)?, part(2)?])
 }
 
 /// The squares of `side` pixels of images (B, 3, H, W), row by row: (B, H/side · W/side, 3 · side · side), as the flattened

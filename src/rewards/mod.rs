@@ -10,6 +10,7 @@ mod command;
 mod derivative;
 mod detector;
 mod http;
+mod image_reward;
 mod images;
 mod jpeg;
 mod preprocess;
@@ -34,6 +35,7 @@ use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
 pub use detector::Detector;
+pub use image_reward::ImageJudge;
 pub use images::TapedImages;
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};
@@ -339,6 +341,9 @@ impl Rewards {
         }
         if let Some(c) = &config.incompressibility {
             push("incompressibility", c.weight, Ok(jpeg::incompressibility()))?;
+        }
+        if let Some(c) = &config.image_reward {
+            push("image-reward", c.weight, image_reward::image_reward(c, compute))?;
         }
         if let Some(c) = &config.count {
             let detector = towers.detector("count", &c.model, c.size)?;

@@ -4,8 +4,10 @@
 //! (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the pipeline by themselves, the
 //! gradients of whole chains, and the adapters after three optimizer steps.
 
+mod image_reward;
 mod policy;
 mod score;
+mod siglip;
 mod yolos;
 
 use std::collections::{BTreeMap, HashMap};
@@ -225,7 +227,6 @@ struct Distance {
 impl Distance {
     fn between(found: &Tensor, expected: &Tensor) -> Result<Self> {
         anyhow::ensure!(found.dims() == expected.dims(), "shape {:?} instead of {:?}", found.dims(), expected.dims());
-        let numbers = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
         let (found, expected) = (numbers(found)?, numbers(expected)?);
         Ok(Self {
             difference: found.iter().zip(&expected).map(|(x, y)| (x - y) * (x - y)).sum(),
@@ -321,11 +322,16 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     let head = head.map(Path::to_owned).or_else(|| find_head(dir));
     match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
         None => Subject::load(dir, &text, head, compute, bounds)?.compare(),
+        Some("imagereward") => image_reward::compare(dir, &text, compute, bounds),
         Some("policy") => policy::compare(&Subject::load(dir, &text, head, compute, bounds)?, &text),
         Some("score") => score::compare(dir, &text, head.as_deref(), compute, bounds).with_context(place),
+        Some("siglip") => siglip::compare(dir, compute, bounds),
         Some("yolos") => yolos::compare(dir, &text, compute, bounds),
         Some(other) => {
-            bail!("{} is of kind `{other}`: none (a pipeline), policy, score and yolos are known", dir.display())
+            bail!(
+                "{} is of kind `{other}`: none (a pipeline), imagereward, policy, score, siglip and yolos are known",
+                dir.display()
+            )
         }
     }
 }
@@ -735,9 +741,20 @@ fn largest<'a>(values: impl Iterator<Item = (f64, &'a String)>) -> (f64, &'a str
     values.fold((0.0, ""), |worst, (value, name)| if value > worst.0 || value.is_nan() { (value, name) } else { worst })
 }
 
+/// A tensor's numbers, on the host.
+fn numbers(x: &Tensor) -> Result<Vec<f64>> {
+    Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+/// The largest difference of two entries, or the first that is none.
+fn farthest(found: &[f64], expected: &[f64]) -> f64 {
+    let apart = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
+    apart.fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most })
+}
+
 /// How many entries differ.
 fn unequal(found: &[f64], expected: &Tensor) -> Result<f64> {
-    let expected = expected.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let expected = numbers(expected)?;
     let differing = found.iter().zip(&expected).filter(|(x, y)| x != y).count();
     Ok((differing + found.len().abs_diff(expected.len())) as f64)
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::{Bounds, Report, tensors};
+use super::{Bounds, Report, farthest, numbers, tensors};
 use crate::nn::layers::detections;
 use crate::nn::{Tape, Value};
 use crate::ops::detections::{Asked, Question, count_log_probs};
@@ -115,11 +115,8 @@ fn given_logits(of: &HashMap<String, Tensor>, class: usize, bounds: &Bounds, rep
         };
         let (expected, d_expected) = gradient(Asked::Expected)?;
         report.compare(name, "expected count", &expected, part(format!("{name}_expected"))?, bounds.parts)?;
-        let far = |found: &Tensor, expected: &Tensor| -> Result<f64> {
-            let apart = (found.to_dtype(DType::F64)? - expected.to_dtype(DType::F64)?)?.abs()?.flatten_all()?;
-            // `max` of the tensor would pass over a NaN
-            Ok(apart.to_vec1::<f64>()?.into_iter().fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most }))
-        };
+        let far =
+            |found: &Tensor, expected: &Tensor| -> Result<f64> { Ok(farthest(&numbers(found)?, &numbers(expected)?)) };
         let error = far(&d_expected, part(format!("{name}_dexpected"))?)?;
         report.push(name, "gradient of the expected count, absolute", error, OF_LOGITS);
         let counts = of.keys().filter_map(|key| key.strip_prefix(&format!("{name}_dlogits_n"))?.parse().ok());

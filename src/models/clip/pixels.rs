@@ -48,6 +48,14 @@ impl PixelStatistics {
         Ok(Self::in_image_processor(source)?.unwrap_or(Self::IMAGENET))
     }
 
+    /// Of a SigLIP in transformers' layout; 1/2 where its files say nothing.
+    ///
+    /// # Errors
+    /// As [`Self::of_transformers`].
+    pub fn of_siglip(source: &Source) -> Result<Self> {
+        Ok(Self::in_image_processor(source)?.unwrap_or(Self::HALVES))
+    }
+
     /// Of a folder in open_clip's layout, where transformers' files count last.
     ///
     /// # Errors

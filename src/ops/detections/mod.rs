@@ -123,7 +123,9 @@ fn answer(odds: &[f64], asked: Asked) -> Result<(f64, Vec<f64>)> {
         Asked::Expected => (odds.iter().map(p).sum(), odds.iter().map(|t| p(t) * p(&-t)).collect()),
         Asked::AtLeastOne => {
             let none: f64 = -odds.iter().map(|t| softplus(*t)).sum::<f64>();
-            ((-none.exp_m1()).ln(), odds.iter().map(|t| p(t) / (-none).exp_m1()).collect())
+            // each of the two is exact where the other is not
+            let some = if none > -std::f64::consts::LN_2 { (-none.exp_m1()).ln() } else { (-none.exp()).ln_1p() };
+            (some, odds.iter().map(|t| p(t) / (-none).exp_m1()).collect())
         }
         Asked::Exactly(n) => {
             if n > odds.len() {
@@ -219,7 +221,7 @@ mod tests {
         near(two, -60.0);
         near(d_two[0][0], 1.0);
         let (one, _) = answer(Asked::Exactly(1));
-        near(one, -(-50f64).exp());
+        near(one, -((-50f64).exp() + (-60f64).exp()));
         let (some, d_some) = answer(Asked::AtLeastOne);
         near(some, -(-50f64).exp());
         near(d_some[1][0], (-50f64).exp());

@@ -9,6 +9,7 @@ use alignprop::diffusion::{DdimSchedule, Solver};
 use alignprop::files;
 use alignprop::lora::Adapters;
 use alignprop::models::clip::{Clip, OpenClipConfig, PixelStatistics};
+use alignprop::models::image_reward::ImageReward;
 use alignprop::models::text_encoder::TextEncoder;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::unet::Unet;
@@ -142,6 +143,26 @@ pub fn detector(folder: &Path) -> Reader {
         let yolos = Yolos::load(source, &Compute::cpu())?;
         let side = yolos.patch_size().min(64);
         yolos.logits(&yolos.tokens(&Value::constant(&zeros(&[1, 3, side, 2 * side])?))?).map(drop)
+    })
+}
+
+/// The config of ImageReward's text encoder.
+pub fn image_reward(folder: &Path) -> Reader {
+    of_json(folder, "tiny-imagereward", "med_config.json", |source| {
+        let weights = Weights::open_file(&source.require("model.safetensors")?)?;
+        let model = ImageReward::load(&weights, source)?;
+        let side = model.image_size();
+        model.scores(&Value::constant(&zeros(&[1, 3, side, side])?), &[vec![2, 5, 3]]).map(drop)
+    })
+}
+
+/// The config of transformers' SigLIP.
+pub fn siglip(folder: &Path) -> Reader {
+    of_json(folder, "tiny-siglip/model", "config.json", |source| {
+        let clip = Clip::load_transformers(source, true, &Compute::cpu())?;
+        clip.text_embeds(&[vec![3; 6]])?;
+        let side = clip.vision.image_size().min(4096);
+        clip.vision.forward(&Value::constant(&zeros(&[1, 3, side, side])?)).map(drop)
     })
 }
 

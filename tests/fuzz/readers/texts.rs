@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use alignprop::config::{Config, OptimizerConfig, PromptsConfig};
 use alignprop::lora::formats;
 use alignprop::models::Source;
+use alignprop::models::sentence_pieces::SentencePieces;
 use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::models::word_pieces::WordPieces;
 use alignprop::optim::AdamW;
 use alignprop::report::Pairs;
 use alignprop::report::html::{Contents, Status, page};
@@ -66,6 +68,34 @@ pub fn config() -> Reader {
 }
 
 const TEXTS: [&str; 3] = ["a photo of <x> cat, isn't it?", "<|endoftext|> ÉÀ \u{0} 12 <|startoftext|>", "! ! !!!"];
+
+/// BERT's vocabulary.
+pub fn word_pieces(folder: &Path) -> Reader {
+    Reader {
+        shape: Shape::Text,
+        seeds: vec![bytes_of("tiny-imagereward/vocab.txt")],
+        words: words("[UNK] ~ [CLS] ~ [SEP] ~ ## ~ ##s ~ \u{feff} ~ \r\n ~ \0"),
+        read: of_file(folder.join("vocab.txt"), |path| {
+            let pieces = WordPieces::load(path, &["[DEC]", "[ENC]"])?;
+            TEXTS.iter().try_for_each(|text| pieces.encode(text, 35).map(drop))
+        }),
+    }
+}
+
+/// SigLIP's tokenizer.
+pub fn sentence_pieces(folder: &Path) -> Reader {
+    let seed = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":{"type":"Metaspace","replacement":"_","prepend_scheme":"always","split":true},"post_processor":null,"decoder":null,"model":{"type":"Unigram","unk_id":1,"vocab":[["</s>",0.0],["<unk>",0.0],["_a",-1.0],["s",-2.0],["_",-4.0]],"byte_fallback":false}}"#;
+    let root = text(folder);
+    Reader {
+        shape: Shape::Json,
+        seeds: vec![seed.to_vec()],
+        words: words("BPE ~ WordPiece ~ merges ~ Replace ~ Precompiled ~ ByteLevel ~ Split ~ Sequence"),
+        read: of_file(folder.join("tokenizer.json"), move |_| {
+            let pieces = SentencePieces::load(&Source::open(&root)?, 8)?;
+            TEXTS.iter().try_for_each(|text| pieces.encode(text).map(drop))
+        }),
+    }
+}
 
 /// One file of a tokenizer.
 pub fn tokenizer(folder: &Path, set: &str, file: &str, shape: Shape) -> Reader {

@@ -360,9 +360,13 @@ mod tests {
                 "guard/held_out": 0.2 + f64::from(step), "lr": 0.001, "sample/hps": 0.3, "seconds": 30.0, "cause": "text" });
             metrics.append(line.as_object().unwrap()).unwrap();
         }
-        // a small picture as it is, one that does not compress as a JPEG
+        // a small picture as it is, a large one as a JPEG
+        let random = |seed: u32| {
+            let mixed = (seed ^ seed >> 15).wrapping_mul(0x9E37_79B9);
+            ((mixed ^ mixed >> 13).wrapping_mul(0x85EB_CA6B) >> 24) as u8
+        };
         let noise = image::RgbImage::from_fn(300, 300, |x, y| {
-            image::Rgb([x, y, x * y].map(|v| (v.wrapping_mul(2_654_435_761) >> 24) as u8))
+            image::Rgb([0, 1, 2].map(|channel| random((300 * x + y) * 3 + channel)))
         });
         let sample = |hps: f64, name: &str, picture: &image::RgbImage| {
             picture.save(dir.join(name)).unwrap();

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use image::codecs::jpeg::JpegEncoder;
 
 use super::chart::{Series, chart, duration, short};
@@ -82,7 +82,7 @@ fn shown(metrics: &Metrics) -> Vec<Metric<'_>> {
 /// The page, as HTML.
 ///
 /// # Errors
-/// A picture cannot be read.
+/// The config cannot be shown: a path in it is not Unicode.
 pub fn page(contents: &Contents) -> Result<String> {
     let Contents { dir, config, metrics, status, pairs, .. } = contents;
     let dir_name = dir.display().to_string();
@@ -116,7 +116,7 @@ pub fn page(contents: &Contents) -> Result<String> {
         escape(&said)
     );
     html += &words(&found, going_on);
-    html += &side_by_side(pairs, &config.reward.weights())?;
+    html += &side_by_side(pairs, &config.reward.weights());
     html += &charts(&metrics);
     html += &tiles(&metrics, config, contents.resident_peak);
     let _ = write!(
@@ -243,9 +243,9 @@ fn words(Summary { findings, next }: &Summary, going_on: bool) -> String {
 }
 
 /// Pictures before and after with their prompts, those first whose rewards changed most.
-fn side_by_side(pairs: &Pairs, weights: &[(&str, f64)]) -> Result<String> {
+fn side_by_side(pairs: &Pairs, weights: &[(&str, f64)]) -> String {
     let Pairs { steps, pairs } = pairs;
-    let Some((_, after)) = pairs.first() else { return Ok(String::new()) };
+    let Some((_, after)) = pairs.first() else { return String::new() };
     let change = |(before, after): &(Sample, Option<Sample>)| {
         let score =
             |sample: &Sample| weights.iter().map(|(name, w)| w * sample.scores.get(*name).unwrap_or(&0.0)).sum::<f64>();
@@ -268,8 +268,8 @@ fn side_by_side(pairs: &Pairs, weights: &[(&str, f64)]) -> Result<String> {
     }
     let mut html = format!(r#"<h2>{title}</h2><p class="soft">{note}</p><div class="pairs">"#);
     for (before, after) in sorted.into_iter().take(MAX_PAIRS) {
-        let mut figures = figure(before, "before", steps.0)?;
-        figures += &after.as_ref().map_or(Ok(String::new()), |after| figure(after, "after", steps.1))?;
+        let mut figures = figure(before, "before", steps.0);
+        figures += &after.as_ref().map_or(String::new(), |after| figure(after, "after", steps.1));
         let scores: String = before
             .scores
             .iter()
@@ -285,10 +285,11 @@ fn side_by_side(pairs: &Pairs, weights: &[(&str, f64)]) -> Result<String> {
             escape(&before.prompt)
         );
     }
-    Ok(html + "</div>")
+    html + "</div>"
 }
 
-fn figure(sample: &Sample, name: &str, step: usize) -> Result<String> {
+/// A picture; one that cannot be read leaves a gap, for the run goes on without it.
+fn figure(sample: &Sample, name: &str, step: usize) -> String {
     let read = || -> Result<_> {
         let png = std::fs::read(&sample.picture)?;
         if png.len() <= LARGE {
@@ -298,15 +299,17 @@ fn figure(sample: &Sample, name: &str, step: usize) -> Result<String> {
         image::load_from_memory(&png)?.to_rgb8().write_with_encoder(JpegEncoder::new_with_quality(&mut jpeg, 90))?;
         Ok(("jpeg", jpeg))
     };
-    let (kind, bytes) = read().with_context(|| format!("reading {}", sample.picture.display()))?;
+    let Ok((kind, bytes)) = read() else {
+        return format!(r#"<figure><figcaption class="soft">{name}: no picture</figcaption></figure>"#);
+    };
     // of few pixels each is to be seen
     let is_small = image::image_dimensions(&sample.picture).is_ok_and(|(width, _)| width < 256);
     let class = if is_small { r#" class="small""# } else { "" };
-    Ok(format!(
+    format!(
         r#"<figure><img{class} alt="{} at step {step}" src="data:image/{kind};base64,{}"><figcaption class="soft">{name}</figcaption></figure>"#,
         escape(&sample.prompt),
         base64(&bytes)
-    ))
+    )
 }
 
 fn escape(text: &str) -> String {
@@ -360,9 +363,13 @@ mod tests {
                 "guard/held_out": 0.2 + f64::from(step), "lr": 0.001, "sample/hps": 0.3, "seconds": 30.0, "cause": "text" });
             metrics.append(line.as_object().unwrap()).unwrap();
         }
-        // a small picture as it is, one that does not compress as a JPEG
+        // a small picture as it is, a large one as a JPEG
+        let random = |seed: u32| {
+            let mixed = (seed ^ seed >> 15).wrapping_mul(0x9E37_79B9);
+            ((mixed ^ mixed >> 13).wrapping_mul(0x85EB_CA6B) >> 24) as u8
+        };
         let noise = image::RgbImage::from_fn(300, 300, |x, y| {
-            image::Rgb([x, y, x * y].map(|v| (v.wrapping_mul(2_654_435_761) >> 24) as u8))
+            image::Rgb([0, 1, 2].map(|channel| random((300 * x + y) * 3 + channel)))
         });
         let sample = |hps: f64, name: &str, picture: &image::RgbImage| {
             picture.save(dir.join(name)).unwrap();
@@ -373,7 +380,7 @@ mod tests {
             (sample(0.1, "little.png", &small), Some(sample(0.2, "b.png", &small))),
             (sample(0.1, "much.png", &small), Some(sample(-0.7, "d.png", &noise))),
         ];
-        let pairs = Pairs { steps: (0, 3), pairs };
+        let mut pairs = Pairs { steps: (0, 3), pairs };
         let going_on = page(&metrics, &pairs, &Status::Training);
         assert!(
             going_on.contains(r#"http-equiv="refresh""#)
@@ -383,6 +390,8 @@ mod tests {
         let page = page(&metrics, &pairs, &Status::Stopped("by <me>".to_owned()));
         assert!(page.find("&lt;b&gt;much.png") < page.find("&lt;b&gt;little.png"), "the largest change first");
         assert!(!page.contains("refresh") && page.contains("hps 0.1 → -0.7 (-0.800)"));
+        pairs.pairs[0].0.picture = dir.join("gone.png");
+        assert!(super::side_by_side(&pairs, &[("hps", 1.0)]).contains("before: no picture"));
         for part in [
             "<h3>hps</h3>",
             "<h3>loss</h3>",

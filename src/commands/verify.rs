@@ -2,8 +2,9 @@
 //!
 //! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
 //! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps. A `kind` in `reference.json`
-//! says that it is a set of something else: `score` (scores of picture files).
+//! says that it is a set of something else: `score` (scores of picture files), `fit` (heads fitted on embeddings).
 
+mod fit;
 mod score;
 
 use std::collections::BTreeMap;
@@ -319,6 +320,7 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     match serde_json::from_str::<Kind>(&text).with_context(reading)?.kind.as_deref() {
         None => {}
         Some("score") => return score::compare(dir, &text, head.as_deref(), compute, bounds).with_context(reading),
+        Some("fit") => return fit::compare(dir, &text).with_context(reading),
         Some(other) => bail!("{}: sets of the kind `{other}` are not known", dir.display()),
     }
     let reference: Reference = serde_json::from_str(&text).with_context(reading)?;

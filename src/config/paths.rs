@@ -45,7 +45,7 @@ impl Config {
         for rewards in [&mut self.reward, &mut self.guard.reward] {
             let RewardsConfig { aesthetic, clip_head, hps, clip_score, pickscore, .. } = rewards;
             names.extend(aesthetic.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
-            names.extend(clip_head.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
+            names.extend(clip_head.iter_mut().flat_map(|reward| reward.clip.iter_mut().chain([&mut reward.head])));
             if let Some(reward) = hps {
                 names.extend([&mut reward.model, &mut reward.file]);
                 names.extend([reward.config.as_mut(), reward.tokenizer.as_mut()].into_iter().flatten());

@@ -25,6 +25,7 @@ use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+pub use clip_head::{Embedder, HeadFile, aesthetic_scores};
 pub use images::TapedImages;
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};

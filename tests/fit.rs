@@ -24,7 +24,7 @@ fn pictures(folder: &Path, count: u32) {
         let noise = |k: u32| (i * 97 + k * 61) * 131 % 100;
         let (strong, weak) = (150 + noise(1) as u8, noise(2) as u8);
         let background =
-            if i % 2 == 0 { [strong, noise(3) as u8 + 60, weak] } else { [weak, noise(3) as u8 + 60, strong] };
+            if i.is_multiple_of(2) { [strong, noise(3) as u8 + 60, weak] } else { [weak, noise(3) as u8 + 60, strong] };
         let (x0, y0) = (8 + noise(4) % 24, 8 + noise(5) % 24);
         let shape = [noise(6) as u8 * 2, noise(7) as u8 * 2, noise(8) as u8 * 2];
         let inside = |x: u32, y: u32| (x0..x0 + 24).contains(&x) && (y0..y0 + 24).contains(&y);
@@ -66,7 +66,7 @@ fn a_rule_is_learnt_from_every_kind_of_opinion() {
     let at = folder.path();
     let count = 60;
     pictures(at, count);
-    let warm = |i: u32| i % 2 == 0;
+    let warm = |i: u32| i.is_multiple_of(2);
     let name = |i: u32| format!("p{i}.png");
     let list = |kind: bool| (0..count).filter(|i| warm(*i) == kind).map(name).collect::<Vec<_>>().join("\n");
     fs::write(at.join("warm.csv"), format!("file\n{}\n", list(true))).unwrap();

@@ -50,10 +50,11 @@ pub fn run(args: &FitArgs) -> Result<()> {
     }
     say!("penalty     lambda = {:e}, {how}", learnt.lambda);
     say!(
-        "held out    {} {}, on {}",
+        "held out    {} {}, on {} {}",
         asked.kind.measure,
         shown_measure(&learnt.held_out),
-        counted(&learnt, asked.kind.unit)
+        learnt.held_out.count,
+        asked.kind.unseen
     );
     say!("chance      {:.3}", learnt.chance);
     let compared = config.reward.aesthetic.unwrap_or_default();
@@ -88,6 +89,8 @@ struct Kind {
     name: &'static str,
     unit: &'static str,
     measure: &'static str,
+    /// What `count` pictures or choices are, of which a measure is.
+    unseen: &'static str,
 }
 
 /// Files, and what is known of them by their place among them.
@@ -119,12 +122,14 @@ impl Asked {
             }
             ("logistic", Opinions::Labels(labels))
         };
-        let (unit, measure) = match opinions {
-            Opinions::Scores(_) => ("pictures", "rank correlation"),
-            Opinions::Labels(_) => ("pictures", "accuracy"),
-            Opinions::Choices(_) => ("choices", "accuracy"),
+        let (pictures, choices) =
+            ("pictures that were not learnt from", "choices between pictures that were not learnt from");
+        let (unit, measure, unseen) = match opinions {
+            Opinions::Scores(_) => ("pictures", "rank correlation", pictures),
+            Opinions::Labels(_) => ("pictures", "accuracy", pictures),
+            Opinions::Choices(_) => ("choices", "accuracy", choices),
         };
-        Ok(Self { files: files.all, opinions, kind: Kind { name: kind, unit, measure } })
+        Ok(Self { files: files.all, opinions, kind: Kind { name: kind, unit, measure, unseen } })
     }
 
     /// Without the files, and what is said of them, for which `keep` does not hold.
@@ -326,10 +331,6 @@ fn beside(compared: &AestheticConfig, args: &FitArgs, data: &Data, vectors: &[Ve
 
 fn shown_measure(measure: &Measure) -> String {
     format!("{:.3} ± {:.3}", measure.value, measure.stderr)
-}
-
-fn counted(learnt: &Learnt, unit: &str) -> String {
-    format!("{} {unit} of pictures that were not learnt from", learnt.held_out.count)
 }
 
 /// Writes the head with its tower, its layers and how it was made into one file.

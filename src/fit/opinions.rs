@@ -62,6 +62,14 @@ pub struct Measure {
     pub count: usize,
 }
 
+impl Measure {
+    /// `right` of `count`. The error is that of one more of either kind (Agresti and Coull 1998), which is not 0 where all are right.
+    fn of_share(right: f64, count: usize) -> Self {
+        let (n, likely) = (count as f64, (right + 1.0) / (count as f64 + 2.0));
+        Self { value: right / n, stderr: (likely * (1.0 - likely) / n).sqrt(), count }
+    }
+}
+
 /// What was learnt, and what is to be expected of it.
 pub struct Learnt {
     pub head: Head,
@@ -176,8 +184,7 @@ impl Data {
         };
         ensure!(right.len() >= 2, "{TOO_FEW}");
         let count = right.len();
-        let value = right.iter().sum::<f64>() / count as f64;
-        Ok(Measure { value, stderr: (value * (1.0 - value) / count as f64).sqrt(), count })
+        Ok(Measure::of_share(right.iter().sum(), count))
     }
 
     /// The folds that are measured on.
@@ -256,8 +263,7 @@ impl Data {
             count += measure.count;
         }
         ensure!(count > 0, "{TOO_FEW}");
-        let value = right / count as f64;
-        Ok(Measure { value, stderr: (value * (1.0 - value) / count as f64).sqrt(), count })
+        Ok(Measure::of_share(right, count))
     }
 
     /// [`Self::measure`] of another score of every picture, on what heads are measured on.

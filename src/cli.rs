@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use toml::Value;
 
-use crate::config::{Checkpointing, Precision, REWARD_KINDS, SamplerKind, parse_device};
+use crate::config::{Checkpointing, Precision, Preprocess, REWARD_KINDS, SamplerKind, parse_device};
 
 /// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
 #[derive(Parser, Debug)]
@@ -24,6 +24,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Score pictures that exist with any rewards
     Score(ScoreArgs),
+    /// Learn a reward of your own from opinions of pictures: a head on a CLIP's image tower
+    Fit(FitArgs),
     /// Average LoRAs into one, or mix them with the base model
     Soup(SoupArgs),
     /// Write a LoRA for another program, or a whole model with the LoRA folded in
@@ -309,6 +311,80 @@ pub enum ScoreFormat {
     Csv,
     /// An object on each line
     Jsonl,
+}
+
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("opinions").required(true).args(["scores", "like", "choices"]))]
+#[command(after_help = "\
+Examples:
+  alignprop fit --like liked --dislike others -o mine.safetensors
+  alignprop fit --scores scores.csv -o mine.safetensors
+  alignprop fit --choices choices.jsonl --embeddings vectors.safetensors -o mine.safetensors
+
+Lists are .csv, .tsv, .json or .jsonl, with files relative to the list. It says how good such a head is on pictures that it has
+not seen, beside chance and beside the LAION head, and writes one file, which is the whole configuration of a reward:
+[reward.clip-head] head = \"mine.safetensors\".")]
+pub struct FitArgs {
+    /// A list with the columns `file` and `score`: ridge regression
+    #[arg(long, value_name = "LIST")]
+    pub scores: Option<PathBuf>,
+
+    /// The column of the scores
+    #[arg(long, value_name = "NAME", default_value = "score", requires = "scores")]
+    pub column: String,
+
+    /// Pictures, folders or lists of pictures that are liked: logistic regression
+    #[arg(long, value_name = "PICTURES", num_args = 1.., requires = "dislike")]
+    pub like: Vec<PathBuf>,
+
+    /// And of pictures that are not
+    #[arg(long, value_name = "PICTURES", num_args = 1.., requires = "like")]
+    pub dislike: Vec<PathBuf>,
+
+    /// A list with the columns `better` and `worse`, and perhaps `draw` (1: neither was better): Bradley and Terry's model
+    #[arg(long, value_name = "LIST")]
+    pub choices: Option<PathBuf>,
+
+    /// The CLIP whose image tower the head is on: a folder or a hub id
+    #[arg(long, value_name = "DIR_OR_ID", default_value = "openai/clip-vit-large-patch14")]
+    pub clip: String,
+
+    /// How pictures become the tower's input, in training too
+    #[arg(long, value_enum, default_value_t = Preprocess::ClipOfficial)]
+    pub preprocess: Preprocess,
+
+    /// Strength of the penalty on the weights; without it, the one that cross-validation finds
+    #[arg(long, value_name = "LAMBDA", value_parser = positive)]
+    pub lambda: Option<f64>,
+
+    /// Decides which pictures are measured on together
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// A file that keeps the pictures' vectors: those that are in it are not computed again
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+
+    /// Pictures that the tower takes at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub batch: usize,
+
+    /// The head to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+impl FitArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        settings(&self.config.set, self.device.given())
+    }
 }
 
 #[derive(Args, Debug)]
@@ -672,6 +748,13 @@ fn finite(text: &str) -> Result<f64, String> {
     number.filter(|number| number.is_finite()).ok_or_else(|| "is not a finite number".to_string())
 }
 
+fn positive(text: &str) -> Result<f64, String> {
+    let number: Option<f64> = text.parse().ok();
+    number
+        .filter(|number| number.is_finite() && *number > 0.0)
+        .ok_or_else(|| "is not a number, more than 0".to_string())
+}
+
 fn at_least_one(text: &str) -> Result<usize, String> {
     let number: Option<usize> = text.parse().ok();
     number.filter(|number| *number >= 1).ok_or_else(|| "is not a whole number, 1 or more".to_string())
@@ -711,7 +794,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 36);
+        assert_eq!(count, 39);
     }
 
     #[test]

@@ -400,18 +400,19 @@ table! {
 }
 
 table! {
-    /// `[reward.clip-head]`: any small network on CLIP's image embedding.
+    /// `[reward.clip-head]`: any small network on CLIP's image embedding. What `alignprop fit` writes says all but `head` itself.
     pub struct ClipHeadConfig {
         /// Factor of its loss; finite. 0: logged, not trained.
         weight: f64 = 1.0,
-        /// How the image becomes CLIP's input.
-        preprocess: Preprocess = Preprocess::Alignprop,
-        /// The CLIP that the head was trained on: a folder or a hub id.
-        clip: String = "openai/clip-vit-large-patch14".into(),
+        /// How the image becomes CLIP's input. Absent: as the head's file says, else `alignprop`.
+        preprocess: Option<Preprocess> = None,
+        /// The CLIP that the head was trained on: a folder or a hub id. Absent: as the head's file says, else
+        /// openai/clip-vit-large-patch14.
+        clip: Option<String> = None,
         /// The head's weights: a .pth or .safetensors file, or `owner/name:file`. Must be given.
         head: String = String::new(),
         /// The head's layers in order: `{ linear = "layers.0" }` (its name in the file), `{ activation = "relu" }`.
-        /// At least one is linear.
+        /// At least one is linear. Empty: as the head's file says.
         layers: Vec<HeadLayer> = Vec::new(),
         /// Scale the embedding to unit norm before the head.
         normalize: bool = true,
@@ -630,7 +631,7 @@ pub enum VlmAnswer {
 }
 
 /// How an image in [0, 1] becomes the square input of a reward model, 224 by 224 for most. Scores made differently do not compare.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preprocess {
     /// Short side to the tower's size, antialiased bilinear, then the centre: what AlignProp trains with.

@@ -44,7 +44,16 @@ impl Config {
         names.extend([self.model.config.as_mut(), self.model.tokenizer.as_mut()].into_iter().flatten());
         for rewards in [&mut self.reward, &mut self.guard.reward] {
             let RewardsConfig {
-                aesthetic, clip_head, hps, clip_score, pickscore, image_reward, count, object, command, ..
+                aesthetic,
+                clip_head,
+                hps,
+                clip_score,
+                pickscore,
+                image_reward,
+                count,
+                object,
+                command,
+                ..
             } = rewards;
             // of a command the files: its script, not a word that happens to be a folder's name, nor a program of `PATH`
             let words = command.iter_mut().flat_map(|reward| reward.program.iter_mut().enumerate());
@@ -53,7 +62,7 @@ impl Config {
             };
             names.extend(words.filter(is_file).map(|(_, word)| word));
             names.extend(aesthetic.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
-            names.extend(clip_head.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
+            names.extend(clip_head.iter_mut().flat_map(|reward| reward.clip.iter_mut().chain([&mut reward.head])));
             if let Some(reward) = hps {
                 names.extend([&mut reward.model, &mut reward.file]);
                 names.extend([reward.config.as_mut(), reward.tokenizer.as_mut()].into_iter().flatten());

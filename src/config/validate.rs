@@ -273,10 +273,12 @@ impl RewardsConfig {
             targets.push(("aesthetic", aesthetic.target));
         }
         if let Some(clip_head) = &self.clip_head {
-            named.extend([("clip-head.clip", &clip_head.clip), ("clip-head.head", &clip_head.head)]);
+            named.push(("clip-head.head", &clip_head.head));
+            named.extend(clip_head.clip.iter().map(|clip| ("clip-head.clip", clip)));
             targets.push(("clip-head", clip_head.target));
             ensure!(
-                clip_head.layers.iter().any(|layer| matches!(layer, HeadLayer::Linear(_))),
+                clip_head.layers.is_empty()
+                    || clip_head.layers.iter().any(|layer| matches!(layer, HeadLayer::Linear(_))),
                 "reward.clip-head.layers has no linear layer: list the head's layers in order, for example \
                  [{{ linear = \"layers.0\" }}, {{ activation = \"relu\" }}, {{ linear = \"layers.2\" }}]"
             );
@@ -418,7 +420,10 @@ mod tests {
             ("reward.hps.weight = inf", "reward.hps.weight = inf: must be a finite number"),
             ("reward.hps.file = ''", "reward.hps.file is empty"),
             ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
-            ("reward.clip-head.head = 'h.pth'", "reward.clip-head.layers has no linear layer"),
+            (
+                "reward.clip-head = { head = 'h', layers = [{ activation = 'relu' }] }",
+                "reward.clip-head.layers has no linear layer",
+            ),
             ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
             ("reward.image-reward.file = ''", "reward.image-reward.file is empty"),
             ("reward.image-reward.target = inf", "reward.image-reward.target must be a finite number"),

@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 
-use rayon::prelude::*;
-
-use super::{Matrix, dot};
+use super::Matrix;
+use crate::ops::gemm::{Threads, View, ViewMut, gemm};
 
 /// The cosines from which on two pictures may count as the same, the least that is sensible first.
 const COSINES: [f64; 4] = [0.97, 0.985, 0.995, 0.999];
@@ -24,13 +23,21 @@ pub fn near_duplicates(embeddings: &Matrix) -> (Vec<usize>, f64) {
 }
 
 fn alike(embeddings: &Matrix, cosine: f64) -> Vec<usize> {
-    let rows = embeddings.rows();
-    let near = |i: usize| {
-        let row = embeddings.row(i);
-        let others = (i + 1..rows).filter(move |j| dot(row, embeddings.row(*j)) >= cosine);
-        others.map(move |j| (i, j)).collect::<Vec<_>>()
-    };
-    let pairs: Vec<(usize, usize)> = (0..rows).into_par_iter().flat_map_iter(near).collect();
+    const BLOCK: usize = 256;
+    let (rows, width) = (embeddings.rows(), embeddings.width());
+    let mut pairs = Vec::new();
+    for start in (0..rows).step_by(BLOCK) {
+        // the cosines of a block with itself and all rows behind it
+        let (block, others) = (BLOCK.min(rows - start), rows - start);
+        let left = View::rows(&embeddings.data[start * width..(start + block) * width], block, width);
+        let right = View::rows(&embeddings.data[start * width..], others, width).t();
+        let mut cosines = vec![0.0; block * others];
+        gemm(left, right, ViewMut::rows(&mut cosines, block, others), false, Threads::All);
+        for (i, row) in cosines.chunks_exact(others).enumerate() {
+            let near = row.iter().enumerate().skip(i + 1).filter(|(_, found)| **found >= cosine);
+            pairs.extend(near.map(|(j, _)| (start + i, start + j)));
+        }
+    }
     joined(rows, pairs)
 }
 
@@ -61,6 +68,7 @@ pub(super) fn largest(groups: &[usize]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fit::dot;
     use crate::fit::tests::embeddings;
 
     #[test]

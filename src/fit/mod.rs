@@ -202,10 +202,15 @@ impl Problem {
     /// # Errors
     /// λ is not more than 0, the numbers are not finite, or it is not found.
     pub fn solve(&self, lambda: f64, start: Option<&Head>) -> Result<Head> {
+        self.solve_to(lambda, start, 1e-10)
+    }
+
+    /// [`Self::solve`] until a step is no longer than `tolerance` times the head.
+    fn solve_to(&self, lambda: f64, start: Option<&Head>, tolerance: f64) -> Result<Head> {
         ensure!(lambda > 0.0 && lambda.is_finite(), "lambda = {lambda}: must be more than 0");
         let width = self.rows.width;
         if self.len() >= width {
-            return self.newton(lambda, start);
+            return self.newton(lambda, start, tolerance);
         }
         // w is a sum of rows: the same problem in the coordinates of an orthonormal basis Q (D, n) of them, where |w| is the same
         let basis = DMatrix::from_column_slice(width, self.len(), &self.rows.data).qr().q();
@@ -215,12 +220,12 @@ impl Problem {
             weight: (basis.tr_mul(&DVector::from_column_slice(&head.weight))).as_slice().to_vec(),
             ..*head
         };
-        let head = small.newton(lambda, start.map(into).as_ref())?;
+        let head = small.newton(lambda, start.map(into).as_ref(), tolerance)?;
         Ok(Head { weight: (&basis * DVector::from_vec(head.weight)).as_slice().to_vec(), bias: head.bias })
     }
 
     /// Newton's method with the exact Hessian and a step that is halved until it goes down.
-    fn newton(&self, lambda: f64, start: Option<&Head>) -> Result<Head> {
+    fn newton(&self, lambda: f64, start: Option<&Head>, tolerance: f64) -> Result<Head> {
         const MOST_STEPS: usize = 100;
         let zero = Head { weight: vec![0.0; self.rows.width], bias: 0.0 };
         let mut head = start.cloned().unwrap_or(zero);
@@ -239,7 +244,7 @@ impl Problem {
                 next = moved(scale);
             }
             let norm = |head: &Head| (dot(&head.weight, &head.weight) + head.bias * head.bias).sqrt();
-            let settled = norm(&step) <= 1e-10 * (1.0 + norm(&next));
+            let settled = scale * norm(&step) <= tolerance * (1.0 + norm(&next));
             (head, value) = (next, self.value(&moved(scale), lambda));
             ensure!(value.is_finite(), "the embeddings or the opinions hold numbers that are not finite");
             if settled {

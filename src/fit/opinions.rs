@@ -19,6 +19,9 @@ const LAMBDAS: [f64; 7] = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6];
 /// From so many pictures on one fold is enough to measure on.
 const MANY: usize = 2000;
 
+/// How near to the optimum heads are that only choose λ.
+const COARSE: f64 = 1e-3;
+
 /// Parts of what there is to learn from, for the learning curve.
 const SHARES: [usize; 4] = [8, 4, 2, 1];
 
@@ -57,6 +60,14 @@ pub struct Measure {
     pub stderr: f64,
     /// Choices or pictures.
     pub count: usize,
+}
+
+impl Measure {
+    /// `right` of `count`. The error is that of one more of either kind (Agresti and Coull 1998), which is not 0 where all are right.
+    fn of_share(right: f64, count: usize) -> Self {
+        let (n, likely) = (count as f64, (right + 1.0) / (count as f64 + 2.0));
+        Self { value: right / n, stderr: (likely * (1.0 - likely) / n).sqrt(), count }
+    }
 }
 
 /// What was learnt, and what is to be expected of it.
@@ -114,21 +125,31 @@ impl Data {
 
     /// The λ with the least loss on pictures that were not learnt from, by cross-validation within the folds `among`.
     fn best_lambda(&self, among: &[usize]) -> Result<f64> {
-        let mut losses = [0.0; LAMBDAS.len()];
-        for fold in among {
-            let (learn, judge) =
-                (self.problem(|row| among.contains(&self.folds[row]) && self.folds[row] != *fold), self.held(*fold));
-            let (Ok(learn), Some(judge)) = (learn, judge) else { continue };
-            let mut head = None;
-            for (loss, lambda) in losses.iter_mut().zip(LAMBDAS) {
-                let found = learn.solve(lambda, head.as_ref())?;
-                *loss += judge.mean_loss(&found) * judge.len() as f64;
-                head = Some(found);
+        let enough = if self.embeddings.rows() >= MANY { 1 } else { among.len() };
+        let parts = among[..enough].iter().filter_map(|fold| {
+            let learn = self.problem(|row| among.contains(&self.folds[row]) && self.folds[row] != *fold).ok()?;
+            Some((learn, self.held(*fold)?, None))
+        });
+        let mut parts: Vec<(Problem, Problem, Option<Head>)> = parts.collect();
+        ensure!(!parts.is_empty(), "{TOO_FEW}");
+        let (mut best, mut worse) = ((f64::INFINITY, LAMBDAS[0]), 0);
+        for lambda in LAMBDAS {
+            let mut loss = 0.0;
+            for (learn, judge, head) in &mut parts {
+                let found = learn.solve_to(lambda, head.as_ref(), COARSE)?;
+                loss += judge.mean_loss(&found) * judge.len() as f64;
+                *head = Some(found);
+            }
+            worse = if loss < best.0 { 0 } else { worse + 1 };
+            if loss < best.0 {
+                best = (loss, lambda);
+            }
+            // a weaker penalty only fits the noise more closely
+            if worse == 2 {
+                break;
             }
         }
-        ensure!(losses[0] > 0.0, "{TOO_FEW}");
-        let best = losses.iter().zip(LAMBDAS).min_by(|a, b| a.0.total_cmp(b.0));
-        Ok(best.map_or(LAMBDAS[0], |(_, lambda)| lambda))
+        Ok(best.1)
     }
 
     /// What a fold has to judge; also labels that are all alike.
@@ -163,8 +184,7 @@ impl Data {
         };
         ensure!(right.len() >= 2, "{TOO_FEW}");
         let count = right.len();
-        let value = right.iter().sum::<f64>() / count as f64;
-        Ok(Measure { value, stderr: (value * (1.0 - value) / count as f64).sqrt(), count })
+        Ok(Measure::of_share(right.iter().sum(), count))
     }
 
     /// The folds that are measured on.
@@ -192,6 +212,7 @@ impl Data {
             let learn = self.problem(|row| self.folds[row] != fold).context(TOO_FEW)?;
             let lambda = lambda.map_or_else(|| self.best_lambda(&others), Ok)?;
             let order = shuffled(learn.len(), fold as u64);
+            let mut last = None;
             for ((share, scores), count) in SHARES.iter().zip(&mut scores).zip(&mut counts) {
                 let part = learn.part(&order[..learn.len() / share]);
                 *count += part.len();
@@ -199,9 +220,10 @@ impl Data {
                     continue;
                 }
                 // the penalty of a mean loss weighs the more against fewer opinions
-                let head = part.solve(lambda * *share as f64, None)?;
+                let head = part.solve_to(lambda * *share as f64, last.as_ref(), COARSE)?;
                 let held = (0..scores.len()).filter(|row| self.folds[*row] == fold).collect::<Vec<_>>();
                 held.into_iter().for_each(|row| scores[row] = head.score(self.embeddings.row(row)));
+                last = Some(head);
             }
         }
         let mut curve = Vec::new();
@@ -241,8 +263,7 @@ impl Data {
             count += measure.count;
         }
         ensure!(count > 0, "{TOO_FEW}");
-        let value = right / count as f64;
-        Ok(Measure { value, stderr: (value * (1.0 - value) / count as f64).sqrt(), count })
+        Ok(Measure::of_share(right, count))
     }
 
     /// [`Self::measure`] of another score of every picture, on what heads are measured on.

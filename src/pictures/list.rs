@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Picture, Rows, is_picture};
 
 /// What a list may call the column of the pictures.
-pub(super) const FILE: [&str; 6] = ["file", "path", "image", "picture", "file_name", "filename"];
+pub const FILE: [&str; 6] = ["file", "path", "image", "picture", "file_name", "filename"];
 
 /// What a list may call the column of the prompts.
 pub(super) const PROMPT: [&str; 3] = ["prompt", "text", "caption"];

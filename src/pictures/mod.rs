@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use image::{DynamicImage, ImageReader, RgbImage};
 use rayon::prelude::*;
 
-pub use list::collect;
+pub use list::{FILE, collect};
 pub use prompt::{prompt_of, text_in_png};
 pub use rows::{Row, Rows};
 

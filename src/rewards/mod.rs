@@ -34,6 +34,7 @@ use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+pub use clip_head::{Embedder, HeadFile, aesthetic_scores};
 pub use detector::Detector;
 pub use image_reward::ImageJudge;
 pub use images::TapedImages;

@@ -48,6 +48,10 @@ impl Preprocessor {
         Self::new(method, clip.vision.image_size(), &clip.pixels, device)
     }
 
+    pub fn device(&self) -> &Device {
+        self.scale.device()
+    }
+
     /// With what belongs to the tower, all that decides the pixels.
     pub fn method(&self) -> Preprocess {
         self.method

@@ -11,9 +11,11 @@ use alignprop::models::sentence_pieces::SentencePieces;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::word_pieces::WordPieces;
 use alignprop::optim::AdamW;
+use alignprop::pictures::{Rows, text_in_png};
 use alignprop::report::Pairs;
 use alignprop::report::html::{Contents, Status, page};
 use alignprop::report::{Metrics, best, best_to_show};
+use alignprop::rewards::Rewards;
 use alignprop::training::adjoint_matching::Threshold;
 use alignprop::training::advantages::PromptStatistics;
 use alignprop::training::checkpoint::Checkpoint;
@@ -38,6 +40,68 @@ pub fn prompts(folder: &Path, extension: &str, shape: Shape, seed: &[u8]) -> Rea
             prompts.iter().for_each(|prompt| drop(prompt.to_string()));
             Ok(())
         }),
+    }
+}
+
+/// A list of pictures with scores.
+pub fn rows(folder: &Path, extension: &str, shape: Shape, seed: &[u8]) -> Reader {
+    Reader {
+        shape,
+        seeds: vec![seed.to_vec()],
+        words: words("file ~ score ~ prompt ~ ; ~ \t ~ \" ~ \"\" ~ null ~ true ~ 1e999 ~ nan ~ [] ~ {} ~ \u{feff}"),
+        read: of_file(folder.join(format!("rows.{extension}")), |path| {
+            let rows = Rows::read(path, &["file"])?;
+            ensure!(!rows.rows.is_empty(), "rows that are none");
+            for row in &rows.rows {
+                row.number(&["score"])?;
+                row.text(&["file"]).map(|name| rows.located(name));
+                row.text(&["prompt"]);
+            }
+            Ok(())
+        }),
+    }
+}
+
+/// ComfyUI's graph in a PNG.
+pub fn texts_in_png(folder: &Path) -> Reader {
+    let path = folder.join("a.png");
+    let graph =
+        br#"{"3": {"inputs": {"latent_image": ["5", 0], "positive": ["6", 0]}}, "6": {"inputs": {"text": "a cat"}}}"#;
+    Reader {
+        shape: Shape::Json,
+        seeds: vec![graph.to_vec()],
+        words: words("positive ~ conditioning ~ inputs ~ text ~ 3 ~ 6 ~ latent_image"),
+        read: Box::new(move |input| {
+            let text = std::str::from_utf8(input)?;
+            let mut encoder = png::Encoder::new(fs::File::create(&path)?, 1, 1);
+            encoder.add_itxt_chunk("prompt".into(), text.into())?;
+            encoder.write_header()?.write_image_data(&[9])?;
+            ensure!(text_in_png(&path).is_some_and(|prompt| !prompt.trim().is_empty()), "no prompt");
+            Ok(())
+        }),
+    }
+}
+
+/// What a head's file says of itself.
+pub fn head_of_fit(folder: &Path) -> Reader {
+    let path = folder.join("head.safetensors");
+    let clip = text(fixture("tiny-sd15/clip"));
+    let said = serde_json::json!({ "clip": clip, "preprocess": "clip-official", "layers": [{ "linear": "head" }] });
+    let header = [("alignprop.head".to_owned(), said.to_string())].into();
+    let tensors = [
+        ("head.weight".to_owned(), super::zeros(&[1, 24]).unwrap()),
+        ("head.bias".to_owned(), super::zeros(&[1]).unwrap()),
+    ];
+    alignprop::files::save_tensors(&path, &header, &tensors, DType::F32).unwrap();
+    let config = format!("[reward.clip-head]\nclip = '{clip}'\nhead = '{}'", path.display());
+    let config = Config::parse(&config, "x.toml", &[]).unwrap().reward;
+    let tokenizer = Source::open(&text(fixture("tiny-sd15/model/tokenizer"))).unwrap();
+    let tokenizer = std::sync::Arc::new(ClipTokenizer::load(&tokenizer).unwrap());
+    Reader {
+        shape: Shape::Safetensors,
+        seeds: vec![fs::read(&path).unwrap()],
+        words: words("alignprop.head ~ preprocess ~ squash ~ layers ~ linear ~ activation ~ relu ~ head"),
+        read: of_file(path, move |_| Rewards::load(&config, &tokenizer).map(drop)),
     }
 }
 

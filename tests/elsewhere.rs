@@ -300,7 +300,7 @@ fn faults_that_stay_are_errors_that_say_what_came() {
     for (fault, asked, expected) in [
         (Fault::Dead, 2, "cannot be asked"),
         (Fault::Half, 2, "cannot be asked"),
-        (Fault::HalfUnannounced, 2, "answered with half of an answer: `{\"scores\":"),
+        (Fault::HalfUnannounced, 2, "answered with half of an answer: `{\"scor"),
         (Fault::Slow(8000), 2, "gave no answer in time (`timeout`)"),
         (Fault::Status(500), 2, "answered with status 500"),
         (Fault::Status(404), 1, "answered with status 404"),

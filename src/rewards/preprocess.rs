@@ -49,7 +49,7 @@ impl Preprocessor {
     }
 
     pub fn device(&self) -> &Device {
-        self.scale.device()
+        &self.resizer.device
     }
 
     /// With what belongs to the tower, all that decides the pixels.
@@ -187,6 +187,15 @@ impl Resizer {
             x = x.permute(&[0, 1, 3, 2])?;
         }
         Ok(x)
+    }
+
+    /// torchvision's resize of the short side, then its centre crop: (B, C, H, W) -> (B, C, side, side).
+    pub fn short_side_and_centre(&self, x: &Value, side: usize) -> Result<Value> {
+        let (_, _, h, w) = x.tensor().dims4()?;
+        let short = h.min(w);
+        let [height, width] = [h, w].map(|n| if n == short { side } else { side * n / short });
+        let x = self.resize(x, height, width)?;
+        Ok(x.narrow(2, crop(height, side), side)?.narrow(3, crop(width, side), side)?)
     }
 
     /// Made once, and uploaded once where images are on a GPU.

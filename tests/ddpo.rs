@@ -270,7 +270,8 @@ fn a_group_shares_its_prompt_and_on_request_its_noise() {
     let (shared, own) = (spread(&[]), spread(&["method.shared_noise=false"]));
     assert!(shared < 1e-4 && own > 1e-3, "{shared} and {own}");
     let two = spread(&["train.gradient_accumulation_steps=2"]);
-    assert!(two > 1e-3, "two groups are not one: {two}");
+    // two prompts from one noise differ less than two noises
+    assert!(two > 10.0 * shared, "two groups are not one: {two} and {shared}");
 }
 
 #[test]
@@ -382,7 +383,7 @@ fn a_policy_learns_a_score_without_a_gradient() {
         };
         let before = redness(&lab.start.adapters);
         let mut state = lab.start.clone();
-        for _ in 0..12 {
+        for _ in 0..30 {
             lab.step(&mut state).unwrap();
         }
         let after = redness(&state.adapters);

@@ -3,6 +3,8 @@
 //! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
 //! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
+mod bertscore;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -305,6 +307,15 @@ const GRADIENTS: &str = "all LoRA gradients";
 fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static Bounds) -> Result<Report> {
     let text = std::fs::read_to_string(dir.join("reference.json"))
         .with_context(|| format!("{} holds no reference.json", dir.display()))?;
+    #[derive(Deserialize)]
+    struct Kind {
+        kind: Option<String>,
+    }
+    let reading = || format!("reading {}/reference.json", dir.display());
+    match serde_json::from_str::<Kind>(&text).with_context(reading)?.kind.as_deref() {
+        Some("bertscore") => return bertscore::compare(dir, &text, bounds),
+        _ => {}
+    }
     let reference: Reference =
         serde_json::from_str(&text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
     let head = match head {

@@ -1,5 +1,7 @@
 //! The models, loaded from the files that people have: Stable Diffusion pipelines and CLIP towers.
 
+mod borrowed;
+pub mod captioner;
 pub mod clip;
 pub mod hub;
 pub mod merge;
@@ -10,6 +12,7 @@ pub mod pipeline;
 mod single_file;
 mod staged;
 pub mod text_encoder;
+pub mod text_model;
 pub mod tokenizer;
 pub mod unet;
 pub mod vae;

@@ -4,6 +4,7 @@
 //! [`Objective`] turns a score into a loss. Several rewards add their weighted losses, on one tape, and each one's scores are
 //! reported. A new one is one file here and one table in the config.
 
+mod bertscore;
 mod clip_head;
 mod command;
 mod derivative;
@@ -15,6 +16,7 @@ mod program;
 mod server;
 mod text_image;
 mod vlm;
+mod vlm_bertscore;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -30,6 +32,7 @@ use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+pub use bertscore::{BertScore, Match};
 pub use images::TapedImages;
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};
@@ -296,6 +299,9 @@ impl Rewards {
         }
         if let Some(c) = &config.vlm {
             push("vlm", c.weight, vlm::vlm(c))?;
+        }
+        if let Some(c) = &config.vlm_bertscore {
+            push("vlm-bertscore", c.weight, vlm_bertscore::vlm_bertscore(c))?;
         }
         if rewards.is_empty() {
             bail!(

@@ -45,8 +45,14 @@ fn what_is_wrong_with_a_scorer_is_said() {
     for (found, expected) in [
         (error(&|path| std::fs::remove_file(path.join("tokenizer.json")).unwrap()), "save_pretrained"),
         (error(&|path| edit(&config(path), "\"bert\"", "\"deberta\"")), "its model_type is `deberta`; BERT"),
-        (error(&|path| edit(&config(path), "\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2")), "3 layers are asked for"),
-        (error(&|path| edit(&config(path), "\"num_attention_heads\": 3", "\"num_attention_heads\": 0")), "into 0 heads"),
+        (
+            error(&|path| edit(&config(path), "\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2")),
+            "3 layers are asked for",
+        ),
+        (
+            error(&|path| edit(&config(path), "\"num_attention_heads\": 3", "\"num_attention_heads\": 0")),
+            "into 0 heads",
+        ),
         (error(&|path| edit(&config(path), "\"hidden_size\": 24", "\"hidden_size\": 48")), "has shape"),
     ] {
         assert!(found.contains("loading the text model from") && found.contains(expected), "{found}");
@@ -139,8 +145,12 @@ fn the_reward_is_how_much_of_the_prompt_is_in_the_description() {
         },
     );
     let server = ServerConfig { url: server.url, ..Default::default() };
-    let config =
-        VlmBertscoreConfig { server: Some(server), model: "m".into(), reference: "{prompt}".into(), ..Default::default() };
+    let config = VlmBertscoreConfig {
+        server: Some(server),
+        model: "m".into(),
+        reference: "{prompt}".into(),
+        ..Default::default()
+    };
     let expected = prompts.each_ref().map(|prompt| scorer.compare("a dog on the beach", &prompt.text).unwrap().recall);
     assert_eq!(score(config), expected);
 }

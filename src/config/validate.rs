@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, ServerConfig,
-    Truncation, VlmAnswer,
+    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig,
+    ServerConfig, Truncation, VlmAnswer,
 };
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
@@ -318,7 +318,10 @@ pub fn parse_device(device: &str) -> Result<String, String> {
 
 impl ServerConfig {
     fn validate(&self, key: &str) -> Result<()> {
-        ensure!(!self.url.is_empty(), "{key}.url is empty: give the address of the server, such as http://127.0.0.1:8000/");
+        ensure!(
+            !self.url.is_empty(),
+            "{key}.url is empty: give the address of the server, such as http://127.0.0.1:8000/"
+        );
         ensure!(self.key_env.as_deref() != Some(""), "{key}.key_env is empty: name a variable, or leave it out");
         seconds(&format!("{key}.timeout"), self.timeout)?;
         at_least_one(&format!("{key}.concurrency"), self.concurrency)
@@ -377,11 +380,17 @@ mod tests {
             ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
             ("reward.command = {}", "reward.command.program is empty: name the program"),
             ("reward.command = { program = ['a'], timeout = 0 }", "reward.command.timeout = 0: must be seconds"),
-            ("reward.command = { program = ['a'], start_timeout = inf }", "reward.command.start_timeout = inf: must be"),
+            (
+                "reward.command = { program = ['a'], start_timeout = inf }",
+                "reward.command.start_timeout = inf: must be",
+            ),
             ("reward.command = { program = ['a'], target = nan }", "reward.command.target must be a finite number"),
             ("reward.http = {}", "reward.http.server.url is empty: give the address"),
             ("reward.http = { server.url = 'http://a', batch = 0 }", "reward.http.batch = 0: must be 1 or more"),
-            ("reward.http.server = { url = 'http://a', concurrency = 0 }", "reward.http.server.concurrency = 0: must be"),
+            (
+                "reward.http.server = { url = 'http://a', concurrency = 0 }",
+                "reward.http.server.concurrency = 0: must be",
+            ),
             ("reward.http.server = { url = 'http://a', timeout = -1 }", "reward.http.server.timeout = -1: must be"),
             ("reward.vlm.server.url = 'http://a'", "reward.vlm.model is empty"),
             ("reward.vlm = { server.url = 'http://a', model = 'm', answer = 'words' }", "reward.vlm.words: list what"),

@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{D, Device, Module, Tensor};
 use candle_transformers::models::{blip, blip_text};
-use image::imageops::{FilterType, resize};
 use image::RgbImage;
+use image::imageops::{FilterType, resize};
 use serde::Deserialize;
 use tokenizers::Tokenizer;
 
@@ -109,17 +109,21 @@ impl Captioner {
 
     fn build(source: &Source) -> Result<Self> {
         let Config { vision_config: vision, text_config: text } = source.read_json("config.json")?;
-        for (key, hidden, heads) in [
-            ("vision_config", vision.hidden_size, vision.num_attention_heads),
-            ("text_config", text.hidden_size, text.num_attention_heads),
+        for (key, hidden, heads, layers) in [
+            ("vision_config", vision.hidden_size, vision.num_attention_heads, vision.num_hidden_layers),
+            ("text_config", text.hidden_size, text.num_attention_heads, text.num_hidden_layers),
         ] {
+            ensure!(layers < 1000, "config.json: {key}: {layers} layers");
             ensure!(
                 heads > 0 && hidden > 0 && hidden < 1 << 16 && hidden.is_multiple_of(heads),
                 "config.json: {key}: hidden_size {hidden} does not divide into {heads} heads"
             );
         }
         let (side, patch) = (vision.image_size, vision.patch_size);
-        ensure!(patch > 0 && patch <= side && side < 1 << 14, "config.json: an image of {side} pixels in patches of {patch}");
+        ensure!(
+            patch > 0 && patch <= side && side < 1 << 14,
+            "config.json: an image of {side} pixels in patches of {patch}"
+        );
         ensure!(
             (2..1 << 16).contains(&text.max_position_embeddings) && (1..1 << 24).contains(&text.vocab_size),
             "config.json: {} positions, {} tokens",
@@ -133,7 +137,9 @@ impl Captioner {
         let Some(file) = source.find("tokenizer.json")? else {
             return Err(source.missing("a tokenizer (`tokenizer.json`)"));
         };
-        let tokenizer = Tokenizer::from_file(&file).map_err(|e| anyhow!(e)).with_context(|| format!("reading {}", file.display()))?;
+        let tokenizer = Tokenizer::from_file(&file)
+            .map_err(|e| anyhow!(e))
+            .with_context(|| format!("reading {}", file.display()))?;
         let weights = Weights::open(source, "model", None)?;
         let (positions, bos, eos) = (text.max_position_embeddings, text.bos_token_id, text.sep_token_id);
         let config = blip::Config {
@@ -174,7 +180,8 @@ impl Captioner {
     /// # Errors
     /// The pixels do not fill the picture.
     pub fn describe(&self, pixels: Vec<u8>, width: usize, height: usize, max_tokens: usize) -> Result<String> {
-        let picture = RgbImage::from_raw(width as u32, height as u32, pixels).context("pixels that do not fill the picture")?;
+        let picture =
+            RgbImage::from_raw(width as u32, height as u32, pixels).context("pixels that do not fill the picture")?;
         let ids = self.generate(&self.input(&picture)?, max_tokens)?;
         Ok(self.tokenizer.decode(&ids, true).map_err(|e| anyhow!(e))?.trim().to_owned())
     }

@@ -71,7 +71,10 @@ impl TextModel {
     pub fn encode(&self, text: &str) -> Result<(Vec<u32>, Tensor)> {
         let ids = self.tokenizer.encode(text, true).map_err(|e| anyhow!(e))?.get_ids().to_vec();
         if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab_size) {
-            bail!("the tokenizer gives the id {id}, and the model has {}: they do not belong together", self.vocab_size);
+            bail!(
+                "the tokenizer gives the id {id}, and the model has {}: they do not belong together",
+                self.vocab_size
+            );
         }
         ensure!(!ids.is_empty(), "the tokenizer gives no ids for `{text}`: it adds no [CLS] and [SEP]");
         let tensor = Tensor::new(&*ids, &Device::Cpu)?.unsqueeze(0)?;
@@ -98,7 +101,8 @@ fn tokenizer(source: &Source, positions: usize) -> Result<Tokenizer> {
             source.label()
         );
     };
-    let mut tokenizer = Tokenizer::from_file(&file).map_err(|e| anyhow!(e)).with_context(|| format!("reading {}", file.display()))?;
+    let mut tokenizer =
+        Tokenizer::from_file(&file).map_err(|e| anyhow!(e)).with_context(|| format!("reading {}", file.display()))?;
     let limits = match source.find("tokenizer_config.json")? {
         Some(_) => source.read_json("tokenizer_config.json")?,
         None => Limits::default(),
@@ -107,9 +111,7 @@ fn tokenizer(source: &Source, positions: usize) -> Result<Tokenizer> {
     let max_length = limits.model_max_length.map_or(positions, |n| positions.min(n as usize));
     ensure!(max_length > 2, "tokenizer_config.json: model_max_length leaves no room for text");
     tokenizer.with_padding(None);
-    tokenizer
-        .with_truncation(Some(TruncationParams { max_length, ..Default::default() }))
-        .map_err(|e| anyhow!(e))?;
+    tokenizer.with_truncation(Some(TruncationParams { max_length, ..Default::default() })).map_err(|e| anyhow!(e))?;
     Ok(tokenizer)
 }
 

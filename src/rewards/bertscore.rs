@@ -89,7 +89,8 @@ impl BertScore {
         ensure!(similarities.dims() == [c_ids.len(), r_ids.len()], "{:?} similarities", similarities.dims());
         let counts = |id: &u32| !self.special.contains(id);
         let mean = |best: Vec<f64>, ids: &[u32]| {
-            let counted: Vec<f64> = best.into_iter().zip(ids).filter(|(_, id)| counts(id)).map(|(best, _)| best).collect();
+            let counted: Vec<f64> =
+                best.into_iter().zip(ids).filter(|(_, id)| counts(id)).map(|(best, _)| best).collect();
             counted.iter().sum::<f64>() / counted.len() as f64
         };
         let precision = mean(similarities.max(1)?.to_vec1()?, &c_ids);

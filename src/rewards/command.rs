@@ -212,9 +212,9 @@ pub(super) fn scores_of(answer: &str, pictures: usize) -> Result<Vec<f64>> {
     let start: String = answer.chars().take(200).collect();
     let parse = |text: &str| serde_json::from_str::<Answer>(text);
     let python = || parse(&answer.replace("-Infinity", "null").replace("Infinity", "null").replace("NaN", "null"));
-    let Answer { scores, error } = parse(answer).or_else(|_| python()).with_context(|| {
-        format!("it answered `{}`, where {{\"scores\": [..]}} was expected", shown(&start))
-    })?;
+    let Answer { scores, error } = parse(answer)
+        .or_else(|_| python())
+        .with_context(|| format!("it answered `{}`, where {{\"scores\": [..]}} was expected", shown(&start)))?;
     ensure!(error.is_none(), "it answered with an error: {}", shown(error.unwrap_or_default()));
     let scores = scores.with_context(|| format!("its answer `{}` has no \"scores\"", shown(&start)))?;
     ensure!(scores.len() == pictures, "it gave {} scores for {pictures} pictures", scores.len());

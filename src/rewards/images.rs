@@ -16,7 +16,8 @@ use crate::nn::Value;
 /// One image (3, H, W) in [-1, 1] as a PNG file, rounded as diffusers rounds.
 pub(super) fn png_bytes(image: &Tensor) -> Result<Vec<u8>> {
     let (_, height, width) = image.dims3()?;
-    let picture = RgbImage::from_raw(width as u32, height as u32, to_bytes(image)?).context("an image without pixels")?;
+    let picture =
+        RgbImage::from_raw(width as u32, height as u32, to_bytes(image)?).context("an image without pixels")?;
     let mut file = Cursor::new(Vec::new());
     picture.write_to(&mut file, ImageFormat::Png)?;
     Ok(file.into_inner())

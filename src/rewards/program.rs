@@ -149,9 +149,7 @@ impl Running {
                 Ok(answer)
             }
             Ok(Err(error)) => Err(format!("gave no answer that can be read: {error}")),
-            Err(RecvTimeoutError::Timeout) => {
-                Err(format!("gave no answer within {} s (`{key}`)", limit.as_secs_f64()))
-            }
+            Err(RecvTimeoutError::Timeout) => Err(format!("gave no answer within {} s (`{key}`)", limit.as_secs_f64())),
             Err(RecvTimeoutError::Disconnected) => Err("gave no answer".to_owned()),
         }
     }
@@ -256,10 +254,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let lives = folder.path().join("lives");
         // answers twice in each life
-        let text = format!(
-            "echo x >> '{0}'; read -r q; echo 1 $q; read -r q; echo 2 $q; read -r q; exit 3",
-            lives.display()
-        );
+        let text =
+            format!("echo x >> '{0}'; read -r q; echo 1 $q; read -r q; echo 2 $q; read -r q; exit 3", lives.display());
         let program = script(&text, PATIENT, PATIENT, 1);
         assert_eq!(["a", "b", "c", "d"].map(|q| program.ask(q).unwrap()), ["1 a", "2 b", "1 c", "2 d"]);
         assert_eq!(std::fs::read_to_string(lives).unwrap(), "x\nx\n");
@@ -268,11 +264,19 @@ mod tests {
     #[test]
     fn a_failure_says_what_the_program_wrote_to_stderr() {
         for (text, limits, parts) in [
-            ("echo 'no such model' >&2; exit 3", (PATIENT, PATIENT), ["gave no answer", "exit status: 3", "no such model"]),
+            (
+                "echo 'no such model' >&2; exit 3",
+                (PATIENT, PATIENT),
+                ["gave no answer", "exit status: 3", "no such model"],
+            ),
             ("read q; printf half", (PATIENT, PATIENT), ["`half` has no end", "exit status: 0", "nothing to stderr"]),
             ("echo loading >&2; sleep 60", (PATIENT, 100), ["within 0.1 s (`start_timeout`)", "loading", "loading"]),
             ("read q; echo 1; sleep 60", (100, PATIENT), ["within 0.1 s (`timeout`)", "nothing", "stderr"]),
-            ("read q; echo 1; echo 2; sleep 60", (PATIENT, PATIENT), ["wrote `2` without being asked", "nothing", "stderr"]),
+            (
+                "read q; echo 1; echo 2; sleep 60",
+                (PATIENT, PATIENT),
+                ["wrote `2` without being asked", "nothing", "stderr"],
+            ),
             // neither reads nor writes, and its child holds the pipes open
             ("sleep 60 & sleep 60", (100, 100), ["within 0.1 s", "nothing", "stderr"]),
         ] {

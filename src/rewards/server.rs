@@ -44,7 +44,10 @@ impl Server {
     pub fn new(config: &ServerConfig, key: &str) -> Result<Self> {
         let url = Url::parse(&config.url).ok().filter(|url| ["http", "https"].contains(&url.scheme()));
         let url = url.with_context(|| {
-            format!("{key}.url = \"{}\": give the address of the server, such as http://127.0.0.1:8000/", shown(&config.url))
+            format!(
+                "{key}.url = \"{}\": give the address of the server, such as http://127.0.0.1:8000/",
+                shown(&config.url)
+            )
         })?;
         let secret = |name: &String| {
             std::env::var(name).with_context(|| format!("{key}.key_env names the variable {name}, which is not set"))
@@ -137,7 +140,9 @@ impl Server {
         let start = shown(text.chars().take(300).collect::<String>());
         match status.as_u16() {
             200..300 => {}
-            408 | 425 | 429 | 500.. => return Err(Failure::Passing(format!("answered with status {status}: {start}"), wanted)),
+            408 | 425 | 429 | 500.. => {
+                return Err(Failure::Passing(format!("answered with status {status}: {start}"), wanted));
+            }
             _ => return Err(Failure::Lasting(format!("answered with status {status}: {start}"))),
         }
         // a server that breaks off without having announced a length

@@ -61,8 +61,8 @@ fn text_of(answer: &str) -> Result<String> {
         content: Option<String>,
     }
     let start = || shown(answer.chars().take(300).collect::<String>());
-    let completion: Completion =
-        serde_json::from_str(answer).with_context(|| format!("it answered `{}`, which is no completion of a chat", start()))?;
+    let completion: Completion = serde_json::from_str(answer)
+        .with_context(|| format!("it answered `{}`, which is no completion of a chat", start()))?;
     let Some(Choice { message: Message { content: Some(text) } }) = completion.choices.into_iter().next() else {
         bail!("its completion `{}` has no text", start());
     };
@@ -130,9 +130,9 @@ pub(super) fn fill(text: &str, prompt: &Prompt) -> Result<String> {
     let (mut filled, mut rest) = (String::new(), text);
     while let Some((before, after)) = rest.split_once('{') {
         filled += before;
-        let name = after.split_once('}').filter(|(name, _)| {
-            !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "_-".contains(c))
-        });
+        let name = after
+            .split_once('}')
+            .filter(|(name, _)| !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "_-".contains(c)));
         let Some((name, behind)) = name else {
             filled.push('{');
             rest = after;
@@ -142,7 +142,10 @@ pub(super) fn fill(text: &str, prompt: &Prompt) -> Result<String> {
             _ if name == "prompt" => filled += &prompt.text,
             Some(Json::String(field)) => filled += field,
             Some(field) => filled += &field.to_string(),
-            None => bail!("`{}` asks for `{name}`, and the prompt `{prompt}` has no such field: it needs a file of prompts with fields (`prompts.file`)", shown(text)),
+            None => bail!(
+                "`{}` asks for `{name}`, and the prompt `{prompt}` has no such field: it needs a file of prompts with fields (`prompts.file`)",
+                shown(text)
+            ),
         }
         rest = behind;
     }
@@ -238,7 +241,8 @@ mod tests {
         ] {
             assert_eq!(yes_or_no(text), expected, "{text}");
         }
-        let share = |text: &str, words: &[&str]| share(text, &words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>());
+        let share =
+            |text: &str, words: &[&str]| share(text, &words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>());
         assert_eq!(share("There are TWO red foxes.", &["two|2", "red foxes", "fox", "snow"]), 0.5);
         assert_eq!(share("2 dogs", &["two|2"]), 1.0);
         assert_eq!(share("sixx", &["six"]), 0.0);
@@ -246,7 +250,9 @@ mod tests {
 
     #[test]
     fn the_text_of_a_completion_is_found_and_other_answers_are_shown() {
-        let answer = |content: &str| format!(r#"{{"id": 1, "choices": [{{"message": {{"role": "assistant", "content": {content}}}}}]}}"#);
+        let answer = |content: &str| {
+            format!(r#"{{"id": 1, "choices": [{{"message": {{"role": "assistant", "content": {content}}}}}]}}"#)
+        };
         assert_eq!(text_of(&answer(r#"" 7 ""#)).unwrap(), "7");
         assert_eq!(text_of(&answer(r#""<think>1 or 2?\n</think>\n\n3""#)).unwrap(), "3");
         for (answer, expected) in [

@@ -36,7 +36,12 @@ pub(super) fn vlm_bertscore(config: &VlmBertscoreConfig) -> Result<Judge> {
         },
     };
     let scorer = BertScore::load(&config.scorer, config.layers)?;
-    Ok(Judge::Score(Box::new(VlmBertscore { describer, reference: config.reference.clone(), scorer, part: config.score })))
+    Ok(Judge::Score(Box::new(VlmBertscore {
+        describer,
+        reference: config.reference.clone(),
+        scorer,
+        part: config.score,
+    })))
 }
 
 impl Score for VlmBertscore {
@@ -69,9 +74,8 @@ impl VlmBertscore {
             }
             Describer::Captioner { captioner, max_tokens } => {
                 let (_, _, height, width) = images.tensor().dims4()?;
-                let describe = |row: usize| {
-                    captioner.describe(to_bytes(&images.tensor().get(row)?)?, width, height, *max_tokens)
-                };
+                let describe =
+                    |row: usize| captioner.describe(to_bytes(&images.tensor().get(row)?)?, width, height, *max_tokens);
                 (0..prompts.len()).map(describe).collect()
             }
         }

@@ -43,7 +43,8 @@ impl Server {
         let (seen, most, handlers) = (asked.clone(), at_once.clone(), Arc::new((fault, answer)));
         std::thread::spawn(move || {
             for (number, stream) in listener.incoming().enumerate() {
-                let (seen, most, under_way, handlers) = (seen.clone(), most.clone(), under_way.clone(), handlers.clone());
+                let (seen, most, under_way, handlers) =
+                    (seen.clone(), most.clone(), under_way.clone(), handlers.clone());
                 std::thread::spawn(move || {
                     most.fetch_max(under_way.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                     let mut stream = stream.unwrap();

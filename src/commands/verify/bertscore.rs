@@ -32,8 +32,7 @@ pub(super) fn compare(dir: &Path, text: &str, bounds: &Bounds) -> Result<Report>
         let path = dir.join(format!("{name}.safetensors"));
         let expected = candle_core::safetensors::load(&path, &Device::Cpu)
             .with_context(|| format!("reading {}", path.display()))?;
-        let tensor =
-            |name: &str| expected.get(name).with_context(|| format!("{} has no `{name}`", path.display()));
+        let tensor = |name: &str| expected.get(name).with_context(|| format!("{} has no `{name}`", path.display()));
         let scorer = BertScore::of(&Source::open(&dir.join(name).to_string_lossy())?, reference.num_layers)?;
         let (mut wrong_ids, mut scores) = (0.0, Vec::new());
         for (n, Pair { candidate, reference }) in reference.pairs.iter().enumerate() {

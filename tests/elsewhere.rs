@@ -121,7 +121,7 @@ fn of(command: CommandConfig) -> Rewards {
 }
 
 fn faulty(fault: &str, gradient: bool) -> CommandConfig {
-    CommandConfig { program: program(fault), gradient, timeout: 20.0, restarts: 0, ..Default::default() }
+    CommandConfig { program: program(fault), gradient, timeout: 60.0, restarts: 0, ..Default::default() }
 }
 
 /// Scores of two images, and the gradient of their sum.
@@ -191,14 +191,30 @@ fn faults_of_a_program_are_told_apart() {
     for (fault, gradient, parts) in [
         ("dead", false, ["gave no answer and ended", "its stderr ends with", "out of memory, for example"]),
         ("half", false, ["{\"sc", "has no end", "exit status: 0"]),
-        ("wrong", false, ["it answered `Loading checkpoint shards: 100%`", "{\"scores\": [..]} was expected", "the program `sh -c"]),
+        (
+            "wrong",
+            false,
+            ["it answered `Loading checkpoint shards: 100%`", "{\"scores\": [..]} was expected", "the program `sh -c"],
+        ),
         ("too few", false, ["it gave 1 scores for 2 pictures", "the program", "sh"]),
         ("error", false, ["it answered with an error: no such picture", "the program", "sh"]),
         ("NaN", false, ["the reward `command` gave NaN", "", ""]),
-        ("negative", true, ["returns gradients that are not those of its scores", "by the gradient it should be", "check_gradient = false"]),
+        (
+            "negative",
+            true,
+            [
+                "returns gradients that are not those of its scores",
+                "by the gradient it should be",
+                "check_gradient = false",
+            ],
+        ),
         ("twice", true, ["returns gradients that are not those of its scores", "by the gradient it should be", ""]),
         ("none", true, ["left no gradients of its scores", "there is no file", "-gradients.safetensors"]),
-        ("of another shape", true, ["left no gradients of its scores", "has shape [1, 3, 39, 32], expected [1, 3, 40, 32]", ""]),
+        (
+            "of another shape",
+            true,
+            ["left no gradients of its scores", "has shape [1, 3, 39, 32], expected [1, 3, 40, 32]", ""],
+        ),
         ("of another name", true, ["left no gradients of its scores", "the nearest key is `grads`", ""]),
     ] {
         let rewards = of(faulty(fault, gradient));
@@ -242,7 +258,7 @@ fn counts(question: &Json) -> String {
 
 fn on(server: &Server, change: impl FnOnce(&mut HttpConfig)) -> Rewards {
     let mut http = HttpConfig { batch: 2, ..Default::default() };
-    http.server = ServerConfig { url: server.url.clone(), timeout: 10.0, ..Default::default() };
+    http.server = ServerConfig { url: server.url.clone(), timeout: 60.0, ..Default::default() };
     change(&mut http);
     Rewards::load(&RewardsConfig { http: Some(http), ..Default::default() }, &tokenizer()).unwrap()
 }
@@ -257,7 +273,7 @@ const SEVEN: [f64; 7] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
 
 #[test]
 fn a_server_scores_pictures_some_at_a_time_and_in_order() {
-    let server = Server::start(|number| Fault::Slow(if number == 0 { 400 } else { 200 }), counts);
+    let server = Server::start(|number| Fault::Slow(if number == 0 { 2000 } else { 1000 }), counts);
     assert_eq!(seven(&on(&server, |http| http.server.concurrency = 3)).unwrap(), SEVEN);
     assert_eq!((server.count(), server.at_once.load(std::sync::atomic::Ordering::SeqCst)), (4, 3));
     let asked = server.asked.lock().unwrap();
@@ -268,9 +284,12 @@ fn a_server_scores_pictures_some_at_a_time_and_in_order() {
 
 #[test]
 fn faults_that_may_pass_are_tried_again() {
-    for fault in [Fault::Dead, Fault::Half, Fault::HalfUnannounced, Fault::Slow(5000), Fault::Status(503), Fault::Status(429)] {
+    for fault in
+        [Fault::Dead, Fault::Half, Fault::HalfUnannounced, Fault::Slow(8000), Fault::Status(503), Fault::Status(429)]
+    {
         let server = Server::start(move |number| if number < 2 { fault } else { Fault::None }, counts);
-        let patient = |http: &mut HttpConfig| (http.server.timeout, http.server.concurrency) = (1.0, 1);
+        let timeout = if matches!(fault, Fault::Slow(_)) { 2.0 } else { 60.0 };
+        let patient = |http: &mut HttpConfig| (http.server.timeout, http.server.concurrency) = (timeout, 1);
         assert_eq!(seven(&on(&server, patient)).unwrap(), SEVEN, "{fault:?}");
         assert_eq!(server.count(), 4 + 2, "{fault:?}");
     }
@@ -281,13 +300,14 @@ fn faults_that_stay_are_errors_that_say_what_came() {
     for (fault, asked, expected) in [
         (Fault::Dead, 2, "cannot be asked"),
         (Fault::Half, 2, "cannot be asked"),
-        (Fault::HalfUnannounced, 2, "answered with half of an answer: `{\"scores\":"),
-        (Fault::Slow(5000), 2, "gave no answer in time (`timeout`)"),
+        (Fault::HalfUnannounced, 2, "answered with half of an answer: `{\"scor"),
+        (Fault::Slow(8000), 2, "gave no answer in time (`timeout`)"),
         (Fault::Status(500), 2, "answered with status 500"),
         (Fault::Status(404), 1, "answered with status 404"),
     ] {
         let server = Server::start(move |_| fault, counts);
-        let hasty = |http: &mut HttpConfig| (http.server.timeout, http.server.retries) = (0.5, 1);
+        let timeout = if matches!(fault, Fault::Slow(_)) { 0.5 } else { 60.0 };
+        let hasty = |http: &mut HttpConfig| (http.server.timeout, http.server.retries) = (timeout, 1);
         let error = on(&server, hasty).scores(&images(1), &prompts(1)).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains(&server.url), "{fault:?}: {error}");
         assert_eq!(server.count(), asked, "{fault:?}");
@@ -314,7 +334,11 @@ fn faults_that_stay_are_errors_that_say_what_came() {
     let mut config = HttpConfig::default();
     for (url, key, expected) in [
         ("no address", None, "reward.http.server.url = \"no address\": give the address"),
-        ("http://a/", Some("NO_SUCH_VARIABLE_HERE"), "reward.http.server.key_env names the variable NO_SUCH_VARIABLE_HERE"),
+        (
+            "http://a/",
+            Some("NO_SUCH_VARIABLE_HERE"),
+            "reward.http.server.key_env names the variable NO_SUCH_VARIABLE_HERE",
+        ),
     ] {
         config.server = ServerConfig { url: url.to_owned(), key_env: key.map(str::to_owned), ..Default::default() };
         let rewards = RewardsConfig { http: Some(config.clone()), ..Default::default() };
@@ -357,4 +381,20 @@ fn a_vision_language_model_is_asked_and_its_answers_become_scores() {
     assert_eq!(score(VlmConfig { otherwise: Some(0.5), ..lost }).unwrap(), 0.5);
     let error = score(asking("How many {animal}s?", VlmAnswer::Number)).unwrap_err().to_string();
     assert!(error.contains("no such field"), "{error}");
+}
+
+/// The example of docs/rewards.md on the CLIP of a built-in reward.
+#[test]
+#[ignore = "needs Python with torch, torchvision, transformers and safetensors, as `python3` or as ALIGNPROP_PYTHON"]
+fn the_example_in_pytorch_gives_the_gradients_of_the_reward_that_is_built_in() {
+    let python = std::env::var("ALIGNPROP_PYTHON").unwrap_or("python3".into());
+    let (clip, tokenizer) = (text(fixture("tiny-sd15/clip")), text(fixture("tiny-sd15/model/tokenizer")));
+    let program = format!("['{python}', 'docs/rewards/reward.py', '{clip}', '{tokenizer}']");
+    let of_program = format!("reward={{ command = {{ program = {program}, gradient = true }} }}");
+    let built_in = format!("reward={{ clip-score = {{ model = '{clip}', tokenizer = '{tokenizer}' }} }}");
+    let [of_program, built_in] = [of_program, built_in].map(|reward| Experiment::trained(&[&reward]));
+    let apart = distance(&of_program.first_gradients(), &built_in.first_gradients());
+    assert!(norm(&built_in.first_gradients()) > 0.0 && apart < 1e-4, "{apart}");
+    let apart = distance(&of_program.adapters(2), &built_in.adapters(2));
+    assert!(apart < 1e-4, "{apart}");
 }

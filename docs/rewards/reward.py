@@ -12,7 +12,7 @@ from torchvision.transforms import CenterCrop, Normalize, Resize
 from transformers import CLIPModel, CLIPTokenizer
 
 name = sys.argv[1]
-clip, tokenizer = CLIPModel.from_pretrained(name).eval(), CLIPTokenizer.from_pretrained(sys.argv[2] if len(sys.argv) > 2 else name)
+clip, tokenizer = CLIPModel.from_pretrained(name).float().eval(), CLIPTokenizer.from_pretrained(sys.argv[2] if len(sys.argv) > 2 else name)
 side = clip.config.vision_config.image_size
 normalize = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 

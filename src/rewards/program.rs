@@ -1,6 +1,5 @@
 //! A program of the user's that stays open and answers lines.
 
-use std::fmt::Display;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -17,7 +16,7 @@ const LONGEST: u64 = 16 << 20;
 /// As much of what the program wrote to stderr is kept for an error, in bytes.
 const LAST_WORDS: usize = 2000;
 /// How long a program may take to end when nobody asks any more.
-const FAREWELL: Duration = Duration::from_secs(2);
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// How long a program may think, and how often it is started again.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +85,13 @@ fn name(words: &[String]) -> String {
     format!("the program `{}`", shown(words.join(" ")))
 }
 
+/// Why there is no answer.
+struct Failure {
+    why: String,
+    /// It has closed its stdout, so that its status is worth waiting for.
+    is_ending: bool,
+}
+
 /// One life of the program. Its group of processes is its own: Ctrl-C, which lets a run finish its step, must not end it.
 struct Running {
     name: String,
@@ -132,10 +138,11 @@ impl Running {
         Ok(Self { name, child, questions: Some(questions), answers, stderr: Some(stderr), has_answered: false })
     }
 
-    fn ask(&mut self, question: &str, limits: &Limits) -> Result<String, String> {
+    fn ask(&mut self, question: &str, limits: &Limits) -> Result<String, Failure> {
         if let Ok(Ok(line)) = self.answers.try_recv() {
-            let line: String = line.chars().take(60).collect();
-            return Err(format!("wrote `{}` without being asked: only answers belong on its stdout", shown(line)));
+            let line = shown(line.chars().take(60).collect::<String>());
+            let why = format!("wrote `{line}` without being asked: only answers belong on its stdout");
+            return Err(Failure { why, is_ending: false });
         }
         // where this fails the program has ended, and so has its stdout
         let _ = self.questions.as_ref().map(|questions| questions.send(format!("{question}\n")));
@@ -143,30 +150,34 @@ impl Running {
             true => (limits.answer, "timeout"),
             false => (limits.first_answer, "start_timeout"),
         };
-        match self.answers.recv_timeout(limit) {
+        let (why, is_ending) = match self.answers.recv_timeout(limit) {
             Ok(Ok(answer)) => {
                 self.has_answered = true;
-                Ok(answer)
+                return Ok(answer);
             }
-            Ok(Err(error)) => Err(format!("gave no answer that can be read: {error}")),
-            Err(RecvTimeoutError::Timeout) => Err(format!("gave no answer within {} s (`{key}`)", limit.as_secs_f64())),
-            Err(RecvTimeoutError::Disconnected) => Err("gave no answer".to_owned()),
-        }
+            Ok(Err(error)) => (format!("gave no answer that can be read: {error}"), true),
+            Err(RecvTimeoutError::Timeout) => {
+                (format!("gave no answer within {} s (`{key}`)", limit.as_secs_f64()), false)
+            }
+            Err(RecvTimeoutError::Disconnected) => ("gave no answer".to_owned(), true),
+        };
+        Err(Failure { why, is_ending })
     }
 
     /// Ends the program, and says what it said.
-    fn last_words(mut self, failure: impl Display) -> Error {
-        // one that closed its stdout is ending by itself, and its status is telling
-        let status = self.wait(FAREWELL / 4).map_or(String::new(), |status| format!(" and ended ({status})"));
+    fn last_words(mut self, Failure { why, is_ending }: Failure) -> Error {
+        let status = if is_ending { self.wait(FAREWELL) } else { None };
+        let status = status.map_or(String::new(), |status| format!(" and ended ({status})"));
         self.kill();
-        let said = self.stderr.take().filter(|thread| wait_until(FAREWELL / 4, || thread.is_finished()));
+        // another process may hold the pipe
+        let said = self.stderr.take().filter(|thread| wait_until(FAREWELL, || thread.is_finished()));
         let said = said.and_then(|thread| thread.join().ok()).unwrap_or_default();
         let said = shown_lines(String::from_utf8_lossy(&said).replace('\r', "\n"));
         let said = match said.trim() {
             "" => "; it wrote nothing to stderr".to_owned(),
             said => format!("; its stderr ends with\n{said}"),
         };
-        anyhow!("{} {failure}{status}{said}", self.name)
+        anyhow!("{} {why}{status}{said}", self.name)
     }
 
     fn wait(&mut self, limit: Duration) -> Option<std::process::ExitStatus> {
@@ -272,26 +283,26 @@ mod tests {
             ("read q; printf half", (PATIENT, PATIENT), ["`half` has no end", "exit status: 0", "nothing to stderr"]),
             ("echo loading >&2; sleep 60", (PATIENT, 100), ["within 0.1 s (`start_timeout`)", "loading", "loading"]),
             ("read q; echo 1; sleep 60", (100, PATIENT), ["within 0.1 s (`timeout`)", "nothing", "stderr"]),
-            (
-                "read q; echo 1; echo 2; sleep 60",
-                (PATIENT, PATIENT),
-                ["wrote `2` without being asked", "nothing", "stderr"],
-            ),
             // neither reads nor writes, and its child holds the pipes open
             ("sleep 60 & sleep 60", (100, 100), ["within 0.1 s", "nothing", "stderr"]),
         ] {
             let program = script(text, limits.0, limits.1, 0);
             let long = "q".repeat(100_000); // more than a pipe takes
-            let asked = std::iter::repeat_with(|| {
-                std::thread::sleep(Duration::from_millis(100)); // what is written unasked is there before the next question
-                program.ask(&long)
-            });
-            let error = asked.take(3).find_map(Result::err).unwrap().to_string();
+            let error = std::iter::repeat_with(|| program.ask(&long)).find_map(Result::err).unwrap().to_string();
             assert!(error.starts_with("the program `sh -c "), "{error}");
             for part in parts {
                 assert!(error.contains(part), "{text}: {error}");
             }
         }
+    }
+
+    #[test]
+    fn a_line_that_nobody_asked_for_is_shown() {
+        let program = script("read q; echo 1; echo Loading; sleep 60", PATIENT, PATIENT, 0);
+        assert_eq!(program.ask("a").unwrap(), "1");
+        std::thread::sleep(Duration::from_secs(2)); // it comes at some time
+        let error = program.ask("b").unwrap_err().to_string();
+        assert!(error.contains("wrote `Loading` without being asked"), "{error}");
     }
 
     #[test]

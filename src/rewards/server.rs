@@ -118,7 +118,8 @@ impl Server {
                     std::thread::sleep(wanted.unwrap_or(pause).min(LONGEST_PAUSE));
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
-                Err(Failure::Passing(why, _)) => bail!("{} {why} (asked {asked} times)", self.name()),
+                Err(Failure::Passing(why, _)) if asked > 1 => bail!("{} {why} (asked {asked} times)", self.name()),
+                Err(Failure::Passing(why, _)) => bail!("{} {why}", self.name()),
                 Err(Failure::Lasting(why)) => bail!("{} {why}", self.name()),
             }
         }

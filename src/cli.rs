@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use toml::Value;
 
-use crate::config::{Checkpointing, Precision, REWARD_KINDS, parse_device};
+use crate::config::{Checkpointing, Precision, REWARD_KINDS, SamplerKind, parse_device};
 
 /// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
 #[derive(Parser, Debug)]
@@ -21,25 +22,33 @@ pub enum Command {
     Train(TrainArgs),
     /// Score a checkpoint beside the base model, on the same prompts and noise
     Eval(EvalArgs),
+    /// Score pictures that exist with any rewards
+    Score(ScoreArgs),
     /// Average LoRAs into one, or mix them with the base model
     Soup(SoupArgs),
     /// Write a LoRA for another program, or a whole model with the LoRA folded in
     Export(ExportArgs),
     /// Make images, with or without a LoRA
     Sample(SampleArgs),
+    /// Print a preset, to start an experiment from, or list them
+    Config(PresetArgs),
     /// List the runs in a folder: their best rewards, steps, time and settings
     Runs(RunsArgs),
     /// Compare this program's numbers with recorded ones of the reference implementation
     Verify(VerifyArgs),
     /// Time one optimizer step, with its memory and its arithmetic
     Bench(BenchArgs),
+    /// Print the completions of a shell
+    Completions(CompletionArgs),
+    /// Write the manual as man pages
+    Man(ManArgs),
 }
 
 /// Where the experiment's settings come from.
 #[derive(Args, Debug)]
 pub struct ConfigArgs {
-    /// The experiment file; without it, the defaults, and for train configs/emoji.toml: the repository's small model
-    #[arg(long, value_name = "FILE")]
+    /// The experiment: a file or a preset's name; without it, the defaults, and for train the preset emoji
+    #[arg(long, value_name = "FILE_OR_PRESET")]
     pub config: Option<PathBuf>,
 
     /// Change one setting, for example optimizer.lr=1e-4; may be given again
@@ -69,6 +78,24 @@ impl DeviceArgs {
     }
 }
 
+/// How images are denoised, instead of what the config's `[sampler]` says.
+#[derive(Args, Debug)]
+pub struct SolverArgs {
+    /// How images are denoised; instead of sampler.kind
+    #[arg(long, value_name = "KIND")]
+    pub sampler: Option<SamplerKind>,
+
+    /// Noise levels as Karras et al. space them, for another sampler than ddim; as sampler.karras = true
+    #[arg(long)]
+    pub karras: bool,
+}
+
+impl SolverArgs {
+    fn given(&self) -> [Given; 2] {
+        [("sampler.kind", self.sampler.map(name)), ("sampler.karras", self.karras.then(|| true.into()))]
+    }
+}
+
 /// A setting that a flag gives, where it is there.
 type Given = (&'static str, Option<Value>);
 
@@ -86,9 +113,9 @@ fn name(value: impl ValueEnum) -> Value {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  alignprop train --config configs/aesthetic.toml
-  alignprop train --config configs/aesthetic.toml --set truncation.rule=fixed --set truncation.k=1
-  alignprop train --config configs/hps.toml --set reward.aesthetic.weight=0 --set run.dir=runs/hps-2
+  alignprop train --config aesthetic
+  alignprop train --config aesthetic --set truncation.rule=fixed --set truncation.k=1
+  alignprop train --config hps --set reward.aesthetic.weight=0 --set run.dir=runs/hps-2
   alignprop train --resume runs/aesthetic --set train.steps=200")]
 pub struct TrainArgs {
     #[command(flatten)]
@@ -130,7 +157,8 @@ Examples:
   alignprop eval --checkpoint runs/aesthetic
   alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
   alignprop eval --checkpoint runs/aesthetic --lora-scale 0,0.25,0.5,1 --lora-start 700
-  alignprop eval --checkpoint lora.safetensors --config configs/hps.toml --reward hps --lora-scale 0.5")]
+  alignprop eval --checkpoint runs/aesthetic --sampler dpmpp-2m --karras
+  alignprop eval --checkpoint lora.safetensors --config hps --reward hps --lora-scale 0.5")]
 pub struct EvalArgs {
     /// A run folder (its last checkpoint, its config) or a LoRA file
     #[arg(long, value_name = "RUN_OR_FILE")]
@@ -170,6 +198,9 @@ pub struct EvalArgs {
     #[arg(long)]
     pub ema: bool,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// Folder for the images and the scores as JSON
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -186,8 +217,98 @@ impl EvalArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
         let rewards = ("run.reward_precision", self.reward_precision.map(name));
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]).chain(self.solver.given()))
+    }
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop config
+  alignprop config aesthetic > mine.toml")]
+pub struct PresetArgs {
+    /// The preset to print; without it, their list
+    #[arg(value_name = "NAME")]
+    pub name: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop score pictures --reward aesthetic --sort aesthetic
+  alignprop score a.png b.jpg --reward hps pickscore --prompt \"a cat\"
+  alignprop score list.csv --config configs/hps.toml --format jsonl --sheet sheet.png
+  alignprop score pictures --reward clip-score --embeddings vectors.safetensors
+
+A prompt is that of --prompt, else the list's, else that of a .txt file of the picture's name, else what AUTOMATIC1111 or
+ComfyUI wrote into a PNG. A picture that cannot be scored is named on stderr, and the others are scored.")]
+pub struct ScoreArgs {
+    /// Pictures (PNG, JPEG, WebP), folders of them, or lists (.csv, .tsv, .json, .jsonl) with a column `file`, relative to
+    /// the list, and perhaps `prompt`
+    #[arg(value_name = "PICTURES", required = true)]
+    pub pictures: Vec<PathBuf>,
+
+    /// Rewards to score with: of the config, or with their default models; without it, all of the config
+    #[arg(long, value_name = "KIND", num_args = 1.., value_parser = REWARD_KINDS)]
+    pub reward: Vec<String>,
+
+    /// What all pictures are to show; instead of each one's own prompt
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    /// Prepare the pictures as the config's rewards do in training; without it, as the packages do that the scores come from
+    #[arg(long)]
+    pub as_trained: bool,
+
+    /// How the scores are printed
+    #[arg(long, value_enum, default_value_t)]
+    pub format: ScoreFormat,
+
+    /// The highest of this reward first
+    #[arg(long, value_name = "KIND", value_parser = REWARD_KINDS)]
+    pub sort: Option<String>,
+
+    /// Write a picture of the best and the worst, by --sort or the first reward
+    #[arg(long, value_name = "FILE")]
+    pub sheet: Option<PathBuf>,
+
+    /// Write the towers' unit vectors of the pictures that were scored, as safetensors: a tensor for each reward that has one
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+
+    /// Pictures that a tower takes at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub batch: usize,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
+    /// Format of the towers; instead of run.reward_precision, and without both that of the rest
+    #[arg(long, value_name = "PRECISION")]
+    pub reward_precision: Option<Precision>,
+}
+
+impl ScoreArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        let rewards = ("run.reward_precision", self.reward_precision.map(name));
         settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
     }
+}
+
+/// How `score` prints.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ScoreFormat {
+    /// For eyes
+    #[default]
+    Table,
+    /// For spreadsheets, and for `fit`
+    Csv,
+    /// An object on each line
+    Jsonl,
 }
 
 #[derive(Args, Debug)]
@@ -331,6 +452,9 @@ pub struct SampleArgs {
     #[arg(long, value_name = "G", value_parser = finite)]
     pub guidance_scale: Option<f64>,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// DDIM noise, from 0 to 1; instead of sampler.eta
     #[arg(long, value_name = "ETA", value_parser = finite)]
     pub eta: Option<f64>,
@@ -372,7 +496,7 @@ impl SampleArgs {
             ("sampler.height", whole(self.height)),
             ("sampler.width", whole(self.width)),
         ];
-        settings(&self.config.set, given.into_iter().chain(self.device.given()))
+        settings(&self.config.set, given.into_iter().chain(self.solver.given()).chain(self.device.given()))
     }
 }
 
@@ -494,6 +618,28 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop completions bash > ~/.local/share/bash-completion/completions/alignprop
+  alignprop completions zsh > ~/.zfunc/_alignprop
+  alignprop completions fish > ~/.config/fish/completions/alignprop.fish")]
+pub struct CompletionArgs {
+    /// The shell that reads them
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop man ~/.local/share/man/man1")]
+pub struct ManArgs {
+    /// The folder to write them in; missing ones are made
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
 /// An architecture whose shapes are known without files.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
@@ -565,7 +711,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 26);
+        assert_eq!(count, 36);
     }
 
     #[test]
@@ -631,7 +777,7 @@ mod tests {
             ("alignprop train --precision fp16", "a similar value exists: 'f16'"),
             (
                 "alignprop eval --checkpoint r --reward hpsv2",
-                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility, command, http, vlm, vlm-bertscore]",
+                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility, count, object, command, http, vlm, vlm-bertscore]",
             ),
             ("alignprop eval --checkpoint r --seeds 0", "is not a whole number, 1 or more"),
             ("alignprop sample -o out.png", "--prompt <TEXT>..."),

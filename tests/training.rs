@@ -534,7 +534,18 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
     ];
     assert_eq!(listing(&folder), expected);
     let report = fs::read_to_string(folder.join("report.html")).unwrap();
-    assert!(report.contains("optimizer step 2 of 2") && report.matches("data:image/png").count() == 2);
+    for part in [
+        "optimizer step 2 of 2 · Finished",
+        "Before and after",
+        "at step 0 and at step 2",
+        "<h3>a red dog</h3>",
+        "Next: ",
+    ] {
+        assert!(report.contains(part), "{part}");
+    }
+    // a grid, a list and three pictures a step; of the first and the last the page has the pictures
+    assert_eq!(listing(&folder.join("samples")).len(), 3 * 5);
+    assert!(report.matches("data:image/png").count() == 6);
     assert_eq!(listing(&folder.join("tensorboard")).len(), 1);
     assert_eq!(run.checkpoints(), ["step-000000", "step-000001", "step-000002"]);
     let expected = ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"];

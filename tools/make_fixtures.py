@@ -14,6 +14,8 @@ tiny-sd15, tiny-sd21   one reference set each, the folders that `alignprop verif
     parts.safetensors        inputs, outputs and input gradients of each model alone
     chain_*.safetensors      rewards and LoRA gradients through the DDIM chain, one file per case of reference.json
     train3.safetensors       the LoRA factors after three optimizer steps
+tiny-yolos             a detector in the transformers layout (model/), what it sees in two images (parts.safetensors), and the distribution
+                       of counts of given logits (count.safetensors)
 lora/                  the adapter tiny-sd15/lora_start.safetensors in three file formats
 tokenizer_cases.json   prompts and their ids in both small tokenizers
 guidance_rescale.safetensors   guidance of two images with diffusers' rescale_noise_cfg, and its gradients, in f64
@@ -28,7 +30,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, YolosConfig, YolosForObjectDetection
 
 MERGES = 600
 BOS, EOS = 512 + MERGES, 513 + MERGES  # 256 bytes, 256 bytes that end a word, the merges, two special tokens
@@ -312,6 +314,64 @@ def make_guidance_rescale(path):
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
 
 
+def count_log_probs(logits, label):
+    """log P(N = 0..Q) of the number N of tokens of a class, and the expected number."""
+    everything = torch.logsumexp(logits, -1)
+    p = logits[:, label] - everything
+    q = torch.logsumexp(torch.cat([logits[:, :label], logits[:, label + 1:]], 1), -1) - everything
+    rows = [torch.zeros((), dtype=logits.dtype)]
+    for i in range(len(p)):
+        rows = [rows[0] + q[i]] + [torch.logaddexp(rows[k] + q[i], rows[k - 1] + p[i]) for k in range(1, i + 1)] + [rows[i] + p[i]]
+    return torch.stack(rows), p.exp().sum()
+
+
+def make_yolos(out):
+    """A YOLOS of 4 detection tokens with position embeddings between its layers. The second image is resized to multiples of the patch."""
+    torch.manual_seed(7)
+    labels, patch, tokens = ["N/A", "cat", "dog", "fox", "N/A"], 8, 4
+    model = perturb(YolosForObjectDetection(YolosConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=[3 * patch, 4 * patch], patch_size=patch,
+        num_detection_tokens=tokens, use_mid_position_embeddings=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)})), gain=4)
+    for name, p in model.named_parameters():
+        if p.ndim > 2 and ("token" in name or "position" in name):
+            p.data = torch.randn_like(p) * 0.5
+    model.save_pretrained(f"{out}/model")
+    statistics = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    json.dump(dict(feature_extractor_type="YolosFeatureExtractor", **statistics), open(f"{out}/model/preprocessor_config.json", "w"), indent=2)
+    model, resized, parts, cases = model.double(), [2 * patch, 4 * patch], {}, []
+    mean, std = (torch.tensor(v).double().view(1, 3, 1, 1) for v in statistics.values())
+    for n, size in enumerate([(3 * patch, 3 * patch), (2 * patch + 5, 5 * patch - 3)]):
+        image = (torch.rand(1, 3, *size).double() * 2.4 - 1.2).requires_grad_(True)
+        x = (image / 2 + 0.5).clamp(0, 1)
+        if any(v % patch for v in size):
+            x = torchvision.transforms.functional.resize(x, resized, antialias=True)
+        pixels = (x - mean) / std
+        found = model(pixel_values=pixels)
+        logits = found.logits[0]
+        parts |= {f"image_{n}": image, f"pixels_{n}": pixels, f"logits_{n}": logits, f"boxes_{n}": found.pred_boxes[0]}
+        for label in (1, 3):
+            distribution, expected = count_log_probs(logits, label)
+            parts[f"log_probs_{n}_class{label}"] = distribution
+            (parts[f"dexpected_{n}_class{label}"],) = torch.autograd.grad(expected, image, retain_graph=True)
+            for count in (0, 2):
+                (parts[f"dreward_{n}_class{label}_n{count}"],) = torch.autograd.grad(distribution[count], image, retain_graph=True)
+                cases.append(dict(image=n, label=label, name=labels[label], n=count, reward=distribution[count].item(), expected=expected.item()))
+    save_f32(parts, f"{out}/parts.safetensors")
+    plain, alone = random(tokens, len(labels) + 1), {}
+    sure = plain.clone()
+    sure[:, -1] += 25; sure[0, 1] = 38; sure[1, 1] = -41
+    for name, logits in (("plain", plain), ("sure", sure)):
+        logits = logits.float().double().requires_grad_(True)
+        distribution, expected = count_log_probs(logits, 1)
+        alone |= {f"{name}_logits": logits, f"{name}_log_probs": distribution, f"{name}_expected": expected.reshape(1)}
+        (alone[f"{name}_dexpected"],) = torch.autograd.grad(expected, logits, retain_graph=True)
+        for count in (0, 1, tokens):
+            (alone[f"{name}_dlogits_n{count}"],) = torch.autograd.grad(distribution[count], logits, retain_graph=True)
+    save_f32(alone, f"{out}/count.safetensors")
+    json.dump(dict(kind="yolos", labels=labels, detection_tokens=tokens, cases=cases, count_label=1), open(f"{out}/reference.json", "w"), indent=1)
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("tokenizer")
@@ -329,6 +389,7 @@ def main():
         make_set(s, f"{a.out}/{name}", tokenizers[name])
     make_lora_files(f"{a.out}/tiny-sd15", f"{a.out}/lora")
     make_guidance_rescale(f"{a.out}/guidance_rescale.safetensors")
+    make_yolos(f"{a.out}/tiny-yolos")
     stored = {name: CLIPTokenizer.from_pretrained(f"{a.out}/{name}/model/tokenizer") for name in SETS}
     cases = [dict(prompt=p, **{name: t(p, padding="max_length", truncation=True, max_length=77).input_ids for name, t in stored.items()}) for p in TOKENIZER_PROMPTS]
     with open(f"{a.out}/tokenizer_cases.json", "w") as f:

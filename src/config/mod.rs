@@ -5,6 +5,7 @@
 //! checks the ranges. A path in a config is relative to the current directory, as in diffusers; a run's own
 //! config has whole paths (`paths`).
 
+mod method;
 mod paths;
 mod prompt_file;
 mod prompts;
@@ -19,9 +20,13 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
+pub use method::{
+    AdjointMatchingConfig, AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression,
+    RwrConfig, RwrSparseConfig, Selection, WindowConfig,
+};
 pub use prompts::{Prompt, PromptsConfig};
-pub use read::concerns;
-pub use text::{shown, shown_lines};
+pub use read::{concerns, nearest};
+pub use text::{decode, shell_word, shown, shown_lines};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.
@@ -59,6 +64,7 @@ pub struct Config {
     pub model: ModelConfig,
     pub lora: LoraConfig,
     pub sampler: SamplerConfig,
+    pub method: Method,
     pub truncation: Truncation,
     pub reward: RewardsConfig,
     pub prompts: PromptsConfig,
@@ -174,6 +180,12 @@ impl LoraConfig {
 table! {
     /// `[sampler]`: how images are made, in training and in evaluation.
     pub struct SamplerConfig {
+        /// How the noise is taken away: `ddim`, or `euler`, `euler-ancestral`, `dpmpp-2m` as diffusers' EulerDiscrete,
+        /// EulerAncestralDiscrete and DPMSolverMultistep schedulers do it. Training goes with `ddim`; `sample` and `eval`
+        /// with all of them.
+        kind: SamplerKind = SamplerKind::Ddim,
+        /// Noise levels as Karras et al. 2022 space them, for the others than `ddim`. Absent: as the pipeline's scheduler says.
+        karras: Option<bool> = None,
         /// Denoising steps of one image; 1 or more. Time grows in proportion.
         num_inference_steps: usize = 50,
         /// Classifier-free guidance; 0 or more. 1 or less turns it off and halves the work.
@@ -182,7 +194,7 @@ table! {
         /// (not at all) to 1 (the guided prediction has the standard deviation of the prompt's). 0.7 is the paper's. Its
         /// gradient goes through the standard deviations.
         guidance_rescale: f64 = 0.0,
-        /// Noise of the DDIM step: from 0 (deterministic) to 1 (ancestral, as DDPM).
+        /// Noise of the DDIM step, for `ddim` alone: from 0 (deterministic) to 1 (ancestral, as DDPM).
         eta: f64 = 0.0,
         /// Image height in pixels. Absent: the size that the model was trained on.
         height: Option<usize> = None,
@@ -191,6 +203,23 @@ table! {
         /// What guidance moves away from.
         negative_prompt: String = String::new(),
     }
+}
+
+/// How images are denoised.
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum SamplerKind {
+    /// DDIM: what is trained
+    #[default]
+    Ddim,
+    /// Euler
+    Euler,
+    /// Euler ancestral, "Euler a": adds noise in each step
+    EulerAncestral,
+    /// DPM-Solver++ 2M
+    #[serde(rename = "dpmpp-2m")]
+    #[value(name = "dpmpp-2m")]
+    Dpmpp2m,
 }
 
 /// `[truncation]`: which denoising steps keep their gradient. `rule` names the variant, the other keys are its fields.
@@ -263,7 +292,7 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 11] = [
+pub const REWARD_KINDS: [&str; 13] = [
     "aesthetic",
     "clip-head",
     "hps",
@@ -271,6 +300,8 @@ pub const REWARD_KINDS: [&str; 11] = [
     "pickscore",
     "compressibility",
     "incompressibility",
+    "count",
+    "object",
     "command",
     "http",
     "vlm",
@@ -288,6 +319,8 @@ pub struct RewardsConfig {
     pub pickscore: Option<PickscoreConfig>,
     pub compressibility: Option<CompressibilityConfig>,
     pub incompressibility: Option<CompressibilityConfig>,
+    pub count: Option<CountConfig>,
+    pub object: Option<ObjectConfig>,
     pub command: Option<CommandConfig>,
     pub http: Option<HttpConfig>,
     pub vlm: Option<VlmConfig>,
@@ -309,11 +342,23 @@ impl RewardsConfig {
             pickscore: pick(wanted("pickscore"), &self.pickscore),
             compressibility: pick(wanted("compressibility"), &self.compressibility),
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
+            count: pick(wanted("count"), &self.count),
+            object: pick(wanted("object"), &self.object),
             command: pick(wanted("command"), &self.command),
             http: pick(wanted("http"), &self.http),
             vlm: pick(wanted("vlm"), &self.vlm),
             vlm_bertscore: pick(wanted("vlm-bertscore"), &self.vlm_bertscore),
         }
+    }
+
+    /// The same rewards with the preprocessings that their scores are published with.
+    pub fn as_published(mut self) -> Self {
+        let clip = Preprocess::ClipOfficial;
+        self.aesthetic.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self.hps.iter_mut().for_each(|reward| reward.preprocess = Preprocess::Hpsv2Official);
+        self.clip_score.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self.pickscore.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self
     }
 
     /// The configured rewards: kind and weight, in the order of [`REWARD_KINDS`].
@@ -326,6 +371,8 @@ impl RewardsConfig {
             self.pickscore.as_ref().map(|reward| reward.weight),
             self.compressibility.as_ref().map(|reward| reward.weight),
             self.incompressibility.as_ref().map(|reward| reward.weight),
+            self.count.as_ref().map(|reward| reward.weight),
+            self.object.as_ref().map(|reward| reward.weight),
             self.command.as_ref().map(|reward| reward.weight),
             self.http.as_ref().map(|reward| reward.weight),
             self.vlm.as_ref().map(|reward| reward.weight),
@@ -436,6 +483,42 @@ table! {
     pub struct CompressibilityConfig {
         /// Factor of its loss; finite. 0: logged, not trained.
         weight: f64 = 1.0,
+    }
+}
+
+table! {
+    /// `[reward.count]`: log P(N = n) for the number N of things that a detector sees and the number n that the prompt asks
+    /// for. Class and number are the prompt's fields `object` and `count`, else what its text says ("three cats"). The loss is
+    /// -score. Logged beside it: the expected count (`count-expected`) and the thresholded one (`count-detected`).
+    pub struct CountConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own. Either way both
+        /// sides become multiples of the detector's patch.
+        size: Option<usize> = None,
+        /// The probability above which `count-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+    }
+}
+
+table! {
+    /// `[reward.object]`: log P(N >= 1), whether a detector sees a thing of the class, or its opposite, log P(N = 0). The loss
+    /// is -score. Logged beside it: `object-expected` and `object-detected`, as for `[reward.count]`.
+    pub struct ObjectConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own.
+        size: Option<usize> = None,
+        /// The probability above which `object-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+        /// The class, whatever the prompts say. Absent: the prompt's field `object`, else what its text names.
+        object: Option<String> = None,
+        /// Whether the object is to be absent: the score is log P(N = 0), as for removing a concept.
+        remove: bool = false,
     }
 }
 
@@ -574,6 +657,9 @@ pub enum Preprocess {
     /// Short side to the tower's size, antialiased bilinear, then the centre: what AlignProp trains with.
     #[default]
     Alignprop,
+    /// Short side to the tower's size, bicubic, then the centre: what CLIP scores, PickScore and the LAION predictor are
+    /// published with.
+    ClipOfficial,
     /// Longest side to the tower's size, bicubic, zeros around: what HPSv2 reports its scores with.
     Hpsv2Official,
     /// Both sides to the tower's size, whatever the aspect ratio.
@@ -617,7 +703,7 @@ pub enum LrSchedule {
 table! {
     /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
     pub struct TrainConfig {
-        /// Optimizer steps; 1 or more.
+        /// Optimizer steps; 1 or more. Of `ddpo`, `grpo` and `rwr`: rounds.
         steps: usize = 100,
         /// Images of one micro-batch; 1 or more. More is faster where memory allows.
         batch_size: usize = 1,
@@ -675,6 +761,8 @@ table! {
     pub struct RegularizationConfig {
         /// Weight of the mean squared difference of the noise predictions from the base model's, over the steps that
         /// keep their gradient (the KL term of DRaFT+); 0 or more. Each such step then evaluates the base model too.
+        /// With `ddpo` and `grpo` the weight of the KL divergence of each trained step from the base model's, a mean over the
+        /// latent's elements (Flow-GRPO).
         kl_weight: f64 = 0.0,
         /// Decay of an exponential moving average of the adapters, d in `average <- d average + (1 - d) adapters`;
         /// 0 or more and less than 1. 0: none. It is saved beside the adapters.
@@ -696,6 +784,9 @@ table! {
         /// Stop after so many evaluations in a row in which the training reward rose while the held-out score fell;
         /// 0: never.
         patience: usize = 3,
+        /// Stop where the training rewards are sharper than this on the guard's images: how much the loss rises where an image is moved
+        /// against them (RSA-FT's S1; by `method.rho`, or 0.01); more than 0. Absent: never.
+        max_sharpness: Option<f64> = None,
         /// The first prompts of the list to evaluate on; 1 or more.
         num_prompts: usize = 8,
         /// Images of each prompt; 1 or more, and 2 or more for a diversity.
@@ -710,8 +801,9 @@ table! {
 table! {
     /// `[run]`: where the run goes and what it runs on.
     pub struct RunConfig {
-        /// The run's folder: config, metrics, samples, checkpoints.
-        dir: PathBuf = "runs/alignprop".into(),
+        /// The run's folder: config, metrics, samples, checkpoints. Absent: `runs/NAME` with the name of the config file, or the
+        /// first of `runs/NAME-2`, `runs/NAME-3` and so on that no run has.
+        dir: Option<PathBuf> = None,
         /// Every random number of the run follows from it; up to 2^63 - 1, the largest TOML integer.
         seed: u64 = 0,
         /// `cpu`, or `cuda` or `cuda:N` in a build with GPU kernels (`--features cuda`).
@@ -764,6 +856,14 @@ mod tests {
     }
 
     #[test]
+    fn presets_name_no_folder_so_that_each_run_gets_one() {
+        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")).unwrap() {
+            let file = entry.unwrap().file_name();
+            assert_eq!(preset(file.to_str().unwrap()).run.dir, None, "{}", file.display());
+        }
+    }
+
+    #[test]
     fn presets_are_the_official_runs() {
         for name in ["aesthetic", "aesthetic-k1", "hps", "hps-k1"] {
             let config = preset(&format!("{name}.toml"));
@@ -774,7 +874,6 @@ mod tests {
             let mut lora = LoraConfig::default();
             lora.resolve();
             assert_eq!(config.lora, lora);
-            assert_eq!(config.run.dir, Path::new("runs").join(name));
             let truncation = if name.ends_with("-k1") { Truncation::Fixed { k: 1 } } else { Truncation::default() };
             assert_eq!(config.truncation, truncation);
             let reward = name.trim_end_matches("-k1");
@@ -847,7 +946,7 @@ mod tests {
     fn to_toml_has_its_tables_in_order() {
         let text = Config::parse("reward.hps = {}", "x.toml", &[]).unwrap().to_toml().unwrap();
         let tables: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
-        let order = "[model] [lora] [sampler] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
+        let order = "[model] [lora] [sampler] [method] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
                      [regularization.reward_cap] [run] [guard] [guard.reward]";
         assert_eq!(tables.join(" "), order, "{text}");
         assert!(text.contains("betas = [0.9, 0.999]\n"), "{text}");

@@ -43,8 +43,18 @@ impl Config {
         let mut names = vec![&mut self.model.path];
         names.extend([self.model.config.as_mut(), self.model.tokenizer.as_mut()].into_iter().flatten());
         for rewards in [&mut self.reward, &mut self.guard.reward] {
-            let RewardsConfig { aesthetic, clip_head, hps, clip_score, pickscore, command, vlm_bertscore, .. } =
-                rewards;
+            let RewardsConfig {
+                aesthetic,
+                clip_head,
+                hps,
+                clip_score,
+                pickscore,
+                count,
+                object,
+                command,
+                vlm_bertscore,
+                ..
+            } = rewards;
             names.extend(vlm_bertscore.iter_mut().flat_map(|reward| [&mut reward.captioner, &mut reward.scorer]));
             // of a command the files: its script, not a word that happens to be a folder's name, nor a program of `PATH`
             let words = command.iter_mut().flat_map(|reward| reward.program.iter_mut().enumerate());
@@ -66,6 +76,8 @@ impl Config {
                 names.push(&mut reward.model);
                 names.extend(reward.tokenizer.as_mut());
             }
+            names.extend(count.as_mut().map(|reward| &mut reward.model));
+            names.extend(object.as_mut().map(|reward| &mut reward.model));
         }
         names
     }

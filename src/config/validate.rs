@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{
     CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig,
-    ServerConfig, Truncation, VlmAnswer,
+    SamplerKind, ServerConfig, Truncation, VlmAnswer,
 };
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
@@ -18,8 +18,20 @@ impl Config {
     /// Checks the ranges and what one table demands of another. What only the model knows (its image size, its
     /// layers) is checked where the model is loaded.
     pub fn validate(&self) -> Result<()> {
-        let Config { model, lora, sampler, truncation, reward, prompts, optimizer, train, regularization, run, guard } =
-            self;
+        let Config {
+            model,
+            lora,
+            sampler,
+            method,
+            truncation,
+            reward,
+            prompts,
+            optimizer,
+            train,
+            regularization,
+            run,
+            guard,
+        } = self;
 
         ensure!(!model.path.is_empty(), "model.path is empty: give a folder or a hub id");
         ensure!(model.variant.as_deref() != Some(""), "model.variant is empty: leave it out for the plain files");
@@ -54,6 +66,10 @@ impl Config {
         );
         let eta = sampler.eta;
         ensure!((0.0..=1.0).contains(&eta), "sampler.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
+        ensure!(
+            sampler.karras != Some(true) || sampler.kind != SamplerKind::Ddim,
+            "sampler.karras = true: that goes with another sampler.kind than \"ddim\": euler, euler-ancestral or dpmpp-2m"
+        );
         for (key, size) in [("sampler.height", sampler.height), ("sampler.width", sampler.width)] {
             ensure!(size != Some(0), "{key} = 0: give pixels, or leave it out for the model's own size");
             ensure!(size.is_none_or(|n| n <= MAX_SIDE), "{key} = {}: at most {MAX_SIDE} pixels", size.unwrap_or(0));
@@ -99,13 +115,22 @@ impl Config {
             train.steps
         );
 
+        method.validate(self)?;
         if let Some(budget) = train.memory_budget {
             more_than_zero("train.memory_budget", budget)?;
         }
         regularization.validate(reward)?;
         guard.validate()?;
+        ensure!(
+            guard.max_sharpness.is_none() || method.differentiates_rewards(),
+            "guard.max_sharpness with method.kind = \"{}\": sharpness is of the reward's gradient, which this method does not ask for",
+            method.name()
+        );
 
-        ensure!(!run.dir.as_os_str().is_empty(), "run.dir is empty: give the run a folder, for example runs/mine");
+        ensure!(
+            run.dir.as_ref().is_none_or(|dir| !dir.as_os_str().is_empty()),
+            "run.dir is empty: give the run a folder, for example runs/mine"
+        );
         ensure!(i64::try_from(run.seed).is_ok(), "run.seed = {}: must be less than 2^63, TOML's limit", run.seed);
         if let Err(error) = parse_device(&run.device) {
             bail!("run.device = \"{}\": {error}", run.device);
@@ -116,8 +141,12 @@ impl Config {
         at_least_one("run.num_samples", run.num_samples)
     }
 
-    /// Training needs a reward to follow.
+    /// Training needs a reward to follow, and differentiates DDIM alone.
     pub fn require_trained(&self) -> Result<()> {
+        ensure!(
+            self.sampler.kind == SamplerKind::Ddim,
+            "sampler.kind: training goes with \"ddim\"; the others draw images in `sample` and `eval` (--sampler)"
+        );
         let weights = self.reward.weights();
         if weights.iter().any(|(_, weight)| *weight != 0.0) {
             return Ok(());
@@ -222,6 +251,9 @@ impl GuardConfig {
     fn validate(&self) -> Result<()> {
         at_least_one("guard.num_prompts", self.num_prompts)?;
         at_least_one("guard.seeds", self.seeds)?;
+        if let Some(sharpness) = self.max_sharpness {
+            ensure!(sharpness > 0.0, "guard.max_sharpness = {sharpness}: must be more than 0; inf never stops");
+        }
         if let Some(prompts) = &self.prompts {
             prompts.validate().context("in guard")?;
         }
@@ -254,6 +286,25 @@ impl RewardsConfig {
         }
         named.extend(self.clip_score.iter().map(|reward| ("clip-score.model", &reward.model)));
         named.extend(self.pickscore.iter().map(|reward| ("pickscore.model", &reward.model)));
+        named.extend(self.object.iter().filter_map(|reward| Some(("object.object", reward.object.as_ref()?))));
+        let detectors = self
+            .count
+            .iter()
+            .map(|reward| ("count", &reward.model, reward.size, reward.threshold))
+            .chain(self.object.iter().map(|reward| ("object", &reward.model, reward.size, reward.threshold)));
+        for (kind, model, size, threshold) in detectors {
+            ensure!(!model.is_empty(), "reward.{kind}.model is empty: say where it is");
+            if let Some(size) = size {
+                ensure!(
+                    (1..=MAX_SIDE).contains(&size),
+                    "reward.{kind}.size = {size}: must be from 1 to {MAX_SIDE} pixels"
+                );
+            }
+            ensure!(
+                (0.0..=1.0).contains(&threshold),
+                "reward.{kind}.threshold = {threshold}: must be a probability, from 0 to 1; 0.5 is usual"
+            );
+        }
         if let Some(command) = &self.command {
             targets.push(("command", command.target));
             ensure!(
@@ -334,17 +385,17 @@ fn seconds(key: &str, value: f64) -> Result<()> {
     Ok(())
 }
 
-fn at_least_one(key: &str, value: usize) -> Result<()> {
+pub(super) fn at_least_one(key: &str, value: usize) -> Result<()> {
     ensure!(value >= 1, "{key} = {value}: must be 1 or more");
     Ok(())
 }
 
-fn more_than_zero(key: &str, value: f64) -> Result<()> {
+pub(super) fn more_than_zero(key: &str, value: f64) -> Result<()> {
     ensure!(value > 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, more than 0");
     Ok(())
 }
 
-fn zero_or_more(key: &str, value: f64) -> Result<()> {
+pub(super) fn zero_or_more(key: &str, value: f64) -> Result<()> {
     ensure!(value >= 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, 0 or more");
     Ok(())
 }
@@ -372,12 +423,17 @@ mod tests {
             ("sampler.guidance_rescale = nan", "sampler.guidance_rescale = NaN: must be from 0 (off) to 1"),
             ("sampler.eta = -0.1", "sampler.eta = -0.1: must be from 0"),
             ("sampler.eta = 1.1", "sampler.eta = 1.1: must be from 0"),
+            ("sampler.karras = true", "sampler.karras = true: that goes with another sampler.kind"),
             ("sampler.height = 0", "sampler.height = 0: give pixels"),
             ("reward.hps.weight = inf", "reward.hps.weight = inf: must be a finite number"),
             ("reward.hps.file = ''", "reward.hps.file is empty"),
             ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
             ("reward.clip-head.head = 'h.pth'", "reward.clip-head.layers has no linear layer"),
             ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
+            ("reward.count.size = 0", "reward.count.size = 0: must be from 1 to"),
+            ("reward.count.model = ''", "reward.count.model is empty"),
+            ("reward.object.threshold = 1.5", "reward.object.threshold = 1.5: must be a probability"),
+            ("reward.object.object = ''", "reward.object.object is empty"),
             ("reward.command = {}", "reward.command.program is empty: name the program"),
             ("reward.command = { program = ['a'], timeout = 0 }", "reward.command.timeout = 0: must be seconds"),
             (
@@ -418,6 +474,7 @@ mod tests {
                 "regularization.reward_cap.clip-score: the config has no such reward; it has hps",
             ),
             ("guard.seeds = 0", "guard.seeds = 0: must be 1 or more"),
+            ("guard.max_sharpness = 0", "guard.max_sharpness = 0: must be more than 0"),
             ("guard.num_prompts = 0", "guard.num_prompts = 0: must be 1 or more"),
             ("guard.reward.hps.file = ''", "in guard: reward.hps.file is empty"),
             ("guard.prompts.list = []", "in guard: prompts.list is empty"),
@@ -458,6 +515,7 @@ mod tests {
     fn training_needs_a_reward() {
         let error = |text| Config::parse(text, "x.toml", &[]).unwrap().require_trained().unwrap_err().to_string();
         assert!(error("").starts_with("the config has no reward to train: add a table [reward.KIND]"));
+        assert!(error("sampler.kind = 'dpmpp-2m'\nreward.hps = {}").starts_with("sampler.kind: training goes with"));
         assert_eq!(
             error("reward = { hps.weight = 0, pickscore.weight = 0.0 }"),
             "the weight of every reward (hps, pickscore) is 0, so nothing would be trained: set reward.hps.weight to 1"

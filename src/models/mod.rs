@@ -14,9 +14,11 @@ mod staged;
 pub mod text_encoder;
 pub mod text_model;
 pub mod tokenizer;
+mod transformer;
 pub mod unet;
 pub mod vae;
 pub mod weights;
+pub mod yolos;
 
 pub use hub::Source;
 pub use pipeline::Pipeline;

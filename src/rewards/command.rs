@@ -86,8 +86,8 @@ pub(super) fn command(config: &CommandConfig) -> Result<Judge> {
 impl Score for Command {
     fn scores(&self, images: &TapedImages, prompts: &[Prompt], _: &mut Ledger) -> Result<Vec<Number>> {
         let scores = match self.tensors {
-            true => self.judge(&activation_fwd(images.tensor(), Activation::UnitRange)?, prompts, false)?.0,
-            false => self.judge_pictures(images.tensor(), prompts)?,
+            true => self.judge(&activation_fwd(images.tensor()?, Activation::UnitRange)?, prompts, false)?.0,
+            false => self.judge_pictures(images, prompts)?,
         };
         Ok(scores.into_iter().map(Number::from).collect())
     }
@@ -99,7 +99,7 @@ impl Score for Command {
 
 impl Differentiable for Command {
     fn on_tape(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Value> {
-        let pictures = activation(images.value(), Activation::UnitRange)?;
+        let pictures = activation(images.value()?, Activation::UnitRange)?;
         self.check_once(pictures.tensor(), prompts)?;
         let (scores, gradients) = self.judge(pictures.tensor(), prompts, true)?;
         let gradients = gradients.context("no gradients")?;
@@ -116,12 +116,12 @@ impl Differentiable for Command {
 }
 
 impl Command {
-    /// Scores of pictures (B, 3, H, W) in [-1, 1], which go as PNG.
-    fn judge_pictures(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Vec<f64>> {
+    /// Scores of images, which go as PNG.
+    fn judge_pictures(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Vec<f64>> {
         let number = self.asked.fetch_add(1, Ordering::Relaxed);
         let files = (0..prompts.len()).map(|row| self.file(format!("{number}-{row}.png"))).collect::<Vec<_>>();
         let write = |(row, file): (usize, &File)| -> Result<()> {
-            fs::write(&file.0, png_bytes(&images.get(row)?)?).with_context(|| file.writing())
+            fs::write(&file.0, png_bytes(&images.image(row)?)?).with_context(|| file.writing())
         };
         files.iter().enumerate().try_for_each(write)?;
         let paths = files.iter().map(|file| serde_json::to_value(&file.0)).collect::<serde_json::Result<_>>()?;

@@ -54,6 +54,6 @@ impl Score for Http {
 
 /// Each image as a PNG file in base64.
 pub(super) fn base64_pngs(images: &TapedImages) -> Result<Vec<String>> {
-    let batch = images.tensor().dims4()?.0;
-    (0..batch).map(|row| Ok(BASE64_STANDARD.encode(png_bytes(&images.tensor().get(row)?)?))).collect()
+    let encoded = |row| Ok(BASE64_STANDARD.encode(png_bytes(&images.image(row)?)?));
+    (0..images.batch()?).map(encoded).collect()
 }

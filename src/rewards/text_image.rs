@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
+use super::{Differentiable, Fallback, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{HpsConfig, Preprocess, Prompt};
 use crate::models::clip::{Clip, OpenClipConfig, PixelStatistics};
 use crate::models::hub::resolve_file;
@@ -65,6 +65,10 @@ impl Score for TextImage {
         Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
     }
 
+    fn reads_prompts(&self) -> bool {
+        true
+    }
+
     fn embedding(&self, images: &TapedImages) -> Result<Option<Tensor>> {
         Ok(Some(unit_norm(&images.features(&self.clip, &self.preprocessor)?)?.into_tensor()))
     }
@@ -91,7 +95,7 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 }
 
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
-pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Judge> {
+pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: Fallback, compute: &Compute) -> Result<Judge> {
     let (file, source) = hps_file(config)?;
     let weights = Weights::open_file(&file)?.on(compute);
     let architecture = match &config.config {
@@ -142,7 +146,7 @@ pub(super) fn clip_score(
     own_tokenizer: Option<&str>,
     preprocess: Preprocess,
     towers: &mut Towers,
-    pipeline_tokenizer: &Arc<ClipTokenizer>,
+    pipeline_tokenizer: Fallback,
 ) -> Result<Judge> {
     let clip = towers.get(model)?;
     let tokenizer = tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?;
@@ -150,11 +154,7 @@ pub(super) fn clip_score(
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.
-fn tokenizer(
-    named: Option<&str>,
-    beside: Option<&Source>,
-    pipeline: &Arc<ClipTokenizer>,
-) -> Result<Arc<ClipTokenizer>> {
+fn tokenizer(named: Option<&str>, beside: Option<&Source>, pipeline: Fallback) -> Result<Arc<ClipTokenizer>> {
     if let Some(named) = named {
         // a tokenizer.json is loaded with the folder that it lies in
         let path = Path::new(named);
@@ -166,5 +166,5 @@ fn tokenizer(
             return Ok(Arc::new(ClipTokenizer::load(&source)?));
         }
     }
-    Ok(pipeline.clone())
+    pipeline()
 }

@@ -250,6 +250,7 @@ tests! {
     text_model_tokenizer: "text-model-tokenizer",
     captioner_config: "captioner-config",
     preprocessor_config: "preprocessor-config",
+    detector_config: "detector-config",
     scheduler_config: "scheduler-config",
     shards_index: "shards-index",
     yaml: "yaml",
@@ -269,4 +270,5 @@ tests! {
     metrics: "metrics",
     runs: "runs",
     checkpoint_state: "checkpoint-state",
+    checkpoint_statistics: "checkpoint-statistics",
 }

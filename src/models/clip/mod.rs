@@ -11,9 +11,9 @@ use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 pub use pixels::PixelStatistics;
-use towers::TowerConfig;
 pub use towers::{TextTower, VisionTower};
 
+use super::transformer::TowerConfig;
 use super::{Source, Weights};
 use crate::nn::Value;
 use crate::nn::layers::unit_norm;

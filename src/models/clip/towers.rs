@@ -1,96 +1,12 @@
-//! The transformer that all of CLIP's towers are, and what each puts around it.
+//! What each of CLIP's towers puts around its transformer.
 
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 
 use crate::models::Weights;
-use crate::models::parameters::{layer_norm, linear};
-use crate::nn::layers::{activation, dot_product_attention};
+use crate::models::parameters::layer_norm;
+use crate::models::transformer::{CLIP, TowerConfig, Transformer, patches};
 use crate::nn::{LayerNorm, Linear, Value, computed_in};
-use crate::ops::activation::Activation;
-use crate::ops::attention::Heads;
-
-pub(in crate::models) struct TowerConfig {
-    pub width: usize,
-    pub mlp: usize,
-    pub layers: usize,
-    pub heads: usize,
-    pub act: Activation,
-    pub eps: f64,
-}
-
-/// Pre-norm transformer layers.
-struct Transformer {
-    layers: Vec<Layer>,
-    heads: Heads,
-    act: Activation,
-}
-
-struct Layer {
-    norm1: LayerNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    out: Linear,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-}
-
-impl Transformer {
-    /// `w` is at `encoder`.
-    fn load(w: &Weights, config: &TowerConfig, causal: bool) -> Result<Self> {
-        let layers =
-            (0..config.layers).map(|i| Layer::load(&w.pp(format!("layers.{i}")), config)).collect::<Result<_>>()?;
-        Ok(Self { layers, heads: Heads { count: config.heads, causal }, act: config.act })
-    }
-
-    /// (B, N, C) -> (B, N, C).
-    fn forward(&self, x: Value) -> Result<Value> {
-        self.through(&self.layers, x)
-    }
-
-    fn through(&self, layers: &[Layer], x: Value) -> Result<Value> {
-        layers.iter().try_fold(x, |hidden, layer| {
-            let normed = layer.norm1.forward(&hidden)?;
-            self.rest(layer, &hidden, &normed, &normed)
-        })
-    }
-
-    /// The first row alone of what [`Self::forward`] gives, (B, N, C) -> (B, 1, C): in the last layer the other rows are
-    /// keys and values and nothing else.
-    fn forward_to_first(&self, x: Value) -> Result<Value> {
-        let Some((last, layers)) = self.layers.split_last() else { return Ok(x.narrow(1, 0, 1)?) };
-        let hidden = self.through(layers, x)?;
-        let normed = last.norm1.forward(&hidden)?;
-        self.rest(last, &hidden.narrow(1, 0, 1)?, &normed.narrow(1, 0, 1)?, &normed)
-    }
-
-    /// A layer behind its first norm, for the rows of `hidden`: `queries` are those rows normed, `keys` all rows normed.
-    fn rest(&self, layer: &Layer, hidden: &Value, queries: &Value, keys: &Value) -> Result<Value> {
-        let (q, k, v) = (layer.q.forward(queries)?, layer.k.forward(keys)?, layer.v.forward(keys)?);
-        let hidden = layer.out.forward_onto(&dot_product_attention(&q, &k, &v, self.heads)?, hidden)?;
-        let normed = layer.norm2.forward(&hidden)?;
-        Ok(layer.fc2.forward_onto(&activation(&layer.fc1.forward(&normed)?, self.act)?, &hidden)?)
-    }
-}
-
-impl Layer {
-    fn load(w: &Weights, config: &TowerConfig) -> Result<Self> {
-        let (c, mlp, eps) = (config.width, config.mlp, config.eps);
-        let attention = w.pp("self_attn");
-        Ok(Self {
-            norm1: layer_norm(&w.pp("layer_norm1"), c, eps)?,
-            q: linear(&attention.pp("q_proj"), c, c, true)?,
-            k: linear(&attention.pp("k_proj"), c, c, true)?,
-            v: linear(&attention.pp("v_proj"), c, c, true)?,
-            out: linear(&attention.pp("out_proj"), c, c, true)?,
-            norm2: layer_norm(&w.pp("layer_norm2"), c, eps)?,
-            fc1: linear(&w.pp("mlp.fc1"), c, mlp, true)?,
-            fc2: linear(&w.pp("mlp.fc2"), mlp, c, true)?,
-        })
-    }
-}
 
 /// The weights at `prefix`, which transformers 5 leaves out where a tower is saved by itself.
 fn within(w: &Weights, prefix: &str, key: &str) -> Weights {
@@ -132,7 +48,7 @@ impl TextTower {
         Ok(Self {
             tokens: m.get("embeddings.token_embedding.weight", &[vocabulary, c])?,
             positions: m.get("embeddings.position_embedding.weight", &[length, c])?,
-            transformer: Transformer::load(&m.pp("encoder"), config, true)?,
+            transformer: Transformer::load(&m.pp("encoder.layers"), config, &CLIP, true)?,
             final_norm: layer_norm(&m.pp("final_layer_norm"), c, config.eps)?,
             projection: projection_dim.map(|dim| projection(w, "text_projection", c, dim)).transpose()?,
             eos,
@@ -227,7 +143,7 @@ impl VisionTower {
             class_embedding: m.get("embeddings.class_embedding", &[c])?.reshape((1, c))?,
             positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?.flatten_all()?,
             pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
-            transformer: Transformer::load(&m.pp("encoder"), config, false)?,
+            transformer: Transformer::load(&m.pp("encoder.layers"), config, &CLIP, false)?,
             post_norm: layer_norm(&m.pp("post_layernorm"), c, config.eps)?,
             projection: projection(w, "visual_projection", c, dim)?,
         })
@@ -255,18 +171,13 @@ impl VisionTower {
     /// [`Self::forward`] in the number format of the weights.
     fn features(&self, pixels: &Value) -> Result<Value> {
         let (b, _, s, _) = pixels.tensor().dims4()?;
-        let (p, c) = (self.patch_size, self.class_embedding.dims()[1]);
-        let side = s / p;
-        let patches = pixels.reshape(vec![b, 3, side, p, side, p])?.permute(&[0, 2, 4, 1, 3, 5])?.reshape((
-            b,
-            side * side,
-            3 * p * p,
-        ))?;
-        let embedded = self.patch_embedding.forward(&patches)?.reshape((b, side * side * c))?;
+        let (patch, c) = (self.patch_size, self.class_embedding.dims()[1]);
+        let count = (s / patch).pow(2);
+        let embedded = self.patch_embedding.forward(&patches(pixels, patch)?)?.reshape((b, count * c))?;
         // an image's tokens are one row here, so that the class token goes in front without a kernel of its own
         let class = Value::from(self.class_embedding.expand((b, c))?.contiguous()?);
-        let tokens = class.concat_last(&embedded)?.add_channels(&self.positions)?.reshape((b, 1 + side * side, c))?;
-        let pooled = self.transformer.forward_to_first(self.pre_norm.forward(&tokens)?)?.reshape((b, c))?;
+        let tokens = class.concat_last(&embedded)?.add_channels(&self.positions)?.reshape((b, 1 + count, c))?;
+        let pooled = self.transformer.forward_to(self.pre_norm.forward(&tokens)?, 0, 1, &[])?.reshape((b, c))?;
         Ok(self.projection.forward(&self.post_norm.forward(&pooled)?)?)
     }
 }

@@ -51,6 +51,7 @@ pub fn reader(name: &str, folder: &Path) -> Reader {
         "captioner-config" => models::captioner(folder),
         "preprocessor-config" => models::preprocessor(folder),
         "scheduler-config" => models::scheduler(folder),
+        "detector-config" => models::detector(folder),
         "aesthetic-head" => models::aesthetic_head(folder),
         "shards-index" => models::shards_index(folder),
         "yaml" => models::single_file(folder, true),
@@ -74,6 +75,7 @@ pub fn reader(name: &str, folder: &Path) -> Reader {
         "metrics" => texts::metrics(folder),
         "runs" => texts::runs(folder),
         "checkpoint-state" => texts::checkpoint_state(folder),
+        "checkpoint-statistics" => texts::checkpoint_statistics(folder),
         other => panic!("there is no reader `{other}`: {}", super::NAMES.join(", ")),
     }
 }

@@ -9,8 +9,11 @@ use alignprop::lora::formats;
 use alignprop::models::Source;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::optim::AdamW;
-use alignprop::report::html::{Contents, page};
+use alignprop::report::Pairs;
+use alignprop::report::html::{Contents, Status, page};
 use alignprop::report::{Metrics, best, best_to_show};
+use alignprop::training::adjoint_matching::Threshold;
+use alignprop::training::advantages::PromptStatistics;
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::loss_scale::LossScale;
 use anyhow::{Result, ensure};
@@ -163,7 +166,8 @@ pub fn metrics(folder: &Path) -> Reader {
                 config: &config,
                 config_file: &config_file,
                 metrics: &metrics,
-                grids: &[],
+                status: &Status::Training,
+                pairs: &Pairs::default(),
                 resident_peak: None,
             })?;
             metrics.rewind(metrics.last_step() / 2)?;
@@ -182,7 +186,8 @@ pub fn metrics(folder: &Path) -> Reader {
 pub fn checkpoint_state(folder: &Path) -> Reader {
     let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
     let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
-    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: LossScale::new(DType::F16) };
+    let (loss_scale, statistics) = (LossScale::new(DType::F16), PromptStatistics::default());
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale, statistics, matching: None };
     let root = state.save(folder, &HashMap::new()).unwrap();
     let file = root.join("state.json");
     Reader {
@@ -190,6 +195,28 @@ pub fn checkpoint_state(folder: &Path) -> Reader {
         seeds: vec![fs::read(&file).unwrap()],
         words: vec!["ema", "x"],
         read: of_file(file, move |_| Checkpoint::load(&root, &OptimizerConfig::default()).map(drop)),
+    }
+}
+
+/// The latest rewards of a checkpoint's prompts.
+pub fn checkpoint_statistics(folder: &Path) -> Reader {
+    let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
+    let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
+    let mut statistics = PromptStatistics::default();
+    let matching = Some(Threshold { steps: 3.0, value: 0.7 });
+    statistics.advantages(&["a cat", "a dog", "a cat"], &[1.0, -2.5, 3.0], 4, 2);
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: None, statistics, matching };
+    let root = state.save(folder, &HashMap::new()).unwrap();
+    let file = root.join("statistics.safetensors");
+    Reader {
+        shape: Shape::Safetensors,
+        seeds: vec![fs::read(&file).unwrap()],
+        words: words("rewards. ~ rewards.a cat ~ matching.threshold ~ __metadata__ ~ F64 ~ F32 ~ BF16 ~ [0] ~ [2,1]"),
+        read: of_file(file, move |_| {
+            let state = Checkpoint::load(&root, &OptimizerConfig::default())?;
+            state.statistics.clone().advantages(&["a cat"], &[1.0], 4, 2);
+            Ok(())
+        }),
     }
 }
 

@@ -59,6 +59,10 @@ impl Score for VlmBertscore {
         descriptions.iter().zip(prompts).map(score).collect()
     }
 
+    fn reads_prompts(&self) -> bool {
+        self.reference.contains("{prompt}")
+    }
+
     /// Its models are loaded before memory is measured, and what they compute is small beside a step.
     fn is_elsewhere(&self) -> bool {
         true

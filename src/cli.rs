@@ -861,7 +861,7 @@ mod tests {
             ("alignprop train --precision fp16", "a similar value exists: 'f16'"),
             (
                 "alignprop eval --checkpoint r --reward hpsv2",
-                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility, image-reward, count, object, command, http, vlm]",
+                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility, image-reward, count, object, command, http, vlm, vlm-bertscore]",
             ),
             ("alignprop eval --checkpoint r --seeds 0", "is not a whole number, 1 or more"),
             ("alignprop sample -o out.png", "--prompt <TEXT>..."),

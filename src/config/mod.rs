@@ -306,6 +306,7 @@ pub const REWARD_KINDS: [&str; 13] = [
     "command",
     "http",
     "vlm",
+    "vlm-bertscore",
 ];
 
 /// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
@@ -325,6 +326,7 @@ pub struct RewardsConfig {
     pub command: Option<CommandConfig>,
     pub http: Option<HttpConfig>,
     pub vlm: Option<VlmConfig>,
+    pub vlm_bertscore: Option<VlmBertscoreConfig>,
 }
 
 impl RewardsConfig {
@@ -348,6 +350,7 @@ impl RewardsConfig {
             command: pick(wanted("command"), &self.command),
             http: pick(wanted("http"), &self.http),
             vlm: pick(wanted("vlm"), &self.vlm),
+            vlm_bertscore: pick(wanted("vlm-bertscore"), &self.vlm_bertscore),
         }
     }
 
@@ -377,6 +380,7 @@ impl RewardsConfig {
             self.command.as_ref().map(|reward| reward.weight),
             self.http.as_ref().map(|reward| reward.weight),
             self.vlm.as_ref().map(|reward| reward.weight),
+            self.vlm_bertscore.as_ref().map(|reward| reward.weight),
         ];
         let kinds = REWARD_KINDS.into_iter().zip(weights);
         kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
@@ -615,6 +619,46 @@ table! {
         /// The longest answer, in tokens; 1 or more. A model that thinks first needs more.
         max_tokens: usize = 64,
     }
+}
+
+table! {
+    /// `[reward.vlm-bertscore]`: DDPO's alignment reward. A model describes the picture, and BERTScore says how much of the prompt
+    /// is in the description.
+    pub struct VlmBertscoreConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A vision-language model that describes, as in `[reward.vlm]`. Absent: `captioner` does.
+        server: Option<ServerConfig> = None,
+        /// The model's name on the server. Must be given with `server`.
+        model: String = String::new(),
+        /// What the server is asked; DDPO's question. Fields as in `[reward.vlm]`.
+        question: String = "Answer concisely: what is going on in this image?".into(),
+        /// The longest description, in tokens; 1 or more.
+        max_tokens: usize = 64,
+        /// Without `server`: a BLIP captioner, a folder or a hub id. It runs on the CPU.
+        captioner: String = "Salesforce/blip-image-captioning-base".into(),
+        /// What the description is compared with. `{prompt}` and fields as in `[reward.vlm]`; DDPO's sentence.
+        reference: String = "The image contains {prompt}".into(),
+        /// The model of BERTScore: BERT or DeBERTa-v2 with a `tokenizer.json`, a folder or a hub id. It runs on the CPU. DDPO took
+        /// `microsoft/deberta-xlarge-mnli`, of an older architecture that cannot be read.
+        scorer: String = "google-bert/bert-base-uncased".into(),
+        /// Of how many of its layers; 1 or more. Absent: what the bert-score package takes of this model.
+        layers: Option<usize> = None,
+        /// What of the comparison is the score.
+        score: BertscorePart = BertscorePart::Recall,
+    }
+}
+
+/// A part of BERTScore.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum BertscorePart {
+    /// How much of the description the reference has.
+    Precision,
+    /// How much of the reference the description has: DDPO's.
+    #[default]
+    Recall,
+    F1,
 }
 
 /// How the answer of a [`VlmConfig`] becomes a score.

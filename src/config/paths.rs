@@ -53,8 +53,10 @@ impl Config {
                 count,
                 object,
                 command,
+                vlm_bertscore,
                 ..
             } = rewards;
+            names.extend(vlm_bertscore.iter_mut().flat_map(|reward| [&mut reward.captioner, &mut reward.scorer]));
             // of a command the files: its script, not a word that happens to be a folder's name, nor a program of `PATH`
             let words = command.iter_mut().flat_map(|reward| reward.program.iter_mut().enumerate());
             let is_file = |(place, word): &(usize, &mut String)| {

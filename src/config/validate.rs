@@ -335,6 +335,20 @@ impl RewardsConfig {
             );
             ensure!(vlm.otherwise.is_none_or(f64::is_finite), "reward.vlm.otherwise must be a finite number");
         }
+        if let Some(bertscore) = &self.vlm_bertscore {
+            match &bertscore.server {
+                Some(server) => {
+                    server.validate("reward.vlm-bertscore.server")?;
+                    named.push(("vlm-bertscore.model", &bertscore.model));
+                    named.push(("vlm-bertscore.question", &bertscore.question));
+                }
+                None => named.push(("vlm-bertscore.captioner", &bertscore.captioner)),
+            }
+            named.push(("vlm-bertscore.scorer", &bertscore.scorer));
+            named.push(("vlm-bertscore.reference", &bertscore.reference));
+            at_least_one("reward.vlm-bertscore.max_tokens", bertscore.max_tokens)?;
+            at_least_one("reward.vlm-bertscore.layers", bertscore.layers.unwrap_or(1))?;
+        }
         for (key, name) in named {
             ensure!(!name.is_empty(), "reward.{key} is empty: say where it is");
         }
@@ -448,6 +462,9 @@ mod tests {
             ("reward.vlm.server.url = 'http://a'", "reward.vlm.model is empty"),
             ("reward.vlm = { server.url = 'http://a', model = 'm', answer = 'words' }", "reward.vlm.words: list what"),
             ("reward.vlm = { server.url = 'http://a', model = 'm', words = ['a'] }", "reward.vlm.words: list what"),
+            ("reward.vlm-bertscore.captioner = ''", "reward.vlm-bertscore.captioner is empty"),
+            ("reward.vlm-bertscore.server.url = 'http://a'", "reward.vlm-bertscore.model is empty"),
+            ("reward.vlm-bertscore.layers = 0", "reward.vlm-bertscore.layers = 0: must be 1 or more"),
             ("prompts = { builtin = 'animals', file = 'p' }", "prompts.file and prompts.builtin are both given"),
             ("optimizer.lr = 0", "optimizer.lr = 0: must be a finite number, more than 0"),
             ("optimizer.betas = [0.9, 1.0]", "optimizer.betas = [0.9, 1]: each must be"),

@@ -1,5 +1,7 @@
 //! The models, loaded from the files that people have: Stable Diffusion pipelines and CLIP towers.
 
+mod borrowed;
+pub mod captioner;
 pub mod clip;
 pub mod hub;
 pub mod image_reward;
@@ -12,6 +14,7 @@ pub mod sentence_pieces;
 mod single_file;
 mod staged;
 pub mod text_encoder;
+pub mod text_model;
 pub mod tokenizer;
 mod transformer;
 pub mod unet;

@@ -4,6 +4,7 @@
 //! [`Objective`] turns a score into a loss. Several rewards add their weighted losses, on one tape, and each one's scores are
 //! reported. A new one is one file here and one table in the config.
 
+mod bertscore;
 mod bytes;
 mod clip_head;
 mod command;
@@ -19,6 +20,7 @@ mod server;
 mod subject;
 mod text_image;
 mod vlm;
+mod vlm_bertscore;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -34,6 +36,7 @@ use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+pub use bertscore::{BertScore, Match};
 pub use clip_head::{Embedder, HeadFile, aesthetic_scores};
 pub use detector::Detector;
 pub use image_reward::ImageJudge;
@@ -366,6 +369,9 @@ impl Rewards {
         }
         if let Some(c) = &config.vlm {
             push("vlm", c.weight, vlm::vlm(c))?;
+        }
+        if let Some(c) = &config.vlm_bertscore {
+            push("vlm-bertscore", c.weight, vlm_bertscore::vlm_bertscore(c))?;
         }
         if rewards.is_empty() {
             bail!(

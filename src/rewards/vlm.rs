@@ -96,6 +96,10 @@ impl Score for Vlm {
         answers.iter().zip(prompts).map(score).collect()
     }
 
+    fn reads_prompts(&self) -> bool {
+        [&self.question].into_iter().chain(&self.words).any(|text| text.contains("{prompt}"))
+    }
+
     fn is_elsewhere(&self) -> bool {
         true
     }

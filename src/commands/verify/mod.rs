@@ -4,6 +4,7 @@
 //! (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the pipeline by themselves, the
 //! gradients of whole chains, and the adapters after three optimizer steps.
 
+mod bertscore;
 mod fit;
 mod image_reward;
 mod policy;
@@ -323,6 +324,7 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     let head = head.map(Path::to_owned).or_else(|| find_head(dir));
     match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
         None => Subject::load(dir, &text, head, compute, bounds)?.compare(),
+        Some("bertscore") => bertscore::compare(dir, &text, bounds),
         Some("fit") => fit::compare(dir, &text).with_context(place),
         Some("imagereward") => image_reward::compare(dir, &text, compute, bounds),
         Some("policy") => policy::compare(&Subject::load(dir, &text, head, compute, bounds)?, &text),
@@ -331,7 +333,7 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
         Some("yolos") => yolos::compare(dir, &text, compute, bounds),
         Some(other) => {
             bail!(
-                "{} is of kind `{other}`: none (a pipeline), fit, imagereward, policy, score, siglip and yolos are known",
+                "{} is of kind `{other}`: none (a pipeline), bertscore, fit, imagereward, policy, score, siglip and yolos are known",
                 dir.display()
             )
         }

@@ -8,9 +8,11 @@ use alignprop::config::{AestheticConfig, ModelConfig, RewardsConfig, SamplerKind
 use alignprop::diffusion::{DdimSchedule, Solver};
 use alignprop::files;
 use alignprop::lora::Adapters;
+use alignprop::models::captioner::Captioner;
 use alignprop::models::clip::{Clip, OpenClipConfig, PixelStatistics};
 use alignprop::models::image_reward::ImageReward;
 use alignprop::models::text_encoder::TextEncoder;
+use alignprop::models::text_model::TextModel;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::unet::Unet;
 use alignprop::models::vae::Vae;
@@ -134,6 +136,24 @@ pub fn clip(folder: &Path) -> Reader {
         // a picture of any size that the program could be asked for
         let side = clip.vision.image_size().min(4096);
         clip.vision.forward(&Value::constant(&zeros(&[1, 3, side, side])?)).map(drop)
+    })
+}
+
+/// The config, or the tokenizer, of a scorer of texts.
+pub fn text_model(folder: &Path, set: &str, file: &str) -> Reader {
+    let words = words(
+        "bert ~ deberta-v2 ~ tanh ~ relu ~ conv_groups ~ attention_head_size ~ c2p ~ p2c ~ none ~ embedding_size",
+    );
+    Reader {
+        words,
+        ..of_json(folder, set, file, |source| TextModel::load(source, 2)?.encode("a cat, two dogs").map(drop))
+    }
+}
+
+/// The config of a captioner.
+pub fn captioner(folder: &Path) -> Reader {
+    of_json(folder, "blip", "config.json", |source| {
+        Captioner::load(source)?.describe(vec![7; 4 * 3 * 3], 4, 3, 3).map(drop)
     })
 }
 

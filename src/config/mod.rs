@@ -292,7 +292,7 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 13] = [
+pub const REWARD_KINDS: [&str; 14] = [
     "aesthetic",
     "clip-head",
     "hps",

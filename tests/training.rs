@@ -429,6 +429,32 @@ fn rewards_add_up_and_each_is_logged() {
 }
 
 #[test]
+fn rewards_are_scaled_by_how_far_their_scores_spread() {
+    let rewards = all_rewards([0.0, 2.0, 0.0, 0.5, 0.0]);
+    let more = ["train.scale_rewards=true", "train.steps=3", "train.batch_size=2", "optimizer.loss_coeff=0.1"];
+    let run = train_with(&rewards, &more);
+    let of = |kind: &str, step: usize| run.metric(&format!("reward/{kind}"))[step];
+    let std = |kind: &str, step: usize| run.metric(&format!("reward/{kind}_std"))[step];
+    // of all images of the steps before: within the batches and between them
+    let spread = |kind: &str, step: usize| {
+        let mean = (0..step).map(|at| of(kind, at)).sum::<f64>() / step as f64;
+        let squares = (0..step).map(|at| std(kind, at).powi(2) + (of(kind, at) - mean).powi(2)).sum::<f64>();
+        (squares / step as f64).sqrt()
+    };
+    for step in 0..3 {
+        let divisor = |kind: &str| if step == 0 { 1.0 } else { spread(kind, step) };
+        let losses = -2.0 * of("clip-head", step) / divisor("clip-head")
+            + 0.5 * (1.0 - of("clip-score", step)) / divisor("clip-score");
+        let loss = run.metric("loss")[step];
+        assert!((loss / (0.1 * losses) - 1.0).abs() < 1e-5, "step {step}: {loss} for {}", 0.1 * losses);
+    }
+    // and a resumed run scales as the run did
+    let parts = train_with(&rewards, &[&more[..], &["train.steps=2"]].concat());
+    parts.resume(&["train.steps=3"]).unwrap();
+    assert!(bytes(parts.adapters(3)) == bytes(run.adapters(3)));
+}
+
+#[test]
 fn a_reward_of_weight_zero_is_logged_and_does_not_train() {
     let alone = Experiment::trained(&["reward.aesthetic.target=10"]);
     let sizes = ["reward.compressibility.weight=0", "reward.incompressibility.weight=0"];

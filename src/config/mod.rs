@@ -744,6 +744,10 @@ table! {
         /// Consecutive optimizer steps that may be skipped because some number in them was not finite; one more stops
         /// the run, with the last good state saved. 0: the first one does.
         max_skipped_steps: usize = 3,
+        /// Divide each reward's weight by the standard deviation of its scores over the last 50 steps, so that rewards of different
+        /// ranges count alike at equal weights. The first step, which has none before it, takes the weights as they are. What is
+        /// reported of samples and by the guard has the weights as they are.
+        scale_rewards: bool = false,
     }
 }
 

@@ -176,6 +176,21 @@ impl Metrics {
         self.series.iter().find(|(of, _)| of == name).map_or(&[], |(_, points)| points)
     }
 
+    /// The standard deviation of a reward's scores over all images of the last `steps` batches; `None` where they do not differ, or
+    /// there are none.
+    pub fn reward_spread(&self, name: &str, steps: usize) -> Option<f64> {
+        let last = |name: &str| {
+            let history = self.history(name);
+            history[history.len().saturating_sub(steps)..].iter().map(|(_, value)| *value).collect::<Vec<_>>()
+        };
+        let average = |values: &mut dyn Iterator<Item = f64>, count: usize| values.sum::<f64>() / count as f64;
+        let (means, stds) = (last(&names::reward(name)), last(&names::reward_std(name)));
+        let mean = average(&mut means.iter().copied(), means.len());
+        let between = average(&mut means.iter().map(|m| (m - mean).powi(2)), means.len());
+        let within = average(&mut stds.iter().map(|s| s * s), stds.len());
+        Some((between + within).sqrt()).filter(|spread| *spread > 0.0)
+    }
+
     /// Whether a metric has a value of this step.
     pub fn has(&self, name: &str, step: usize) -> bool {
         self.history(name).iter().rev().any(|(at, _)| *at == step)

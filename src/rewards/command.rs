@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -80,7 +81,7 @@ pub(super) fn command(config: &CommandConfig) -> Result<Judge> {
         unchecked: AtomicBool::new(config.check_gradient),
         objective: Objective::of(config.target),
     };
-    Ok(if config.gradient { Judge::differentiable(command) } else { Judge::Score(Box::new(command)) })
+    Ok(if config.gradient { Judge::differentiable(command) } else { Judge::Score(Arc::new(command)) })
 }
 
 impl Score for Command {

@@ -1,5 +1,7 @@
 //! Scores of a server: `[reward.http]`, pictures in base64 and numbers back.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -31,7 +33,7 @@ struct Question<'a> {
 /// The score that the config describes.
 pub(super) fn http(config: &HttpConfig) -> Result<Judge> {
     let server = Server::new(&config.server, "reward.http.server")?;
-    Ok(Judge::Score(Box::new(Http { server, batch: config.batch })))
+    Ok(Judge::Score(Arc::new(Http { server, batch: config.batch })))
 }
 
 impl Score for Http {

@@ -88,14 +88,15 @@ pub trait Differentiable: Score {
 }
 
 /// What judges images: with a gradient, which can be trained, or without.
+#[derive(Clone)]
 pub enum Judge {
-    Differentiable(Box<dyn Differentiable>),
-    Score(Box<dyn Score>),
+    Differentiable(Arc<dyn Differentiable>),
+    Score(Arc<dyn Score>),
 }
 
 impl Judge {
     fn differentiable(reward: impl Differentiable + 'static) -> Self {
-        Self::Differentiable(Box::new(reward))
+        Self::Differentiable(Arc::new(reward))
     }
 
     /// What both kinds can do.
@@ -139,6 +140,7 @@ impl Objective {
 }
 
 /// One reward of an experiment.
+#[derive(Clone)]
 pub struct Weighted {
     /// The kind: `aesthetic`, `hps`, ...
     pub name: &'static str,
@@ -418,6 +420,13 @@ impl Rewards {
         let check =
             |r: &Weighted, prompt| r.judge.score().check(prompt).with_context(|| format!("the reward `{}`", r.name));
         self.0.iter().try_for_each(|r| prompts.iter().try_for_each(|prompt| check(r, prompt)))
+    }
+
+    /// The same rewards, each with its weight divided by its number: by how far its scores spread, so that weights compare
+    /// rewards of different ranges.
+    pub fn over(&self, divisors: &[f64]) -> Self {
+        let scaled = |(r, divisor): (&Weighted, &f64)| Weighted { weight: r.weight / divisor, ..r.clone() };
+        Self(self.0.iter().zip(divisors).map(scaled).collect())
     }
 
     /// Caps scores by their kinds: above its cap a score has no gradient.

@@ -1,6 +1,8 @@
 //! Scores of a vision-language model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama, ..): `[reward.vlm]` asks a
 //! question of each picture, and its answer becomes a number.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
@@ -79,7 +81,7 @@ struct Vlm {
 
 /// The score that the config describes.
 pub(super) fn vlm(config: &VlmConfig) -> Result<Judge> {
-    Ok(Judge::Score(Box::new(Vlm {
+    Ok(Judge::Score(Arc::new(Vlm {
         chat: Chat::new(&config.server, &config.model, config.max_tokens, "reward.vlm.server")?,
         question: config.question.clone(),
         answer: config.answer,

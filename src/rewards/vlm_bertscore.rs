@@ -1,5 +1,7 @@
 //! DDPO's alignment reward (Black et al. 2023, section 4.3): how much of the prompt is in a model's description of the picture.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 
 use super::bertscore::BertScore;
@@ -36,7 +38,7 @@ pub(super) fn vlm_bertscore(config: &VlmBertscoreConfig) -> Result<Judge> {
         },
     };
     let scorer = BertScore::load(&config.scorer, config.layers)?;
-    Ok(Judge::Score(Box::new(VlmBertscore {
+    Ok(Judge::Score(Arc::new(VlmBertscore {
         describer,
         reference: config.reference.clone(),
         scorer,

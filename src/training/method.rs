@@ -12,6 +12,7 @@ use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 
 /// What every step needs and none changes.
+#[derive(Clone, Copy)]
 pub struct Setup<'a> {
     pub config: &'a Config,
     pub plan: &'a RunPlan,

@@ -26,6 +26,9 @@ use crate::report::{Change, Sample, names, pictures, samples};
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 
+/// Over how many steps the spread of a reward's scores runs (`train.scale_rewards`).
+const SPREAD_STEPS: usize = 50;
+
 /// A run that goes on from a state, in a folder of its own.
 pub struct Trainer<'a> {
     pub setup: Setup<'a>,
@@ -130,7 +133,10 @@ impl Trainer<'_> {
         let (before, config) = (self.state.step, self.config());
         let lr = learning_rate(&config.optimizer, before, config.train.steps);
         let earlier = before * micro_batches(config, self.setup.plan);
-        match self.setup.step(&mut self.state, lr, |done| watch.micro_batches(earlier + done)) {
+        let scaled = config.train.scale_rewards.then(|| self.scaled_rewards());
+        let mut setup = self.setup;
+        setup.rewards = scaled.as_ref().unwrap_or(setup.rewards);
+        match setup.step(&mut self.state, lr, |done| watch.micro_batches(earlier + done)) {
             Ok(result) => {
                 let mut line = result.metrics(self.setup.config, self.setup.rewards, before + 1, lr);
                 let seconds = (started.elapsed().as_secs_f64() * 1e3).round() / 1e3;
@@ -143,6 +149,13 @@ impl Trainer<'_> {
             Err(error) if health::is_not_a_number(&error) => self.skip(error, watch),
             Err(error) => Err(error.context(self.in_step(before + 1))),
         }
+    }
+
+    /// The rewards with their weights over the spread of their scores in the steps before; as they are where there is none.
+    fn scaled_rewards(&self) -> Rewards {
+        let rewards = self.setup.rewards;
+        let spread = |name| self.run.metrics().reward_spread(name, SPREAD_STEPS).unwrap_or(1.0);
+        rewards.over(&rewards.names().into_iter().map(spread).collect::<Vec<_>>())
     }
 
     /// Passes over a step that met a number which is not finite: adapters and moments stay, the metrics say so.

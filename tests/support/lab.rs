@@ -1,6 +1,7 @@
 //! What tests of methods share: an experiment on the tiny model with a reward of their own.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use alignprop::config::{Config, Policy, Prompt};
 use alignprop::diffusion::{Noise, Stream};
@@ -28,7 +29,7 @@ impl Score for Red {
 
 /// One reward, of weight 1.
 pub fn judged_by(score: impl Score + 'static) -> Rewards {
-    Rewards::new(vec![Weighted { name: "red", weight: 1.0, cap: None, judge: Judge::Score(Box::new(score)) }])
+    Rewards::new(vec![Weighted { name: "red", weight: 1.0, cap: None, judge: Judge::Score(Arc::new(score)) }])
 }
 
 /// What a step needs, with a reward of the test's own.

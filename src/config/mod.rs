@@ -110,6 +110,12 @@ table! {
         tokenizer: Option<String> = None,
         /// For a single file: `epsilon` or `v_prediction`. Absent: what the file says, else epsilon for 1.x and v for 2.x.
         prediction_type: Option<PredictionType> = None,
+        /// Another VAE than the pipeline's: a folder or hub id (with the VAE's `config.json`, or a pipeline's), or a file
+        /// (.safetensors, .ckpt, .pt; local, or on the hub as `owner/name:file`), which has the pipeline's scaling factor.
+        vae: Option<String> = None,
+        /// How many of the text encoder's last layers are left out, as `clip_skip` of diffusers counts. Web interfaces count
+        /// from 1: their "Clip skip 2" is 1 here. Absent: none. Stable Diffusion XL leaves out one more by itself.
+        clip_skip: Option<usize> = None,
     }
 }
 

@@ -42,7 +42,7 @@ pub(super) struct SingleFile {
     configs: HashMap<&'static str, Json>,
     /// By folder: `unet`.
     parts: HashMap<&'static str, Weights>,
-    pub(super) tokenizer: Source,
+    pub(super) tokenizer: Option<Source>,
     /// Whether the text encoder is open_clip's, whose prompts are padded with `!`.
     v2: bool,
 }
@@ -117,7 +117,41 @@ impl SingleFile {
         complete(&configs, &label)?;
         let parts = rename(&weights, &vae, v2, &configs)?;
         let tokenizer = find_tokenizer(path, model, folder.as_ref())?;
-        Ok(Self { label, configs, parts, tokenizer, v2 })
+        Ok(Self { label, configs, parts, tokenizer: Some(tokenizer), v2 })
+    }
+
+    /// The VAE in a file of its own, or in that of a whole model. `config` is another's, which counts where the shapes say
+    /// nothing: the scaling factor, the groups of the norms.
+    ///
+    /// # Errors
+    /// The file has no VAE.
+    pub(super) fn vae(path: &Path, config: Json) -> Result<Self> {
+        let (label, mut config) = (path.display().to_string(), config);
+        let weights = Weights::open_file(path)?;
+        let inner = weights.pp(VAE);
+        let weights = if has(&inner) { inner } else { weights };
+        let weights = if weights.contains("decoder.up.0.block.0.conv1.weight") {
+            let seen = vae_config(&weights)?;
+            for (key, seen) in seen.as_object().into_iter().flatten() {
+                if !["scaling_factor", "sample_size", "norm_num_groups"].contains(&key.as_str()) {
+                    config[key] = seen.clone();
+                }
+            }
+            weights.renamed(&vae_names(&weights)?)?
+        } else {
+            ensure!(
+                weights.contains("decoder.up_blocks.0.resnets.0.conv1.weight"),
+                "{label} has no VAE: neither `decoder.up.0.*` of the original layout nor `decoder.up_blocks.0.*` of diffusers"
+            );
+            weights
+        };
+        Ok(Self {
+            label,
+            configs: HashMap::from([("vae/config.json", config)]),
+            parts: HashMap::from([("vae", weights)]),
+            tokenizer: None,
+            v2: false,
+        })
     }
 
     pub(super) fn label(&self) -> &str {
@@ -431,11 +465,6 @@ fn rename(
     // the file's own layers, which a wrong config does not rename
     let unet_layers = unet_config(&w.pp(UNET), v2)?["layers_per_block"].as_u64().unwrap_or(2) as usize;
     let unet = names::all(&w.pp(UNET), |name| Some(names::unet(name, unet_layers)))?;
-    let levels = count(vae, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
-    let vae_names = names::all(vae, |name| names::vae(name, levels))?
-        .into_iter()
-        .map(|renamed| names::attention_as_linear(vae, renamed))
-        .collect::<Vec<_>>();
     let layers = number("text_encoder/config.json", "num_hidden_layers");
     let text_encoder = if v2 {
         let w = w.pp(OPEN_CLIP);
@@ -448,9 +477,16 @@ fn rename(
     };
     Ok(HashMap::from([
         ("unet", w.pp(UNET).renamed(&unet)?),
-        ("vae", vae.renamed(&vae_names)?),
+        ("vae", vae.renamed(&vae_names(vae)?)?),
         ("text_encoder", text_encoder),
     ]))
+}
+
+/// diffusers' names of a VAE's tensors.
+fn vae_names(vae: &Weights) -> Result<Vec<Renamed>> {
+    let levels = count(vae, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
+    let names = names::all(vae, |name| names::vae(name, levels))?;
+    Ok(names.into_iter().map(|renamed| names::attention_as_linear(vae, renamed)).collect())
 }
 
 /// The VAE in a file beside the model's, which counts before the one inside: `x.vae.safetensors` for `x.safetensors`, as in

@@ -456,8 +456,7 @@ impl Subject<'_> {
         let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep).collect();
         report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
 
-        let t =
-            part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
+        let t = part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
         let (x, dy) = (part("unet_x")?, part("unet_dy")?);
         let none = Adapters::default();
         let y = unet.forward(x, t, &conditioning.prompt_embeds, &none)?;

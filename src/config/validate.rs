@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, SamplerKind,
-    Truncation,
+    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig,
+    SamplerKind, Truncation,
 };
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
@@ -324,6 +324,7 @@ mod tests {
             ("sampler.guidance_rescale = nan", "sampler.guidance_rescale = NaN: must be from 0 (off) to 1"),
             ("sampler.eta = -0.1", "sampler.eta = -0.1: must be from 0"),
             ("sampler.eta = 1.1", "sampler.eta = 1.1: must be from 0"),
+            ("sampler.karras = true", "sampler.karras = true: that goes with another sampler.kind"),
             ("sampler.height = 0", "sampler.height = 0: give pixels"),
             ("reward.hps.weight = inf", "reward.hps.weight = inf: must be a finite number"),
             ("reward.hps.file = ''", "reward.hps.file is empty"),
@@ -390,6 +391,7 @@ mod tests {
     fn training_needs_a_reward() {
         let error = |text| Config::parse(text, "x.toml", &[]).unwrap().require_trained().unwrap_err().to_string();
         assert!(error("").starts_with("the config has no reward to train: add a table [reward.KIND]"));
+        assert!(error("sampler.kind = 'dpmpp-2m'\nreward.hps = {}").starts_with("sampler.kind: training goes with"));
         assert_eq!(
             error("reward = { hps.weight = 0, pickscore.weight = 0.0 }"),
             "the weight of every reward (hps, pickscore) is 0, so nothing would be trained: set reward.hps.weight to 1"

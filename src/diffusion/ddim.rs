@@ -336,7 +336,8 @@ mod tests {
     #[test]
     fn timesteps_are_diffusers() {
         let at = |spacing: &str, n| {
-            ddim_timesteps(&SchedulerConfig { timestep_spacing: Some(spacing.into()), ..stable_diffusion() }, n).unwrap()
+            ddim_timesteps(&SchedulerConfig { timestep_spacing: Some(spacing.into()), ..stable_diffusion() }, n)
+                .unwrap()
         };
         assert_eq!(at("leading", 5), [801, 601, 401, 201, 1]);
         assert_eq!(at("leading", 7), [853, 711, 569, 427, 285, 143, 1]);
@@ -393,7 +394,11 @@ mod tests {
         refuse(SchedulerConfig { thresholding: true, ..stable_diffusion() }, 5, "thresholding");
         refuse(SchedulerConfig { timestep_spacing: Some("trailing".into()), ..stable_diffusion() }, 61, "61 steps");
         refuse(
-            SchedulerConfig { rescale_betas_zero_snr: true, timestep_spacing: Some("trailing".into()), ..stable_diffusion() },
+            SchedulerConfig {
+                rescale_betas_zero_snr: true,
+                timestep_spacing: Some("trailing".into()),
+                ..stable_diffusion()
+            },
             5,
             "v_prediction",
         );

@@ -13,7 +13,7 @@
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
-use super::ddim::{DdimStep, Prediction, alphas_cumprod, ddim_timesteps, origin_and_noise, step};
+use super::ddim::{DdimStep, alphas_cumprod, ddim_timesteps, origin_and_noise, step};
 use super::{DdimSchedule, SchedulerConfig};
 use crate::config::SamplerKind;
 use crate::models::Source;
@@ -55,7 +55,10 @@ impl SolverStep {
 impl From<&DdimSchedule> for Solver {
     fn from(schedule: &DdimSchedule) -> Self {
         let steps = schedule.steps().iter();
-        Self { start: 1.0, steps: steps.map(|ddim| SolverStep { ddim: *ddim, previous: 0.0, original: [0.0; 2] }).collect() }
+        Self {
+            start: 1.0,
+            steps: steps.map(|ddim| SolverStep { ddim: *ddim, previous: 0.0, original: [0.0; 2] }).collect(),
+        }
     }
 }
 
@@ -65,7 +68,12 @@ impl Solver {
     ///
     /// # Errors
     /// As [`Self::new`], and a scheduler for which none of these can stand in.
-    pub fn load(pipeline: &Source, kind: SamplerKind, karras: Option<bool>, num_inference_steps: usize) -> Result<Self> {
+    pub fn load(
+        pipeline: &Source,
+        kind: SamplerKind,
+        karras: Option<bool>,
+        num_inference_steps: usize,
+    ) -> Result<Self> {
         let config = super::scheduler::load(pipeline)?;
         Self::new(&config, kind, karras, num_inference_steps)
             .with_context(|| format!("the scheduler of {}", pipeline.label()))

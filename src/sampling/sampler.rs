@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-use super::{ChainNoise, Conditioning, Denoiser};
 use super::solve::solve;
+use super::{ChainNoise, Conditioning, Denoiser};
 use crate::config::{Checkpointing, ModelConfig, Prompt, SamplerConfig, SamplerKind};
 use crate::diffusion::{DdimSchedule, Noise, Solver, Stream};
 use crate::lora::Adapters;

@@ -200,8 +200,16 @@ table! {
         height: Option<usize> = None,
         /// Image width in pixels. Absent: the size that the model was trained on.
         width: Option<usize> = None,
-        /// What guidance moves away from.
-        negative_prompt: String = String::new(),
+        /// What guidance moves away from. Absent: an empty text, or zeros where the model was trained so (Stable Diffusion XL's
+        /// `force_zeros_for_empty_prompt`), as in diffusers; there "" is encoded as a text.
+        negative_prompt: Option<String> = None,
+        /// Stable Diffusion XL: what it is told that the picture's height and width were before it was scaled. Absent: those of
+        /// the image, as for the next two.
+        original_size: Option<[usize; 2]> = None,
+        /// Stable Diffusion XL: where it is told that the crop begins, top and left. Absent: [0, 0].
+        crops_coords_top_left: Option<[usize; 2]> = None,
+        /// Stable Diffusion XL: the height and width that it is told the picture was scaled to.
+        target_size: Option<[usize; 2]> = None,
     }
 }
 

@@ -7,6 +7,7 @@ mod model_index;
 mod numbers;
 mod parameters;
 pub mod pipeline;
+mod prompt_embeds;
 mod single_file;
 mod staged;
 pub mod text_encoder;
@@ -17,4 +18,5 @@ pub mod weights;
 
 pub use hub::Source;
 pub use pipeline::Pipeline;
+pub use prompt_embeds::{PromptEmbeds, SizeConditioning};
 pub use weights::Weights;

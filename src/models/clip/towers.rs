@@ -46,10 +46,6 @@ impl Transformer {
     }
 
     /// (B, N, C) -> (B, N, C).
-    fn forward(&self, x: Value) -> Result<Value> {
-        self.through(&self.layers, x)
-    }
-
     fn through(&self, layers: &[Layer], x: Value) -> Result<Value> {
         layers.iter().try_fold(x, |hidden, layer| {
             let normed = layer.norm1.forward(&hidden)?;
@@ -57,7 +53,7 @@ impl Transformer {
         })
     }
 
-    /// The first row alone of what [`Self::forward`] gives, (B, N, C) -> (B, 1, C): in the last layer the other rows are
+    /// The first row alone of what all layers give, (B, N, C) -> (B, 1, C): in the last layer the other rows are
     /// keys and values and nothing else.
     fn forward_to_first(&self, x: Value) -> Result<Value> {
         let Some((last, layers)) = self.layers.split_last() else { return Ok(x.narrow(1, 0, 1)?) };
@@ -146,8 +142,38 @@ impl TextTower {
     /// Normalised hidden states (B, N, C) of token ids, B lists of N.
     ///
     /// # Errors
-    /// An id outside the vocabulary, more ids than positions, lists of different length.
+    /// As [`Self::unnormed`].
     pub fn hidden(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        self.normed(&self.unnormed(ids, 0)?)
+    }
+
+    /// Hidden states (B, N, C) behind the final norm.
+    pub fn normed(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.final_norm.forward(&hidden.clone().into())?.into_tensor())
+    }
+
+    /// Hidden states (B, N, C) before the last `skipped` layers and without the final norm, of token ids, B lists of N.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, more ids than positions, lists of different length.
+    pub fn unnormed(&self, ids: &[Vec<u32>], skipped: usize) -> Result<Tensor> {
+        Ok(self.transformer.through(self.split(skipped).0, self.embed(ids)?)?.into_tensor())
+    }
+
+    /// [`Self::unnormed`] and [`Self::pooled`] of the same ids.
+    pub fn unnormed_and_pooled(&self, ids: &[Vec<u32>], skipped: usize) -> Result<(Tensor, Tensor)> {
+        let hidden = self.unnormed(ids, skipped)?;
+        let last = self.transformer.through(self.split(skipped).1, hidden.clone().into())?.into_tensor();
+        Ok((hidden, self.pool(&self.normed(&last)?, ids)?))
+    }
+
+    /// The layers, and the last `skipped` of them.
+    fn split(&self, skipped: usize) -> (&[Layer], &[Layer]) {
+        let layers = &self.transformer.layers;
+        layers.split_at(layers.len().saturating_sub(skipped))
+    }
+
+    fn embed(&self, ids: &[Vec<u32>]) -> Result<Value> {
         let length = ids.first().map_or(0, Vec::len);
         let (vocabulary, positions) = (self.tokens.dims()[0], self.positions.dims()[0]);
         if length == 0 || length > positions || ids.iter().any(|list| list.len() != length) {
@@ -161,13 +187,15 @@ impl TextTower {
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
         let flat = Tensor::from_vec(flat, ids.len() * length, self.tokens.device())?;
         let tokens = self.tokens.index_select(&flat, 0)?.reshape((ids.len(), length, ()))?;
-        let hidden = tokens.broadcast_add(&self.positions.narrow(0, 0, length)?)?;
-        Ok(self.final_norm.forward(&self.transformer.forward(hidden.into())?)?.into_tensor())
+        Ok(tokens.broadcast_add(&self.positions.narrow(0, 0, length)?)?.into())
     }
 
     /// The (projected) embedding of each text, (B, D).
     pub fn pooled(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
-        let hidden = self.hidden(ids)?;
+        self.pool(&self.hidden(ids)?, ids)
+    }
+
+    fn pool(&self, hidden: &Tensor, ids: &[Vec<u32>]) -> Result<Tensor> {
         let rows = ids
             .iter()
             .enumerate()

@@ -131,7 +131,7 @@ impl Source {
     /// whose tokenizer may be 1.x's.
     pub fn pad_token(&self) -> Option<&'static str> {
         match &self.root {
-            Root::File(file) => file.pad_token(),
+            Root::File(file) => file.pad_token(self.prefix.trim_end_matches('/')),
             _ => None,
         }
     }

@@ -168,9 +168,9 @@ impl SingleFile {
         self.parts.get(folder)
     }
 
-    /// What prompts are padded with, where the tokenizer's own files do not count.
-    pub(super) fn pad_token(&self) -> Option<&'static str> {
-        self.v2.then_some("!")
+    /// What prompts are padded with in `tokenizer` or `tokenizer_2`, where the tokenizer's own files do not count.
+    pub(super) fn pad_token(&self, folder: &str) -> Option<&'static str> {
+        (self.v2 || folder == "tokenizer_2").then_some("!")
     }
 }
 

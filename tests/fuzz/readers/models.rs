@@ -103,7 +103,7 @@ pub fn unet(folder: &Path) -> Reader {
     let read = |source: &Source| {
         let unet = Unet::load(source, None, &Compute::cpu())?;
         let (x, embeds) = (zeros(&[1, 4, 8, 8])?, zeros(&[1, 3, 24])?);
-        unet.forward(&x, 500, &embeds, &Adapters::default()).map(drop)
+        unet.forward(&x, 500.0, &embeds, &Adapters::default()).map(drop)
     };
     let words =
         words("dual_cross_attention ~ CrossAttnDownBlock2D ~ DownBlock2D ~ UpBlock2D ~ gelu ~ num_attention_heads");

@@ -122,7 +122,7 @@ impl Source {
     /// The tokenizer of a single file, which lies elsewhere, where this is its `tokenizer` folder.
     fn tokenizer_elsewhere(&self) -> Option<&Source> {
         match &self.root {
-            Root::File(file) if self.prefix == "tokenizer/" => file.tokenizer.as_ref(),
+            Root::File(file) if ["tokenizer/", "tokenizer_2/"].contains(&&*self.prefix) => file.tokenizer.as_ref(),
             _ => None,
         }
     }
@@ -254,7 +254,7 @@ impl Source {
     pub fn label(&self) -> String {
         let folder = self.prefix.trim_end_matches('/');
         match &self.root {
-            Root::File(_) if self.prefix == "tokenizer/" => {
+            Root::File(_) if self.tokenizer_elsewhere().is_some() => {
                 self.tokenizer_elsewhere().map_or_else(String::new, Self::label)
             }
             Root::File(file) => file.label().to_owned(),

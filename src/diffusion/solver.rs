@@ -269,6 +269,8 @@ mod tests {
             let Case { config, kind, karras, steps, .. } = case;
             let about = format!("{kind:?} {karras:?} {steps} {:?} {}", config.timestep_spacing, config.prediction_type);
             let solver = Solver::new(config, *kind, *karras, *steps).unwrap();
+            // of a first level of 4096 their f32 leaves less
+            let bound = if config.rescale_betas_zero_snr { 1e-4 } else { 1e-5 };
             let mut x = (tensor(&recorded.x_t) * solver.start).unwrap();
             let mut previous: Option<Tensor> = None;
             assert_eq!(solver.steps.len(), case.timesteps.len(), "{about}");
@@ -276,14 +278,14 @@ mod tests {
                 let expected = case.timesteps[i];
                 assert!((step.ddim.timestep - expected).abs() <= 1e-4, "{about}: {} {expected}", step.ddim.timestep);
                 let error = relative_error(&x, &tensor(&case.inputs[i]));
-                assert!(error < 1e-5, "{about}: input of step {i}: {error:.1e}");
+                assert!(error < bound, "{about}: input of step {i}: {error:.1e}");
                 let out = model(&x, step.ddim.timestep).unwrap();
                 let original = step.predicted_original(&x, &out).unwrap();
                 x = step.apply(&x, &out, previous.as_ref(), Some(&tensor(&recorded.noises[i]))).unwrap();
                 previous = Some(original);
             }
             let error = relative_error(&x, &tensor(&case.latents));
-            assert!(error < 1e-5, "{about}: latents: {error:.1e}");
+            assert!(error < bound, "{about}: latents: {error:.1e}");
         }
     }
 

@@ -246,8 +246,11 @@ impl Work {
                 let numbers = noise.normal_batch(stream, 0, batch.clone(), (1, tokens, features))?;
                 Ok(compute.put(&numbers.squeeze(1)?)?)
             };
-            let added = subject.unet.config().added()?.map(|(features, _)| numbers(1, features)?.squeeze(1).map_err(Into::into));
-            Ok(PromptEmbeds { hidden: numbers(77, subject.context)?, added: added.transpose()? })
+            let added = match subject.unet.config().added()? {
+                Some((features, _)) => Some(numbers(1, features)?.squeeze(1)?),
+                None => None,
+            };
+            Ok(PromptEmbeds { hidden: numbers(77, subject.context)?, added })
         };
         let conditioning = Conditioning::new(embeds(Stream::Prompts)?, embeds(Stream::Renoise)?, args.cfg, compute);
         let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);

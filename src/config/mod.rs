@@ -671,6 +671,16 @@ mod tests {
     }
 
     #[test]
+    fn presets_of_xl_train_their_reward() {
+        for reward in ["aesthetic", "hps", "pickscore"] {
+            let config = preset(&format!("sdxl-{reward}.toml"));
+            config.require_trained().unwrap();
+            assert_eq!(config.reward.weights(), [(reward, 1.0)]);
+            assert_eq!(config.run.dir, Path::new("runs").join(format!("sdxl-{reward}")));
+        }
+    }
+
+    #[test]
     fn an_empty_file_is_the_defaults() {
         let mut defaults = Config::default();
         defaults.prompts.resolve();
@@ -694,6 +704,8 @@ mod tests {
             config = "configs/folder"
             tokenizer = "openai/clip-vit-large-patch14"
             prediction_type = "v_prediction"
+            vae = "owner/name:vae.safetensors"
+            clip_skip = 1
             [lora]
             alpha = 8
             init_from = "lora.safetensors"
@@ -701,6 +713,11 @@ mod tests {
             height = 64
             width = 96
             negative_prompt = "line\nbreak"
+            kind = "dpmpp-2m"
+            karras = true
+            original_size = [768, 1024]
+            crops_coords_top_left = [0, 8]
+            target_size = [512, 640]
             [truncation]
             rule = "steps"
             steps = [0, 49]

@@ -609,7 +609,8 @@ fn samplers_draw_other_pictures_of_the_same_noise() {
     }
     assert!(pictures[0] == sample(&["--steps", "4"]));
     let folder = tempfile::tempdir().unwrap();
-    let line = sample_line(&model("tiny-sd15"), &["--karras"]);
+    let model = model("tiny-sd15");
+    let line = sample_line(&model, &["--karras"]);
     assert_fails(folder.path(), &line, &["sampler.karras", "dpmpp-2m"]);
 }
 

@@ -321,7 +321,9 @@ fn stable_diffusion_xl_learns_in_every_attention_and_hears_texts_and_sizes() {
         assert!(apart < 1e-4, "{checkpointing}: {apart}");
     }
     // no negative prompt is another one than an empty text
-    for other in ["sampler.negative_prompt=", "sampler.original_size=[300, 200]", "sampler.crops_coords_top_left=[0, 9]"] {
+    for other in
+        ["sampler.negative_prompt=", "sampler.original_size=[300, 200]", "sampler.crops_coords_top_left=[0, 9]"]
+    {
         let other = run(&["train.steps=1", "train.batch_size=2", other]);
         assert!(distance(&other.first_gradients(), &at_once.first_gradients()) > 1e-4);
     }

@@ -18,9 +18,9 @@ use crate::config::{
 };
 use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
+use crate::models::clip::PixelStatistics;
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Pipeline, PromptEmbeds, SizeConditioning};
-use crate::models::clip::PixelStatistics;
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;

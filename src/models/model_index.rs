@@ -6,8 +6,7 @@ use serde_json::{Map, Value as Json};
 use super::Source;
 
 /// Parts that pipelines of other generations have and these have not.
-const FOREIGN: [&str; 7] =
-    ["text_encoder_3", "transformer", "prior", "prior_prior", "movq", "vqvae", "motion_adapter"];
+const FOREIGN: [&str; 7] = ["text_encoder_3", "transformer", "prior", "prior_prior", "movq", "vqvae", "motion_adapter"];
 
 /// Classes of other generations, whatever their index says of the parts.
 const OTHERS: [&str; 2] = ["StableDiffusion3", "StableCascade"];
@@ -69,7 +68,8 @@ pub(super) fn check(source: &Source) -> Result<Index> {
     if let Some(name) = needed.into_iter().find(|name| part(name).is_none())
         && (xl || !is_usual(class))
     {
-        let refiner = if xl && name == "text_encoder" { " (a refiner has none, and trains nothing by itself)" } else { "" };
+        let refiner =
+            if xl && name == "text_encoder" { " (a refiner has none, and trains nothing by itself)" } else { "" };
         bail!("{place}: it is a {class} without a `{name}`{refiner}; {only}");
     }
     if is_usual(class) || class == "StableDiffusionXLPipeline" {

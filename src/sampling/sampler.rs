@@ -84,8 +84,16 @@ impl Sampler {
                  sampler.guidance_scale = {guidance_scale}"
             );
         }
-        let sampler =
-            Self { pipeline, schedule, solver, latent_shape, guidance_scale, guidance_rescale, size, negative_prompt_embeds };
+        let sampler = Self {
+            pipeline,
+            schedule,
+            solver,
+            latent_shape,
+            guidance_scale,
+            guidance_rescale,
+            size,
+            negative_prompt_embeds,
+        };
         // without guidance nobody reads it
         if guidance_scale > 1.0 {
             sampler.warn_of_cut("sampler.negative_prompt", negative_prompt.as_slice())?;

@@ -299,10 +299,19 @@ mod tests {
     #[test]
     fn kohyas_names_for_xl_are_the_original_ones() {
         for (module, name) in [
-            ("down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q", "input_blocks_4_1_transformer_blocks_1_attn1_to_q"),
+            (
+                "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q",
+                "input_blocks_4_1_transformer_blocks_1_attn1_to_q",
+            ),
             ("down_blocks.2.attentions.1.proj_in", "input_blocks_8_1_proj_in"),
-            ("mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0", "middle_block_1_transformer_blocks_9_attn2_to_out_0"),
-            ("up_blocks.0.attentions.2.transformer_blocks.0.ff.net.2", "output_blocks_2_1_transformer_blocks_0_ff_net_2"),
+            (
+                "mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0",
+                "middle_block_1_transformer_blocks_9_attn2_to_out_0",
+            ),
+            (
+                "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.2",
+                "output_blocks_2_1_transformer_blocks_0_ff_net_2",
+            ),
             ("up_blocks.1.attentions.0.proj_out", "output_blocks_3_1_proj_out"),
         ] {
             assert_eq!(kohya_name(module, true), format!("lora_unet_{name}"));

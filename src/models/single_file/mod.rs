@@ -520,11 +520,7 @@ fn rename(
     let clip = |prefix: &str| {
         let w = names::clip_root(w, prefix);
         let names = w.names().into_iter().filter(|name| !name.ends_with("position_ids"));
-        let renamed = |from: String| Renamed {
-            to: format!("text_model.{from}"),
-            from,
-            ..Default::default()
-        };
+        let renamed = |from: String| Renamed { to: format!("text_model.{from}"), from, ..Default::default() };
         w.renamed(&names.map(renamed).collect::<Vec<_>>())
     };
     let open_clip = |prefix: &str, folder: &str| {

@@ -13,7 +13,11 @@ pub(super) fn all(w: &Weights, rename: impl Fn(&str) -> Option<Option<String>>) 
     let known = w.names().into_iter().filter_map(|from| {
         let to = rename(&from)?;
         let to = to.with_context(|| {
-            format!("{}: `{}.{from}` is not known: this is no Stable Diffusion 1.x, 2.x or XL model", w.file(), w.prefix())
+            format!(
+                "{}: `{}.{from}` is not known: this is no Stable Diffusion 1.x, 2.x or XL model",
+                w.file(),
+                w.prefix()
+            )
         });
         Some(to.map(|to| Renamed { from, to, ..Default::default() }))
     });

@@ -106,8 +106,9 @@ pub fn unet(folder: &Path) -> Reader {
         let (x, embeds) = (zeros(&[1, 4, 8, 8])?, PromptEmbeds { hidden: zeros(&[1, 3, 24])?, added });
         unet.forward(&x, 500.0, &embeds, &Adapters::default()).map(drop)
     };
-    let words =
-        words("addition_embed_type ~ text_time ~ addition_time_embed_dim ~ projection_class_embeddings_input_dim ~ dual_cross_attention ~ CrossAttnDownBlock2D ~ DownBlock2D ~ UpBlock2D ~ gelu ~ num_attention_heads");
+    let words = words(
+        "addition_embed_type ~ text_time ~ addition_time_embed_dim ~ projection_class_embeddings_input_dim ~ dual_cross_attention ~ CrossAttnDownBlock2D ~ DownBlock2D ~ UpBlock2D ~ gelu ~ num_attention_heads",
+    );
     Reader { words, ..of_json(folder, &format!("{MODEL}/unet"), "config.json", read) }
 }
 

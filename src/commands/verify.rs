@@ -1,6 +1,6 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
-//! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
+//! DIR holds a pipeline (`model/`; `single.safetensors` may be the same as one file), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
 //! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
 use std::collections::BTreeMap;
@@ -324,6 +324,7 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     let subject = Subject { dir, reference, pipeline, head, compute, bounds };
     let mut report = Report::default();
     subject.parts(&mut report)?;
+    subject.single_file(&mut report)?;
     let start = formats::load(&dir.join("lora_start.safetensors"))?.adapters;
     let start = subject.with_alpha(&start)?.to_device(compute.device())?;
     if compute.dtype() != DType::F32 {
@@ -607,6 +608,25 @@ impl Subject<'_> {
         report.compare("UNet", "other_unet_y", &of(&other)?, part("other_unet_y")?, bound)?;
         let of_zeros = of(&conditioning.negative_prompt_embeds)?;
         report.compare("UNet", "uncond_unet_y", &of_zeros, part("uncond_unet_y")?, bound)
+    }
+
+    /// The same pipeline as one file in the original layout, where the set has it.
+    fn single_file(&self, report: &mut Report) -> Result<()> {
+        let path = self.dir.join("single.safetensors");
+        if !path.is_file() {
+            return Ok(());
+        }
+        let folder = self.dir.join("model").to_string_lossy().into_owned();
+        let model = ModelConfig { config: Some(folder), ..ModelConfig::at(path.to_string_lossy()) };
+        let pipeline = Pipeline::load_on(&model, self.compute)?;
+        let parts = self.tensors("parts.safetensors")?;
+        let part = |name: &str| parts.get(name).with_context(|| format!("parts.safetensors has no `{name}`"));
+        let (case, bound) = ("single file", self.bounds.parts);
+        let embeds = pipeline.encode_prompts_for(&self.reference.prompts, &self.size())?;
+        report.compare(case, "text_embeds", &embeds.hidden, part("text_embeds")?, bound)?;
+        let y = pipeline.unet.forward(part("unet_x")?, timestep(part("unet_t")?)?, &embeds, &Adapters::default())?;
+        report.compare(case, "unet_y", &y, part("unet_y")?, bound)?;
+        report.compare(case, "vae_image", &pipeline.vae.decode(part("vae_z")?)?, part("vae_image")?, bound)
     }
 
     /// The gradients of a whole chain.

@@ -1,7 +1,8 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
-//! DIR holds a pipeline (`model/`; `single.safetensors` may be the same as one file), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
-//! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
+//! DIR holds a pipeline (`model/`; `single.safetensors` may be the same as one file), reward models (`clip/`, `hps/`),
+//! `reference.json` and tensors: the parts of the pipeline by themselves, the gradients of whole chains, and the adapters
+//! after three optimizer steps.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -678,6 +678,9 @@ mod tests {
             assert_eq!(config.reward.weights(), [(reward, 1.0)]);
             assert_eq!(config.run.dir, Path::new("runs").join(format!("sdxl-{reward}")));
         }
+        let turbo = preset("sdxl-turbo.toml");
+        turbo.require_trained().unwrap();
+        assert_eq!((turbo.truncation, turbo.sampler.guidance_scale), (Truncation::Full, 1.0));
     }
 
     #[test]

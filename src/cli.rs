@@ -723,6 +723,8 @@ pub enum Architecture {
     Sd15,
     /// Stable Diffusion 1.5 with a quarter of its channels
     Sd15Quarter,
+    /// Stable Diffusion XL
+    Sdxl,
 }
 
 /// Parses `512x768`, height first.
@@ -816,7 +818,7 @@ mod tests {
         let Ok(Cli { command: Command::Sample(sample) }) = Cli::try_parse_from(line) else { panic!("not sample") };
         let config = crate::config::Config::parse("[run]\ndevice = 'cpu'", "test", &sample.settings()).unwrap();
         let sampler = config.sampler;
-        assert_eq!((sampler.negative_prompt.as_str(), config.model.path.as_str()), (odd[1], odd[3]));
+        assert_eq!((sampler.negative_prompt.as_deref(), config.model.path.as_str()), (Some(odd[1]), odd[3]));
         assert_eq!((sampler.num_inference_steps, sampler.guidance_scale, sampler.eta), (7, 3.0, 0.5));
         assert_eq!((config.run.device.as_str(), config.run.precision), ("cuda:1", Some(Precision::Bf16)));
         assert_eq!(sampler.height, None);

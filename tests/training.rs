@@ -301,6 +301,35 @@ fn another_split_into_micro_batches_is_the_same_step() {
 }
 
 #[test]
+fn stable_diffusion_xl_learns_in_every_attention_and_hears_texts_and_sizes() {
+    let run = |more: &[&str]| {
+        let run = Experiment::new("tiny-sdxl");
+        run.train(&[&["optimizer.weight_decay=0", "sampler.eta=1.0", SMOOTH], more].concat()).unwrap();
+        run
+    };
+    let at_once = run(&["train.batch_size=2"]);
+    let (first, second) = (at_once.adapters(1), at_once.adapters(2));
+    // four layers of two attentions each: 1 x 2 + 1 x 3 on the way down, 3 in the middle, 2 x 3 + 2 x 2 on the way up
+    assert_eq!(first.len(), 2 * 4 * 2 * (2 + 3 + 3 + 6 + 4));
+    assert!(first.iter().all(|(name, tensor)| numbers(tensor) != numbers(&second[name])));
+    let parts = run(&["train.batch_size=1", "train.gradient_accumulation_steps=2"]);
+    let apart = distance(&parts.first_gradients(), &at_once.first_gradients());
+    assert!(apart < 1e-4, "{apart}");
+    for checkpointing in ["train.checkpointing=block", "train.checkpointing=step"] {
+        let other = run(&["train.batch_size=2", checkpointing]);
+        let apart = distance(&other.first_gradients(), &at_once.first_gradients());
+        assert!(apart < 1e-4, "{checkpointing}: {apart}");
+    }
+    // no negative prompt is another one than an empty text
+    for other in
+        ["sampler.negative_prompt=", "sampler.original_size=[300, 200]", "sampler.crops_coords_top_left=[0, 9]"]
+    {
+        let other = run(&["train.steps=1", "train.batch_size=2", other]);
+        assert!(distance(&other.first_gradients(), &at_once.first_gradients()) > 1e-4);
+    }
+}
+
+#[test]
 fn block_checkpointing_gives_the_same_adapters() {
     let step = Experiment::trained(&[SMOOTH]);
     let block = Experiment::trained(&[SMOOTH, "train.checkpointing=block"]);

@@ -116,6 +116,12 @@ table! {
         tokenizer: Option<String> = None,
         /// For a single file: `epsilon` or `v_prediction`. Absent: what the file says, else epsilon for 1.x and v for 2.x.
         prediction_type: Option<PredictionType> = None,
+        /// Another VAE than the pipeline's: a folder or hub id (with the VAE's `config.json`, or a pipeline's), or a file
+        /// (.safetensors, .ckpt, .pt; local, or on the hub as `owner/name:file`), which has the pipeline's scaling factor.
+        vae: Option<String> = None,
+        /// How many of the text encoder's last layers are left out, as `clip_skip` of diffusers counts. Web interfaces count
+        /// from 1: their "Clip skip 2" is 1 here. Absent: none. Stable Diffusion XL leaves out one more by itself.
+        clip_skip: Option<usize> = None,
     }
 }
 
@@ -200,8 +206,16 @@ table! {
         height: Option<usize> = None,
         /// Image width in pixels. Absent: the size that the model was trained on.
         width: Option<usize> = None,
-        /// What guidance moves away from.
-        negative_prompt: String = String::new(),
+        /// What guidance moves away from. Absent: an empty text, or zeros where the model was trained so (Stable Diffusion XL's
+        /// `force_zeros_for_empty_prompt`), as in diffusers; there "" is encoded as a text.
+        negative_prompt: Option<String> = None,
+        /// Stable Diffusion XL: what it is told that the picture's height and width were before it was scaled. Absent: those of
+        /// the image, as for the next two.
+        original_size: Option<[usize; 2]> = None,
+        /// Stable Diffusion XL: where it is told that the crop begins, top and left. Absent: [0, 0].
+        crops_coords_top_left: Option<[usize; 2]> = None,
+        /// Stable Diffusion XL: the height and width that it is told the picture was scaled to.
+        target_size: Option<[usize; 2]> = None,
     }
 }
 
@@ -926,6 +940,18 @@ mod tests {
     }
 
     #[test]
+    fn presets_of_xl_train_their_reward() {
+        for reward in ["aesthetic", "hps", "pickscore"] {
+            let config = preset(&format!("sdxl-{reward}.toml"));
+            config.require_trained().unwrap();
+            assert_eq!(config.reward.weights(), [(reward, 1.0)]);
+        }
+        let turbo = preset("sdxl-turbo.toml");
+        turbo.require_trained().unwrap();
+        assert_eq!((turbo.truncation, turbo.sampler.guidance_scale), (Truncation::Full, 1.0));
+    }
+
+    #[test]
     fn an_empty_file_is_the_defaults() {
         let mut defaults = Config::default();
         defaults.prompts.resolve();
@@ -949,6 +975,8 @@ mod tests {
             config = "configs/folder"
             tokenizer = "openai/clip-vit-large-patch14"
             prediction_type = "v_prediction"
+            vae = "owner/name:vae.safetensors"
+            clip_skip = 1
             [lora]
             alpha = 8
             init_from = "lora.safetensors"
@@ -956,6 +984,11 @@ mod tests {
             height = 64
             width = 96
             negative_prompt = "line\nbreak"
+            kind = "dpmpp-2m"
+            karras = true
+            original_size = [768, 1024]
+            crops_coords_top_left = [0, 8]
+            target_size = [512, 640]
             [truncation]
             rule = "steps"
             steps = [0, 49]

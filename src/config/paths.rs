@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::{Config, PromptsConfig, RewardsConfig};
+use super::{Config, ModelConfig, PromptsConfig, RewardsConfig};
 use crate::files::is_carried;
 
 impl Config {
@@ -40,8 +40,9 @@ impl Config {
     }
 
     fn models(&mut self) -> Vec<&mut String> {
-        let mut names = vec![&mut self.model.path];
-        names.extend([self.model.config.as_mut(), self.model.tokenizer.as_mut()].into_iter().flatten());
+        let ModelConfig { path, config, tokenizer, vae, .. } = &mut self.model;
+        let mut names = vec![path];
+        names.extend([config, tokenizer, vae].into_iter().flatten());
         for rewards in [&mut self.reward, &mut self.guard.reward] {
             let RewardsConfig {
                 aesthetic,
@@ -99,13 +100,14 @@ mod tests {
     #[test]
     fn local_files_get_whole_paths_and_names_of_repositories_stay() {
         // `src` is a folder beside this crate's Cargo.toml, where tests run
-        let text = "model = { path = 'src', tokenizer = 'no/such' }\nlora.init_from = 'build.rs'\nprompts.file = 'LICENSE'\n\
+        let text = "model = { path = 'src', tokenizer = 'no/such', vae = 'build.rs' }\nlora.init_from = 'build.rs'\nprompts.file = 'LICENSE'\n\
                     guard = { prompts.file = '/p', reward.hps.model = 'src/config' }\nreward.aesthetic.head = 'Cargo.toml'\n\
                     reward.command.program = ['LICENSE', 'build.rs', 'src', '--x']";
         let config = Config::parse(text, "test", &[]).unwrap().with_whole_paths().unwrap();
         let here = std::env::current_dir().unwrap();
         let at = |name: &str| here.join(name).into_os_string().into_string().unwrap();
         assert_eq!((config.model.path, config.model.tokenizer.as_deref()), (at("src"), Some("no/such")));
+        assert_eq!(config.model.vae, Some(at("build.rs")));
         assert_eq!(
             (config.prompts.file, config.lora.init_from),
             (Some(here.join("LICENSE")), Some(here.join("build.rs")))

@@ -583,7 +583,7 @@ mod tests {
         assert_eq!(config.optimizer.lr, 1e-4);
         assert_eq!(config.model.path, "some/folder");
         assert_eq!(config.run.dir.as_deref(), Some(Path::new("2024-01-01")));
-        assert_eq!(config.sampler.negative_prompt, "7");
+        assert_eq!(config.sampler.negative_prompt.as_deref(), Some("7"));
         assert_eq!(config.run.precision, Some(Precision::Bf16));
         assert_eq!(config.optimizer.betas, [0.8, 0.9]);
         assert_eq!(config.reward.hps, Some(HpsConfig { weight: 0.5, ..Default::default() }));

@@ -53,7 +53,7 @@ impl Config {
             lora.init_from.as_deref() != Some(Path::new("")),
             "lora.init_from is empty: leave it out for fresh factors"
         );
-        for (key, value) in [("config", &model.config), ("tokenizer", &model.tokenizer)] {
+        for (key, value) in [("config", &model.config), ("tokenizer", &model.tokenizer), ("vae", &model.vae)] {
             ensure!(value.as_deref() != Some(""), "model.{key} is empty: give a folder or a hub id, or leave it out");
         }
 

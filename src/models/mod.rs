@@ -10,6 +10,7 @@ mod model_index;
 mod numbers;
 mod parameters;
 pub mod pipeline;
+mod prompt_embeds;
 pub mod sentence_pieces;
 mod single_file;
 mod staged;
@@ -25,4 +26,5 @@ pub mod yolos;
 
 pub use hub::Source;
 pub use pipeline::Pipeline;
+pub use prompt_embeds::{PromptEmbeds, SizeConditioning};
 pub use weights::Weights;

@@ -8,6 +8,7 @@ use super::{Conditioning, Trajectory};
 use crate::config::Checkpointing;
 use crate::diffusion::DdimStep;
 use crate::lora::Adapters;
+use crate::models::PromptEmbeds;
 use crate::models::unet::{Text, Unet, UnetTrace};
 use crate::nn::lora::LoraGradients;
 use crate::ops::Ledger;
@@ -51,7 +52,7 @@ impl<'a> Denoiser<'a> {
         let Self { unet, adapters, checkpointing, .. } = *self;
         let guidance = self.conditioning.guidance;
         let x_t = guidance.latents(x_t)?;
-        let evaluate = |embeds: Tensor| unet.trace(&x_t, timestep, &embeds, adapters, checkpointing);
+        let evaluate = |embeds: PromptEmbeds| unet.trace(&x_t, timestep, &embeds, adapters, checkpointing);
         let traces = side_by_side(self.conditioning.evaluations()?, evaluate)?;
         let prediction = guidance.combine(traces.iter().map(|trace| trace.prediction().clone()).collect())?;
         Ok(Recording { traces, prediction, guidance, adapters })

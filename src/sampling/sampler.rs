@@ -12,7 +12,7 @@ use crate::config::{Checkpointing, ModelConfig, Prompt, SamplerConfig, SamplerKi
 use crate::diffusion::{DdimSchedule, Noise, Solver, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
-use crate::models::Pipeline;
+use crate::models::{Pipeline, PromptEmbeds, SizeConditioning};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, is_finite, not_a_number};
 
@@ -27,8 +27,9 @@ pub struct Sampler {
     pub latent_shape: (usize, usize, usize),
     guidance_scale: f64,
     guidance_rescale: f64,
-    /// (1, tokens, D)
-    negative_prompt_embeds: Tensor,
+    size: SizeConditioning,
+    /// For one image.
+    negative_prompt_embeds: PromptEmbeds,
 }
 
 /// Images with what they were made from.
@@ -55,10 +56,24 @@ impl Sampler {
             kind => Solver::load(&pipeline.source, kind, sampler.karras, sampler.num_inference_steps)?,
         };
         let (height, width) = pipeline.default_size();
-        let latent_shape = pipeline.latent_shape(sampler.height.unwrap_or(height), sampler.width.unwrap_or(width))?;
-        let (negative_prompt, guidance_scale) = (&sampler.negative_prompt, sampler.guidance_scale);
-        let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(negative_prompt))?;
-        ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
+        let (height, width) = (sampler.height.unwrap_or(height), sampler.width.unwrap_or(width));
+        let latent_shape = pipeline.latent_shape(height, width)?;
+        let own = SizeConditioning::of(height, width);
+        let size = SizeConditioning {
+            original: sampler.original_size.unwrap_or(own.original),
+            crop: sampler.crops_coords_top_left.unwrap_or(own.crop),
+            target: sampler.target_size.unwrap_or(own.target),
+        };
+        if size != own && pipeline.second.is_none() {
+            note!(
+                "warning: sampler.original_size, crops_coords_top_left and target_size do nothing: only Stable Diffusion XL is told of them"
+            );
+        }
+        let (negative_prompt, guidance_scale) = (sampler.negative_prompt.as_deref(), sampler.guidance_scale);
+        let negative_prompt_embeds = pipeline.encode_negative_prompt(negative_prompt, &size)?;
+        for tensor in std::iter::once(&negative_prompt_embeds.hidden).chain(&negative_prompt_embeds.added) {
+            ensure!(is_finite(tensor)?, "not a number: the text encoder's output is not finite");
+        }
         let SamplerConfig { guidance_rescale, kind, eta, .. } = *sampler;
         if kind != SamplerKind::Ddim && eta > 0.0 {
             note!("warning: sampler.eta = {eta} does nothing: it goes with sampler.kind = \"ddim\"");
@@ -69,11 +84,19 @@ impl Sampler {
                  sampler.guidance_scale = {guidance_scale}"
             );
         }
-        let sampler =
-            Self { pipeline, schedule, solver, latent_shape, guidance_scale, guidance_rescale, negative_prompt_embeds };
+        let sampler = Self {
+            pipeline,
+            schedule,
+            solver,
+            latent_shape,
+            guidance_scale,
+            guidance_rescale,
+            size,
+            negative_prompt_embeds,
+        };
         // without guidance nobody reads it
         if guidance_scale > 1.0 {
-            sampler.warn_of_cut("sampler.negative_prompt", std::slice::from_ref(negative_prompt))?;
+            sampler.warn_of_cut("sampler.negative_prompt", negative_prompt.as_slice())?;
         }
         Ok(sampler)
     }
@@ -94,10 +117,12 @@ impl Sampler {
     /// # Errors
     /// An embedding that is not finite, here or when the ledger is read.
     pub fn conditioning(&self, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Conditioning> {
-        let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
-        let of = quoted(prompts);
-        ledger.finite(&prompt_embeds, move |_| format!("the text encoder's output for {of} is not finite"))?;
-        let negative_prompt_embeds = self.negative_prompt_embeds.repeat((prompts.len(), 1, 1))?;
+        let prompt_embeds = self.pipeline.encode_prompts_for(prompts, &self.size)?;
+        for tensor in std::iter::once(&prompt_embeds.hidden).chain(&prompt_embeds.added) {
+            let of = quoted(prompts);
+            ledger.finite(tensor, move |_| format!("the text encoder's output for {of} is not finite"))?;
+        }
+        let negative_prompt_embeds = self.negative_prompt_embeds.first(prompts.len())?;
         let conditioning =
             Conditioning::new(prompt_embeds, negative_prompt_embeds, self.guidance_scale, self.compute());
         Ok(conditioning.rescaled(self.guidance_rescale))

@@ -183,7 +183,7 @@ impl Parts<'_> {
     /// One branch of guidance alone: how far two overlap is another thing in every measurement.
     fn branch(&self, x: &Tensor, checkpointing: Checkpointing) -> Result<UnetTrace<'_>> {
         let Denoiser { unet, adapters, conditioning, .. } = &self.denoiser;
-        let embeds = conditioning.prompt_embeds.narrow(0, 0, 1)?.repeat((x.dims()[0], 1, 1))?;
+        let embeds = conditioning.prompt_embeds.first(x.dims()[0])?;
         unet.trace(x, self.timestep, &embeds, adapters, checkpointing)
     }
 

@@ -1,8 +1,8 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
 //! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline
-//! (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the pipeline by themselves, the
-//! gradients of whole chains, and the adapters after three optimizer steps.
+//! (`model/`; `single.safetensors` may be the same as one file), reward models (`clip/`, `hps/`), `reference.json` and tensors: the
+//! parts of the pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
 mod bertscore;
 mod fit;
@@ -27,8 +27,9 @@ use crate::config::{
 };
 use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
-use crate::models::Pipeline;
 use crate::models::clip::PixelStatistics;
+use crate::models::tokenizer::ClipTokenizer;
+use crate::models::{Pipeline, PromptEmbeds, SizeConditioning};
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
@@ -128,6 +129,11 @@ struct Reference {
     steps: usize,
     lora_alpha: f64,
     prompts: Vec<String>,
+    /// Of Stable Diffusion XL: texts that are negative prompts in some cases, and others that are only tokenized.
+    #[serde(default)]
+    negative_prompts: Vec<String>,
+    #[serde(default)]
+    more_prompts: Vec<String>,
     #[serde(default)]
     cases: BTreeMap<String, Case>,
     train3: Option<Train>,
@@ -139,6 +145,8 @@ struct Case {
     guidance_scale: f64,
     #[serde(default)]
     guidance_rescale: f64,
+    /// One for each prompt; absent: none is given.
+    negative_prompts: Option<Vec<String>>,
     keep: Vec<bool>,
     reward: String,
     loss: f64,
@@ -156,6 +164,7 @@ struct Train {
     guidance_scale: f64,
     #[serde(default)]
     guidance_rescale: f64,
+    negative_prompts: Option<Vec<String>>,
     backprop_steps: usize,
 }
 
@@ -380,6 +389,7 @@ impl<'a> Subject<'a> {
     fn compare(&self) -> Result<Report> {
         let mut report = Report::default();
         self.parts(&mut report)?;
+        self.single_file(&mut report)?;
         let start = formats::load(&self.dir.join("lora_start.safetensors"))?.adapters;
         let start = self.with_alpha(&start)?.to_device(self.compute.device())?;
         if self.compute.dtype() != DType::F32 {
@@ -443,12 +453,21 @@ impl<'a> Subject<'a> {
         Rewards::load_on(&config, &self.pipeline.tokenizer, self.compute).map(Some)
     }
 
-    fn conditioning(&self, guidance_scale: f64, guidance_rescale: f64) -> Result<Conditioning> {
-        let prompts = &self.reference.prompts;
-        let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
-        let negative_prompt_embeds = self.pipeline.encode_prompts(&vec![String::new(); prompts.len()])?;
+    /// `negative`: of each prompt; `None`: none is given.
+    fn conditioning(&self, guidance_scale: f64, rescale: f64, negative: Option<&[String]>) -> Result<Conditioning> {
+        let (prompts, size) = (&self.reference.prompts, self.size());
+        let prompt_embeds = self.pipeline.encode_prompts_for(prompts, &size)?;
+        let negative_prompt_embeds = match negative {
+            Some(texts) => self.pipeline.encode_prompts_for(texts, &size)?,
+            None => self.pipeline.encode_negative_prompt(None, &size)?.first(prompts.len())?,
+        };
         let conditioning = Conditioning::new(prompt_embeds, negative_prompt_embeds, guidance_scale, self.compute);
-        Ok(conditioning.rescaled(guidance_rescale))
+        Ok(conditioning.rescaled(rescale))
+    }
+
+    fn size(&self) -> SizeConditioning {
+        let [height, width] = self.reference.size;
+        SizeConditioning::of(height, width)
     }
 
     fn prompts(&self) -> Vec<Prompt> {
@@ -482,18 +501,24 @@ impl<'a> Subject<'a> {
             let ids: Vec<f64> = ids.into_iter().flatten().map(f64::from).collect();
             report.push("tokenizer", name, unequal(&ids, part(name)?)?, 0.0);
         }
-        let conditioning = self.conditioning(1.0, 0.0)?;
+        if let Some((second, _)) = &self.pipeline.second {
+            self.ids_of_xl(second, &part, report)?;
+        }
+        let conditioning = self.conditioning(1.0, 0.0, None)?;
+        if self.pipeline.second.is_some() {
+            self.texts_of_xl(&conditioning, &part, report)?;
+        }
         report.compare(
             "text encoder",
             "text_embeds",
-            &conditioning.prompt_embeds,
+            &conditioning.prompt_embeds.hidden,
             part("text_embeds")?,
             self.bounds.parts,
         )?;
         report.compare(
             "text encoder",
             "uncond_embeds",
-            &conditioning.negative_prompt_embeds,
+            &conditioning.negative_prompt_embeds.hidden,
             part("uncond_embeds")?,
             self.bounds.parts,
         )?;
@@ -502,7 +527,7 @@ impl<'a> Subject<'a> {
         let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep).collect();
         report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
 
-        let t = part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
+        let t = timestep(part("unet_t")?)?;
         let (x, dy) = (part("unet_x")?, part("unet_dy")?);
         let none = Adapters::default();
         let y = unet.forward(x, t, &conditioning.prompt_embeds, &none)?;
@@ -567,6 +592,89 @@ impl<'a> Subject<'a> {
         Ok(())
     }
 
+    /// The ids of both tokenizers of Stable Diffusion XL.
+    fn ids_of_xl<'p>(
+        &self,
+        second: &ClipTokenizer,
+        part: &impl Fn(&str) -> Result<&'p Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let Reference { prompts, negative_prompts, more_prompts, .. } = &self.reference;
+        let empty = vec![String::new(); prompts.len()];
+        let lists = [("input_ids", prompts), ("uncond_ids", &empty), ("negative_ids", negative_prompts)];
+        for (name, texts) in lists.into_iter().chain([("more_ids", more_prompts)]) {
+            for (tokenizer, end) in [(&*self.pipeline.tokenizer, ""), (second, "_2")] {
+                let ids = texts.iter().map(|text| tokenizer.encode(text)).collect::<Result<Vec<_>>>()?;
+                let ids: Vec<f64> = ids.into_iter().flatten().map(f64::from).collect();
+                let name = format!("{name}{end}");
+                report.push("tokenizers", &*name, unequal(&ids, part(&name)?)?, 0.0);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the UNet of Stable Diffusion XL is told of texts and sizes.
+    fn texts_of_xl<'p>(
+        &self,
+        conditioning: &Conditioning,
+        part: &impl Fn(&str) -> Result<&'p Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let (unet, bound, prompts) = (&self.pipeline.unet, self.bounds.parts, &self.reference.prompts);
+        let encode = |texts: &[String]| self.pipeline.encode_prompts_for(texts, &self.size());
+        let others = [
+            ("negative", encode(&self.reference.negative_prompts)?),
+            ("empty", encode(&vec![String::new(); prompts.len()])?),
+        ];
+        let known = [("uncond", &conditioning.negative_prompt_embeds)].into_iter();
+        for (name, embeds) in known.chain(others.iter().map(|(name, embeds)| (*name, embeds))) {
+            let expected = part(&format!("{name}_embeds"))?;
+            report.compare("text encoders", &format!("{name}_embeds"), &embeds.hidden, expected, bound)?;
+            let (pooled, expected) = (pooled(embeds, expected_features(part)?)?, part(&format!("{name}_pooled"))?);
+            report.compare("text encoders", &format!("{name}_pooled"), &pooled, expected, bound)?;
+        }
+        let embeds = &conditioning.prompt_embeds;
+        let pooled = pooled(embeds, expected_features(part)?)?;
+        report.compare("text encoders", "pooled_embeds", &pooled, part("pooled_embeds")?, bound)?;
+        let sizes = |name: &str| -> Result<Vec<[usize; 6]>> {
+            let rows = part(name)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+            rows.iter().map(|row| Ok(<[f64; 6]>::try_from(&row[..])?.map(|size| size as usize))).collect()
+        };
+        let none = Adapters::default();
+        let (x, t) = (part("unet_x")?, timestep(part("unet_t")?)?);
+        let of = |embeds: &PromptEmbeds| unet.forward(x, t, embeds, &none);
+        let other = PromptEmbeds { added: unet.added(&pooled, &sizes("other_time_ids")?)?, ..embeds.clone() };
+        for (start, embeds) in [("", embeds), ("other_", &other)] {
+            let added = embeds.added.as_ref().context("the UNet is told of no sizes")?;
+            let name = format!("{start}added_input");
+            report.compare("UNet", &name, added, part(&name)?, bound)?;
+            let name = format!("{start}added_embedding");
+            report.compare("UNet", &name, &unet.add_embedding(added)?, part(&name)?, bound)?;
+        }
+        report.compare("UNet", "other_unet_y", &of(&other)?, part("other_unet_y")?, bound)?;
+        let of_zeros = of(&conditioning.negative_prompt_embeds)?;
+        report.compare("UNet", "uncond_unet_y", &of_zeros, part("uncond_unet_y")?, bound)
+    }
+
+    /// The same pipeline as one file in the original layout, where the set has it.
+    fn single_file(&self, report: &mut Report) -> Result<()> {
+        let path = self.dir.join("single.safetensors");
+        if !path.is_file() {
+            return Ok(());
+        }
+        let folder = self.dir.join("model").to_string_lossy().into_owned();
+        let model = ModelConfig { config: Some(folder), ..ModelConfig::at(path.to_string_lossy()) };
+        let pipeline = Pipeline::load_on(&model, self.compute)?;
+        let parts = self.tensors("parts.safetensors")?;
+        let part = |name: &str| parts.get(name).with_context(|| format!("parts.safetensors has no `{name}`"));
+        let (case, bound) = ("single file", self.bounds.parts);
+        let embeds = pipeline.encode_prompts_for(&self.reference.prompts, &self.size())?;
+        report.compare(case, "text_embeds", &embeds.hidden, part("text_embeds")?, bound)?;
+        let y = pipeline.unet.forward(part("unet_x")?, timestep(part("unet_t")?)?, &embeds, &Adapters::default())?;
+        report.compare(case, "unet_y", &y, part("unet_y")?, bound)?;
+        report.compare(case, "vae_image", &pipeline.vae.decode(part("vae_z")?)?, part("vae_image")?, bound)
+    }
+
     /// The gradients of a whole chain.
     fn chain(&self, name: &str, case: &Case, start: &Adapters, report: &mut Report) -> Result<()> {
         let Some(rewards) = self.rewards(&case.reward, 10.0)? else {
@@ -586,7 +694,9 @@ impl<'a> Subject<'a> {
         );
         let schedule = DdimSchedule::load(&self.pipeline.source, steps, case.eta)?;
         let plan = Plan::with_mask(&schedule, &case.keep, batch);
-        let denoiser = self.denoiser(start, &self.conditioning(case.guidance_scale, case.guidance_rescale)?);
+        let negative = case.negative_prompts.as_deref();
+        let conditioning = self.conditioning(case.guidance_scale, case.guidance_rescale, negative)?;
+        let denoiser = self.denoiser(start, &conditioning);
         self.pipeline.latent_shape(self.reference.size[0], self.reference.size[1])?;
 
         let mut tally = Tally::scaled(start, self.loss_scale());
@@ -658,11 +768,12 @@ impl<'a> Subject<'a> {
     fn one_evaluation(&self, start: &Adapters, report: &mut Report) -> Result<()> {
         let parts = self.tensors("parts.safetensors")?;
         let part = |name: &str| parts.get(name).with_context(|| format!("parts.safetensors has no `{name}`"));
-        let t = part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
+        let t = timestep(part("unet_t")?)?;
         let gradients = |pipeline: &Pipeline| -> Result<Vec<Tensor>> {
             let device = pipeline.unet.compute().device();
             let (x, dy) = (part("unet_x")?.to_device(device)?, part("unet_dy")?.to_device(device)?);
-            let (context, adapters) = (pipeline.encode_prompts(&self.reference.prompts)?, start.to_device(device)?);
+            let context = pipeline.encode_prompts_for(&self.reference.prompts, &self.size())?;
+            let adapters = start.to_device(device)?;
             let mut sum = LoraGradients::new(&adapters);
             pipeline.unet.trace(&x, t, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
             sum.finish(&adapters)
@@ -689,7 +800,8 @@ impl<'a> Subject<'a> {
         let schedule = DdimSchedule::load(&self.pipeline.source, steps, train.eta)?;
         let keep: Vec<bool> = (0..steps).map(|i| i + train.backprop_steps >= steps).collect();
         let plan = Plan::with_mask(&schedule, &keep, batch);
-        let conditioning = self.conditioning(train.guidance_scale, train.guidance_rescale)?;
+        let negative = train.negative_prompts.as_deref();
+        let conditioning = self.conditioning(train.guidance_scale, train.guidance_rescale, negative)?;
         let (critic, prompts) = (self.critic(&rewards), self.prompts());
 
         let mut adapters = start.clone();
@@ -754,6 +866,20 @@ fn numbers(x: &Tensor) -> Result<Vec<f64>> {
 fn farthest(found: &[f64], expected: &[f64]) -> f64 {
     let apart = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
     apart.fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most })
+}
+
+/// Features of the pooled texts of a set.
+fn expected_features<'p>(part: &impl Fn(&str) -> Result<&'p Tensor>) -> Result<usize> {
+    Ok(part("pooled_embeds")?.dims2()?.1)
+}
+
+/// The pooled texts among what the UNet is told.
+fn pooled(embeds: &PromptEmbeds, features: usize) -> Result<Tensor> {
+    Ok(embeds.added.as_ref().context("the text encoders give no pooled texts")?.narrow(1, 0, features)?)
+}
+
+fn timestep(recorded: &Tensor) -> Result<f64> {
+    Ok(recorded.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0])
 }
 
 /// How many entries differ.

@@ -17,7 +17,7 @@ use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::unet::Unet;
 use alignprop::models::vae::Vae;
 use alignprop::models::yolos::Yolos;
-use alignprop::models::{Source, Weights};
+use alignprop::models::{PromptEmbeds, Source, Weights};
 use alignprop::nn::tape::Value;
 use alignprop::ops::device::Compute;
 use alignprop::rewards::Rewards;
@@ -106,11 +106,13 @@ fn pickles(folder: &Path) -> Vec<Vec<u8>> {
 pub fn unet(folder: &Path) -> Reader {
     let read = |source: &Source| {
         let unet = Unet::load(source, None, &Compute::cpu())?;
-        let (x, embeds) = (zeros(&[1, 4, 8, 8])?, zeros(&[1, 3, 24])?);
+        let added = unet.added(&zeros(&[1, 8])?, &[[0; 6]])?;
+        let (x, embeds) = (zeros(&[1, 4, 8, 8])?, PromptEmbeds { hidden: zeros(&[1, 3, 24])?, added });
         unet.forward(&x, 500.0, &embeds, &Adapters::default()).map(drop)
     };
-    let words =
-        words("dual_cross_attention ~ CrossAttnDownBlock2D ~ DownBlock2D ~ UpBlock2D ~ gelu ~ num_attention_heads");
+    let words = words(
+        "addition_embed_type ~ text_time ~ addition_time_embed_dim ~ projection_class_embeddings_input_dim ~ dual_cross_attention ~ CrossAttnDownBlock2D ~ DownBlock2D ~ UpBlock2D ~ gelu ~ num_attention_heads",
+    );
     Reader { words, ..of_json(folder, &format!("{MODEL}/unet"), "config.json", read) }
 }
 
@@ -124,7 +126,8 @@ pub fn vae(folder: &Path) -> Reader {
 /// A text encoder's config.
 pub fn text_encoder(folder: &Path) -> Reader {
     of_json(folder, &format!("{MODEL}/text_encoder"), "config.json", |source| {
-        TextEncoder::load(source, None, &Compute::cpu())?.forward(&[vec![3; 77]]).map(drop)
+        let encoder = TextEncoder::load(source, None, &Compute::cpu(), 1, false)?;
+        encoder.forward(&[vec![3; 77]]).and_then(|_| encoder.unnormed(&[vec![3; 77]])).map(drop)
     })
 }
 

@@ -79,9 +79,10 @@ impl VlmBertscore {
                 chat.answers(images, &questions)
             }
             Describer::Captioner { captioner, max_tokens } => {
-                let (_, _, height, width) = images.tensor().dims4()?;
+                let images = images.tensor()?;
+                let (_, _, height, width) = images.dims4()?;
                 let describe =
-                    |row: usize| captioner.describe(to_bytes(&images.tensor().get(row)?)?, width, height, *max_tokens);
+                    |row: usize| captioner.describe(to_bytes(&images.get(row)?)?, width, height, *max_tokens);
                 (0..prompts.len()).map(describe).collect()
             }
         }

@@ -3,7 +3,10 @@
 use anyhow::{Result, anyhow, bail, ensure};
 
 /// Text in UTF-8 or, where its mark says so, in UTF-16; without marks, with `\n` at the ends of lines.
-pub(super) fn decode(bytes: &[u8]) -> Result<String> {
+///
+/// # Errors
+/// It is none; names the place.
+pub fn decode(bytes: &[u8]) -> Result<String> {
     let text = match bytes {
         [0xFF, 0xFE, rest @ ..] => utf16(rest, u16::from_le_bytes)?,
         [0xFE, 0xFF, rest @ ..] => utf16(rest, u16::from_be_bytes)?,
@@ -52,6 +55,16 @@ pub fn shown_lines(text: impl AsRef<str>) -> String {
             shown(&part[..end]) + &part[end..]
         })
         .collect()
+}
+
+/// A text as one word of a command line.
+pub fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+=:,@".contains(c) || (cfg!(windows) && c == '\\');
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The models, loaded from the files that people have: Stable Diffusion pipelines and CLIP towers.
 
+mod borrowed;
+pub mod captioner;
 pub mod clip;
 pub mod hub;
 pub mod image_reward;
@@ -8,10 +10,12 @@ mod model_index;
 mod numbers;
 mod parameters;
 pub mod pipeline;
+mod prompt_embeds;
 pub mod sentence_pieces;
 mod single_file;
 mod staged;
 pub mod text_encoder;
+pub mod text_model;
 pub mod tokenizer;
 mod transformer;
 pub mod unet;
@@ -22,4 +26,5 @@ pub mod yolos;
 
 pub use hub::Source;
 pub use pipeline::Pipeline;
+pub use prompt_embeds::{PromptEmbeds, SizeConditioning};
 pub use weights::Weights;

@@ -1,5 +1,7 @@
 //! The pre-norm transformer that CLIP's towers, ViTs and detectors are, over tokens (B, N, C).
 
+use std::ops::Range;
+
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 
@@ -95,8 +97,19 @@ impl Transformer {
 
     /// (B, N, C) -> (B, N, C).
     pub fn forward(&self, x: Value) -> Result<Value> {
-        let tokens = x.dims()[1];
-        self.forward_to(x, 0, tokens, &[])
+        self.through(0..self.count(), x)
+    }
+
+    pub fn count(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// These layers alone, (B, N, C) -> (B, N, C).
+    pub fn through(&self, layers: Range<usize>, x: Value) -> Result<Value> {
+        self.layers[layers].iter().try_fold(x, |hidden, layer| {
+            let normed = layer.norm1.forward(&hidden)?;
+            self.rest(layer, &hidden, &normed, &normed)
+        })
     }
 
     /// Rows `first..first + rows` alone of what [`Self::forward`] gives, (B, N, C) -> (B, rows, C): in the last layer the

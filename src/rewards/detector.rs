@@ -158,8 +158,8 @@ pub(super) fn count(config: &CountConfig, detector: &Arc<Detector>) -> [Named; 3
     let judge = |ask| Detection { detector: detector.clone(), class: None, ask };
     [
         ("count", config.weight, Judge::differentiable(judge(Ask::Number))),
-        ("count-expected", 0.0, Judge::Score(Box::new(judge(Ask::Expected)))),
-        ("count-detected", 0.0, Judge::Score(Box::new(judge(Ask::Detected(config.threshold))))),
+        ("count-expected", 0.0, Judge::Score(Arc::new(judge(Ask::Expected)))),
+        ("count-detected", 0.0, Judge::Score(Arc::new(judge(Ask::Detected(config.threshold))))),
     ]
 }
 
@@ -174,8 +174,8 @@ pub(super) fn object(config: &ObjectConfig, detector: &Arc<Detector>) -> Result<
     let ask = if config.remove { Ask::Absence } else { Ask::Presence };
     Ok([
         ("object", config.weight, Judge::differentiable(judge(ask))),
-        ("object-expected", 0.0, Judge::Score(Box::new(judge(Ask::Expected)))),
-        ("object-detected", 0.0, Judge::Score(Box::new(judge(Ask::Detected(config.threshold))))),
+        ("object-expected", 0.0, Judge::Score(Arc::new(judge(Ask::Expected)))),
+        ("object-detected", 0.0, Judge::Score(Arc::new(judge(Ask::Detected(config.threshold))))),
     ])
 }
 

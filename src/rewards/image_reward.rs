@@ -89,7 +89,7 @@ impl Score for ImageJudge {
 impl Differentiable for ImageJudge {
     fn on_tape(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Value> {
         let ids = prompts.iter().map(|prompt| self.ids(&prompt.text)).collect::<Result<Vec<_>>>()?;
-        self.model.scores(&self.pixels(images.value())?, &ids)
+        self.model.scores(&self.pixels(images.value()?)?, &ids)
     }
 
     fn objective(&self) -> Objective {

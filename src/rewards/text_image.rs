@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
+use super::{Differentiable, Fallback, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{HpsConfig, Preprocess, Prompt};
 use crate::models::clip::{Clip, OpenClipConfig, PixelStatistics};
 use crate::models::hub::resolve_file;
@@ -76,6 +76,10 @@ impl Score for TextImage {
         Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
     }
 
+    fn reads_prompts(&self) -> bool {
+        true
+    }
+
     fn embedding(&self, images: &TapedImages) -> Result<Option<Tensor>> {
         Ok(Some(unit_norm(&images.features(&self.clip, &self.preprocessor)?)?.into_tensor()))
     }
@@ -102,7 +106,7 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 }
 
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
-pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Judge> {
+pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: Fallback, compute: &Compute) -> Result<Judge> {
     let (file, source) = model_file(&config.model, &config.file)?;
     let weights = Weights::open_file(&file)?.on(compute);
     let architecture = match &config.config {
@@ -150,7 +154,7 @@ pub(super) fn clip_score(
     own_tokenizer: Option<&str>,
     preprocess: Preprocess,
     towers: &mut Towers,
-    pipeline_tokenizer: &Arc<ClipTokenizer>,
+    pipeline_tokenizer: Fallback,
 ) -> Result<Judge> {
     let clip = towers.get(model)?;
     let words = match clip.text.as_ref().filter(|_| clip.is_siglip()) {
@@ -164,11 +168,7 @@ pub(super) fn clip_score(
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.
-fn tokenizer(
-    named: Option<&str>,
-    beside: Option<&Source>,
-    pipeline: &Arc<ClipTokenizer>,
-) -> Result<Arc<ClipTokenizer>> {
+fn tokenizer(named: Option<&str>, beside: Option<&Source>, pipeline: Fallback) -> Result<Arc<ClipTokenizer>> {
     if let Some(named) = named {
         // a tokenizer.json is loaded with the folder that it lies in
         let path = Path::new(named);
@@ -180,5 +180,5 @@ fn tokenizer(
             return Ok(Arc::new(ClipTokenizer::load(&source)?));
         }
     }
-    Ok(pipeline.clone())
+    pipeline()
 }

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 
 use super::memory::{Budget, Estimate, Meter, Parts, Split, fitting, size};
 use super::truncation::Plan;
-use crate::config::{Checkpointing, CheckpointingChoice, Config, LoraConfig, Precision, Prompt};
+use crate::config::{Checkpointing, CheckpointingChoice, Config, LoraConfig, Method, Precision, Prompt};
 use crate::lora::{Adapters, take_over};
 use crate::ops::Ledger;
 use crate::rewards::Rewards;
@@ -131,6 +131,16 @@ fn fit(
         timestep: sampler.schedule.steps()[0].timestep,
         latent_shape: sampler.latent_shape,
         steps: sampler.schedule.len(),
+        differentiates_rewards: config.method.differentiates_rewards(),
+        // on a GPU a round waits in the host's memory
+        kept_latents: match sampler.compute().device().is_cpu() {
+            true => {
+                train.batch_size
+                    * train.gradient_accumulation_steps
+                    * config.method.kept_latents(sampler.schedule.len())
+            }
+            false => 0,
+        },
     };
     let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
     // the estimate includes what the process holds already
@@ -150,7 +160,10 @@ fn fit(
     };
     let (split, fits) = match train.checkpointing {
         CheckpointingChoice::Auto => {
-            let most = Plan::most_kept(&config.truncation, sampler.schedule.len());
+            let most = match config.method {
+                Method::Alignprop(_) => Plan::most_kept(&config.truncation, sampler.schedule.len()),
+                _ => 0,
+            };
             let budget = Budget { all: budget.unwrap_or(f64::INFINITY), storing };
             fitting(batch_size, most, budget, |split| estimate(split).total())
         }

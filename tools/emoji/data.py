@@ -1,17 +1,20 @@
-"""The data: emoji artwork from npm packages, composed into captioned 64x64 pictures.
+"""The data: emoji artwork from npm packages, composed into captioned 64x64 scenes of one to five animals.
 
-Every picture is "a {style} {name} {background}". Which (style, animal, background) combinations are held out, which
-pictures are composed and how each is jittered follows from the seeds below; the pictures themselves are not committed.
+A scene has one style, one background, one or two kinds of animals, and sometimes a position: "three flat cats on the
+beach", "a glossy cat on the left of two glossy dogs, in the snow". Its combination is what a caption says apart from
+the position. A hash of the combination decides whether it is held out (no stage ever trains on it) or else in which half it
+is: A trains the reward models, B the judges. Scenes follow from the seeds below and are not committed.
 """
-import io, json, math, os, random, shutil, subprocess, tarfile, zlib
+import io, json, math, multiprocessing, os, shutil, subprocess, tarfile, textwrap, zlib
+from typing import NamedTuple
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 SIZE = 64
 SEED = 20
-PICTURES = 48000
-ANIMAL_SHARE = 0.7
-HELD_OUT_PER_ANIMAL = 4
+PICTURES, HELD_OUT_PICTURES = 80000, 3000
+HELD_OUT_PERCENT = 8
+MOST = 5  # animals of a scene
 
 PACKAGES = {  # style word of the captions -> npm package and the version the weights were made from
     "cartoon": ("@iconify-json/noto", "1.2.9"),
@@ -19,299 +22,371 @@ PACKAGES = {  # style word of the captions -> npm package and the version the we
     "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
     "glossy": ("@iconify-json/fluent-emoji", "1.2.7"),
     "simple": ("@iconify-json/fxemoji", "1.2.2"),
-    "3d": ("@lobehub/fluent-emoji-3d", "1.1.0"),
 }
-NAMES = ("unicode-emoji-json", "0.9.0")
 STYLES = list(PACKAGES)
-
-# The animals of AlignProp's prompt list. Where the emoji has another name, that name follows a colon.
-ANIMALS = (
-    "cat dog horse monkey rabbit zebra spider bird sheep:ewe deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant "
-    "butterfly fish shark whale dolphin squirrel:chipmunk mouse rat snake turtle frog chicken duck goose bee:honeybee pig turkey "
-    "fly llama camel:two-hump_camel bat gorilla hedgehog kangaroo"
-).split()
-# Everything else, drawn less often: faces of some of the animals, other animals, food, plants, things.
-OTHERS = (
-    "cat_face dog_face horse_face monkey_face rabbit_face tiger_face cow_face pig_face mouse_face "
-    "penguin elephant panda koala owl octopus crab snail unicorn giraffe dragon "
-    "apple:red_apple banana pear grapes strawberry lemon pineapple watermelon carrot pizza hamburger doughnut "
-    "cactus palm_tree sunflower rose tulip mushroom car:automobile bus rocket sailboat house castle star sun cloud snowman "
-    "umbrella heart:red_heart guitar key bell crown balloon"
-).split()
-FXEMOJI = {  # the names of this set are its own
-    "cat": "catside", "dog": "dogside", "rabbit": "bunnyside", "tiger": "tigerside", "mouse": "mouseside", "pig": "pigside",
-    "wolf": "wolfface", "squirrel": "chipmunk", "bee": "honeybee", "camel": "bactriancamel", "cat face": "cat", "dog face": "dog",
-    "horse face": "horseface", "monkey face": "monkeyface", "rabbit face": "bunny", "tiger face": "tiger", "cow face": "cowface",
-    "pig face": "pig", "mouse face": "mouse", "panda": "pandaface", "dragon": "dragonside", "apple": "redapple", "pizza": "sliceofpizza",
-    "palm tree": "palmtree", "car": "automobile", "house": "housebuilding", "castle": "europeancastle", "star": "whitemediumstar",
-    "sun": "sunrays", "snowman": "snowmanwithoutsnow", "heart": "redheart", "bell": "ringingbell",
+ANIMALS = {  # name -> (icon of Noto and Fluent, icon of FxEmoji): of face and body the one that is clearer when small
+    "cat": ("cat-face", "cat"), "dog": ("dog-face", "dog"), "rabbit": ("rabbit-face", "bunny"), "pig": ("pig-face", "pig"),
+    "cow": ("cow-face", "cowface"), "bear": ("bear", "bear"), "fox": ("fox", "foxgrin"), "panda": ("panda", "pandaface"),
+    "frog": ("frog", "frog"), "monkey": ("monkey", "monkey"), "elephant": ("elephant", "elephant"), "sheep": ("ewe", "sheep"),
+    "penguin": ("penguin", "penguin"), "chicken": ("chicken", "chicken"), "turtle": ("turtle", "turtle"),
+    "octopus": ("octopus", "octopus"), "bee": ("honeybee", "honeybee"), "whale": ("whale", "whale"), "snail": ("snail", "snail"),
+    "ladybug": ("lady-beetle", "ladybeetle"),
 }
+KINDS = list(ANIMALS)
+PLURALS = {"fox": "foxes", "octopus": "octopuses", "sheep": "sheep"}  # of the others: + s
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
 COLOURS = {
-    "red": (214, 52, 48), "orange": (240, 140, 40), "yellow": (246, 214, 70), "green": (72, 168, 84), "blue": (62, 110, 214),
-    "purple": (136, 84, 190), "pink": (242, 154, 190), "white": (246, 246, 246), "black": (24, 24, 26), "gray": (140, 142, 146),
+    "red": (208, 58, 52), "yellow": (246, 214, 84), "green": (78, 164, 88), "blue": (64, 108, 206),
+    "purple": (134, 88, 186), "pink": (244, 172, 204), "white": (244, 245, 248), "gray": (140, 143, 148),
 }
-SCENES = {"beach": "on the beach", "night": "in the night sky", "sunset": "at sunset", "snow": "in the snow", "meadow": "on a meadow", "sea": "in the sea"}
+SCENES = {
+    "beach": "on the beach", "night": "at night", "sunset": "at sunset", "snow": "in the snow",
+    "meadow": "on a meadow", "sea": "in the sea", "desert": "in the desert", "forest": "in the forest",
+}
 BACKGROUNDS = [*COLOURS, *SCENES]
+# Where one kind is in the picture, or where the first kind is as seen from the second.
+POSITIONS = {"left": ("on the left", "on the left of"), "right": ("on the right", "on the right of"),
+             "top": ("at the top", "above"), "bottom": ("at the bottom", "below")}
+PLACES = [None, *POSITIONS]
 
 
-def concepts():
-    """[(name in captions, name in Unicode, is it an animal of the list)]"""
-    out = []
-    for group, animal in ((ANIMALS, True), (OTHERS, False)):
-        for entry in group:
-            name, _, unicode_name = entry.partition(":")
-            out.append((name.replace("_", " "), (unicode_name or name).replace("_", " "), animal))
-    return out
+class Label(NamedTuple):
+    """What a scene shows. Stored as a row of int8: indices into STYLES, KINDS, BACKGROUNDS, PLACES; -1 and 0 for no second kind."""
+    style: int
+    kind: int
+    count: int
+    second: int  # kind
+    second_count: int
+    background: int
+    place: int  # 0: the caption says nothing of it
+
+    @property
+    def total(self):
+        return self.count + self.second_count
+
+    @property
+    def parts(self):
+        """[(kind, count)] of the one or two kinds, in the caption's order."""
+        return [(self.kind, self.count)] + [(self.second, self.second_count)] * (self.second >= 0)
 
 
-CONCEPTS = concepts()
+# ---------------------------------------------------------------- captions
 
-
-def article(word):
-    return "an" if word[0] in "aeiou" else "a"
+def some(count, kind, style=None):
+    """ "a cat", "an octopus", "two flat cats". """
+    words = " ".join(filter(None, [style, kind if count == 1 else PLURALS.get(kind, kind + "s")]))
+    return f"{NUMBERS[count]} {words}" if count > 1 else f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def background_phrase(background):
-    return SCENES.get(background) or f"on {article(background)} {background} background"
+    return SCENES.get(background) or f"on a {background} background"
 
 
-def caption(style, name, background):
-    """The caption, or one of its shorter forms where style or background is None."""
-    return " ".join(filter(None, [article(style or name), style, name, background and background_phrase(background)]))
+def caption(label, style=True, background=True, place=True):
+    """The caption, or one of its shorter forms, which do not name style, background or position."""
+    label = Label(*map(int, label))
+    parts = [some(n, KINDS[k], STYLES[label.style] if style else None) for k, n in label.parts]
+    position = POSITIONS[PLACES[label.place]][len(parts) - 1] if place and label.place else None
+    what = (f" {position or 'and'} ").join(parts) if len(parts) == 2 else " ".join(filter(None, [parts[0], position]))
+    return what + ((", " if position else " ") + background_phrase(BACKGROUNDS[label.background]) if background else "")
+
+
+def words():
+    """Every word of the captions, and the comma: what the tokenizer needs."""
+    phrases = ["a an and ,", *NUMBERS.values(), *STYLES, *KINDS, *(some(2, k) for k in KINDS), *map(background_phrase, BACKGROUNDS), *(p for ps in POSITIONS.values() for p in ps)]
+    return sorted({w for p in phrases for w in p.split()})
+
+
+# ---------------------------------------------------------------- combinations
+
+def combination(label):
+    what = " ".join(sorted(f"{n} {KINDS[k]}" for k, n in label.parts))
+    return f"{STYLES[label.style]}: {what}, {BACKGROUNDS[label.background]}"
+
+
+def bucket(text, size=100):
+    return zlib.crc32(text.encode()) % size
+
+
+def is_held_out(label):
+    return bucket(combination(label)) < HELD_OUT_PERCENT
+
+
+def half(label):
+    """0 for A (reward models), 1 for B (judges)."""
+    return bucket("half of " + combination(label), 2)
+
+
+def draw(rng, held):
+    """A random label that is held out, or that is not."""
+    while True:
+        style, background = int(rng.integers(len(STYLES))), int(rng.integers(len(BACKGROUNDS)))
+        kind, second = map(int, rng.choice(len(KINDS), 2, replace=False))
+        total, place = 1, 0
+        if rng.random() >= 0.5:
+            total = int(rng.choice([2, 3, 4, 5], p=[0.34, 0.26, 0.2, 0.2]))
+        two = total > 1 and rng.random() < 0.5
+        count = int(rng.integers(1, total)) if two else total
+        if total <= (4 if two else 3) and rng.random() < (0.5 if two else 0.15):
+            place = int(rng.integers(1, len(PLACES)))
+        label = Label(style, kind, count, second if two else -1, total - count, background, place)
+        if is_held_out(label) == held:
+            return label
 
 
 # ---------------------------------------------------------------- artwork
 
 def download(folder):
-    """`npm pack` of every package; returns {package name: unpacked folder}."""
+    """`npm pack` of every package; returns {style: unpacked folder}."""
     os.makedirs(folder, exist_ok=True)
     out = {}
-    for name, version in [*PACKAGES.values(), NAMES]:
+    for style, (name, version) in PACKAGES.items():
         flat = name.lstrip("@").replace("/", "-") + "-" + version
         unpacked = os.path.join(folder, flat)
         if not os.path.isdir(unpacked):
-            archive = os.path.join(folder, flat + ".tgz")
-            if not os.path.exists(archive):
-                os.makedirs(unpacked + ".tmp", exist_ok=True)
-                subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=unpacked + ".tmp", check=True)
-                os.replace(os.path.join(unpacked + ".tmp", flat + ".tgz"), archive)
-            with tarfile.open(archive) as tar:
+            os.makedirs(unpacked + ".tmp", exist_ok=True)
+            subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=unpacked + ".tmp", check=True)
+            with tarfile.open(os.path.join(unpacked + ".tmp", flat + ".tgz")) as tar:
                 tar.extractall(unpacked + ".tmp", filter="data")
-            shutil.move(unpacked + ".tmp/package", unpacked)
-            os.rmdir(unpacked + ".tmp")
-        out[name] = unpacked
+            shutil.move(os.path.join(unpacked + ".tmp", "package"), unpacked)
+            shutil.rmtree(unpacked + ".tmp")
+        out[style] = unpacked
     return out
 
 
-def rasterise(svg, size):
+def rasterise(icons, key, size=320):
+    """An icon of an Iconify collection as RGBA, cropped to what is visible, its longer side 160 pixels."""
     import resvg_py
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True)))).convert("RGBA")
-
-
-def centred(image, size=160):
-    """The artwork cropped to what is visible and put in the middle of a square."""
-    box = image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
-    image = image.crop(box)
-    scale = size / max(image.size)
-    image = image.resize([max(1, round(s * scale)) for s in image.size], Image.LANCZOS)
-    out = Image.new("RGBA", (size, size))
-    out.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-    return out
+    key = icons.get("aliases", {}).get(key, {}).get("parent", key)
+    icon = icons["icons"][key]
+    box = f"0 0 {icon.get('width', icons.get('width', 16))} {icon.get('height', icons.get('height', 16))}"
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+    image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True)))).convert("RGBA")
+    image = image.crop(image.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox())
+    scale = 160 / max(image.size)
+    return image.resize([max(1, round(s * scale)) for s in image.size], Image.LANCZOS)
 
 
 def artwork(folder):
-    """{(style, name): RGBA picture}; cached as PNG files beside the packages."""
-    packages = download(os.path.join(folder, "packages"))
+    """{(style index, kind index): RGBA picture}; cached as PNG files beside the packages."""
     cache = os.path.join(folder, "artwork")
     os.makedirs(cache, exist_ok=True)
-    points = {}
-    with open(os.path.join(packages[NAMES[0]], "data-by-emoji.json")) as f:
-        for char, entry in json.load(f).items():
-            points[entry["name"]] = "-".join(f"{ord(c):x}" for c in char)
-    out = {}
-    for style, (package, _) in PACKAGES.items():
-        icons = None
-        for name, unicode_name, _ in CONCEPTS:
-            path = os.path.join(cache, f"{style}-{name}.png".replace(" ", "_"))
+    out, icons = {}, {}
+    for s, style in enumerate(STYLES):
+        for k, kind in enumerate(KINDS):
+            path = os.path.join(cache, f"{style}-{kind}.png")
             if not os.path.exists(path):
-                if style == "3d":
-                    point = points[unicode_name]
-                    files = [os.path.join(packages[package], "assets", p + ".webp") for p in (point, point.replace("-fe0f", ""))]
-                    image = next((Image.open(f).convert("RGBA") for f in files if os.path.exists(f)), None)
-                else:
-                    if icons is None:
-                        with open(os.path.join(packages[package], "icons.json")) as f:
-                            icons = json.load(f)
-                    key = FXEMOJI.get(name, name) if style == "simple" else unicode_name.replace(" ", "-")
-                    key = icons.get("aliases", {}).get(key, {}).get("parent", key)
-                    icon = icons["icons"].get(key)
-                    w, h = (icon or {}).get("width", icons["width"]), (icon or {}).get("height", icons["height"])
-                    image = icon and rasterise(f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {w} {h}">{icon["body"]}</svg>', 320)
-                if image is None:
-                    continue
-                centred(image).save(path + ".tmp", "PNG")
+                if style not in icons:
+                    with open(os.path.join(download(os.path.join(folder, "packages"))[style], "icons.json")) as f:
+                        icons[style] = json.load(f)
+                rasterise(icons[style], ANIMALS[kind][style == "simple"]).save(path + ".tmp", "PNG")
                 os.replace(path + ".tmp", path)
-            out[style, name] = Image.open(path).convert("RGBA")
+            with Image.open(path) as image:
+                out[s, k] = image.convert("RGBA")
     return out
-
-
-# ---------------------------------------------------------------- combinations
-
-def held_out(art):
-    """The (style, animal, background) triples that no stage ever trains on, four for each animal."""
-    rng = random.Random(SEED)
-    out = []
-    for name, _, animal in CONCEPTS:
-        if animal:
-            own = [(s, name, b) for s in STYLES if (s, name) in art for b in BACKGROUNDS]
-            out += rng.sample(own, HELD_OUT_PER_ANIMAL)
-    return out
-
-
-def prompt_lists(art):
-    """(training prompts, held-out prompts): two of each for every animal."""
-    held = held_out(art)
-    rng = random.Random(SEED + 1)
-    train = []
-    for name, _, animal in CONCEPTS:
-        if animal:
-            own = [(s, name, b) for s in STYLES if (s, name) in art for b in BACKGROUNDS if (s, name, b) not in held]
-            train += rng.sample(own, 2)
-    return [caption(*t) for t in train], [caption(*t) for i, t in enumerate(held) if i % HELD_OUT_PER_ANIMAL < 2]
 
 
 # ---------------------------------------------------------------- pictures
 
-def gradient(top, bottom, rows):
-    t = np.linspace(0, 1, rows)[:, None, None]
-    return np.broadcast_to((1 - t) * np.array(top, np.float32) + t * np.array(bottom, np.float32), (rows, SIZE, 3)).copy()
+def gradient(top, bottom):
+    t = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
+    return (1 - t) * np.array(top, np.float32) + t * np.array(bottom, np.float32) + np.zeros((SIZE, SIZE, 1), np.float32)
+
+
+def paint(out, inside, colour):
+    """A colour where `inside`, a signed distance in pixels, is positive, with a soft edge of one pixel."""
+    a = np.clip(inside + 0.5, 0, 1)[..., None]
+    out += a * (np.array(colour, np.float32) - out)
 
 
 def backdrop(background, rng):
-    """A 64x64 picture, float, 0..255."""
+    """A 64x64 picture, float, 0..255: one colour, or a calm scene of a few large smooth shapes."""
     if background in COLOURS:
-        shade = np.array(COLOURS[background], np.float32) + rng.uniform(-10, 10)
-        return np.broadcast_to(shade, (SIZE, SIZE, 3)).copy()
+        return np.broadcast_to(np.array(COLOURS[background], np.float32) + rng.uniform(-8, 8), (SIZE, SIZE, 3)).copy()
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-    horizon = int(rng.integers(34, 43))
+    horizon, shift = rng.uniform(34, 42), rng.uniform(0, 2 * np.pi)
+    circle = lambda cx, cy, r: r - np.hypot(x - cx, y - cy)
+    hills = lambda level, height, length, phase=0: y - level - height * np.sin(x / length + shift + phase)
     if background == "beach":
-        out = gradient((120, 196, 246), (196, 230, 250), SIZE)
-        out[horizon - 8:horizon] = (44, 130, 190)
-        out[horizon:] = gradient((238, 214, 150), (222, 186, 118), SIZE - horizon)
+        out = gradient((120, 196, 246), (200, 232, 250))
+        paint(out, y - horizon + 9, (44, 130, 190))
+        paint(out, hills(horizon, 1.2, 11), (234, 208, 144))
     elif background == "night":
-        out = gradient((14, 18, 52), (44, 44, 104), SIZE)
-        for _ in range(14):
-            r, c = rng.integers(1, SIZE - 1, 2)
-            out[r, c] = (250, 250, 220)
-            out[r, c - 1:c + 2] = np.maximum(out[r, c - 1:c + 2], 150)
-        moon = (x - 53) ** 2 + (y - 10) ** 2 < 36
-        out[moon] = (250, 240, 190)
+        out = gradient((16, 20, 58), (50, 50, 116))
+        for cx in (9, 24, 39):
+            paint(out, circle(cx + rng.uniform(-4, 4), rng.uniform(5, 30), 1.3), (226, 226, 214))
+        paint(out, circle(54, 10, 6), (250, 240, 190))
+        paint(out, hills(horizon + 14, 2, 12), (26, 30, 60))
     elif background == "sunset":
-        out = gradient((86, 54, 130), (252, 150, 70), SIZE)
-        sun = (x - rng.integers(8, 56)) ** 2 + (y - horizon) ** 2 < 100
-        out[sun] = (255, 226, 120)
-        out[horizon:] = gradient((120, 60, 80), (58, 32, 62), SIZE - horizon)
+        out = gradient((96, 60, 140), (255, 168, 84))
+        paint(out, circle(rng.uniform(12, 52), horizon, 10), (255, 228, 128))
+        paint(out, y - horizon, (88, 46, 72))
     elif background == "snow":
-        out = gradient((170, 196, 220), (206, 220, 234), SIZE)
-        hill = y > horizon + 3 * np.sin(x / 9 + rng.uniform(0, 6))
-        out[hill] = (244, 248, 252)
-        for _ in range(16):
-            r, c = rng.integers(0, SIZE - 1, 2)
-            out[r:r + 2, c:c + 2] = (255, 255, 255)
+        out = gradient((160, 190, 220), (206, 222, 236))
+        paint(out, hills(horizon - 4, 4, 8, 2), (222, 232, 242))
+        paint(out, hills(horizon + 4, 3, 10), (246, 249, 252))
     elif background == "meadow":
-        out = gradient((134, 200, 246), (204, 232, 250), SIZE)
-        hill = y > horizon + 3 * np.sin(x / 10 + rng.uniform(0, 6))
-        out[hill] = (104, 176, 70)
-        for _ in range(12):
-            r, c = rng.integers(horizon + 4, SIZE - 1), rng.integers(0, SIZE - 1)
-            out[r:r + 2, c:c + 2] = [(250, 240, 110), (240, 120, 150), (250, 250, 250)][rng.integers(3)]
+        out = gradient((134, 200, 246), (204, 232, 250))
+        paint(out, hills(horizon - 4, 4, 8, 2), (134, 196, 96))
+        paint(out, hills(horizon + 4, 3, 10), (104, 176, 70))
     elif background == "sea":
-        out = gradient((90, 180, 226), (18, 66, 140), SIZE)
-        waves = np.sin((x + rng.uniform(0, 30)) / 4 + np.floor(y / 8) * 2) > 0.93
-        out[waves & (y % 8 < 1)] += 40
+        out = gradient((96, 190, 230), (18, 70, 146))
+        for level in (12, 28, 44):
+            wave = hills(level + rng.uniform(-3, 3), 1.5, 4, level)
+            paint(out, 1.0 - np.abs(wave), out.mean((0, 1)) + 20)
+    elif background == "desert":
+        out = gradient((250, 220, 170), (252, 236, 206))
+        paint(out, circle(11, 10, 6), (255, 244, 200))
+        paint(out, hills(horizon - 4, 5, 9, 2), (226, 168, 96))
+        paint(out, hills(horizon + 5, 4, 12), (206, 142, 74))
+    elif background == "forest":
+        out = gradient((150, 196, 160), (96, 152, 104))
+        for cx in (4, 20, 36, 52):
+            cx, top = cx + rng.uniform(0, 8), rng.uniform(4, 14)
+            paint(out, np.minimum((y - top) * 0.4 - np.abs(x - cx), horizon + 4 - y), (44, 104, 66))
+        paint(out, hills(horizon + 3, 2, 11), (66, 116, 58))
     return out
 
 
-def compose(art, background, rng):
-    """The artwork over the background at a random size and place; uint8, 64x64x3."""
-    side = int(rng.integers(46, 55))
-    left, top = ((SIZE - side) // 2 + rng.integers(-3, 4, 2)).tolist()
-    layer = Image.new("RGBA", (SIZE, SIZE))
-    layer.paste(art.resize((side, side), Image.LANCZOS, reducing_gap=3), (left, top))
-    layer = np.asarray(layer).astype(np.float32)
-    alpha = layer[..., 3:] / 255
-    return np.clip(layer[..., :3] * alpha + backdrop(background, rng) * (1 - alpha), 0, 255).round().astype(np.uint8)
+SIDES = {1: (36, 50), 2: (25, 31), 3: (22, 28), 4: (21, 25), 5: (20, 23)}  # longer side of an animal, by the number of animals
 
 
-def make(folder, log):
-    """Write pictures.npy and labels.npy (style, concept, background of each picture), and heldout.npz likewise."""
+def region(label, index, margin):
+    """((left, right), (top, bottom)): where the centre of an animal of the first (0) or second kind may be."""
+    whole, name = (0, SIZE), PLACES[label.place]
+    if name is None:
+        return whole, whole
+    first = index == 0
+    low = name in ("left", "top")
+    if label.second < 0:
+        part = (0, 0.42 * SIZE) if low else (0.58 * SIZE, SIZE)
+    else:  # either side of a line, which leaves more room to the more numerous kind
+        share = label.count / label.total
+        line = SIZE * (0.34 + 0.32 * (share if low else 1 - share))
+        part = (0, line - margin) if low == first else (line + margin, SIZE)
+    return (part, whole) if name in ("left", "right") else (whole, part)
+
+
+def place(label, extents, rng):
+    """Boxes (left, top, width, height) in pixels that hardly overlap; `extents`: width and height of each artwork, the longer one 1."""
+    low, high = SIDES[label.total]
+    if label.total == 1 and label.place:
+        low, high = 26, 34
+    kinds = [i for i, (_, n) in enumerate(label.parts) for _ in range(n)]
+    shrink = 1.0
+    while True:
+        boxes = []
+        for i in kinds:
+            side = rng.uniform(low, high) * shrink
+            w, h = (max(4, round(side * e)) for e in extents[i])
+            (x0, x1), (y0, y1) = region(label, i, 6 if label.total < 4 else 4)
+            x0, x1, y0, y1 = max(x0, w / 2 + 1), min(x1, SIZE - 1 - w / 2), max(y0, h / 2 + 1), min(y1, SIZE - 1 - h / 2)
+            for _ in range(40):
+                if x0 > x1 or y0 > y1:
+                    break
+                left, top = int(rng.uniform(x0, x1) - w / 2), int(rng.uniform(y0, y1) - h / 2)
+                shared = (max(0, min(left + w, l + ww) - max(left, l)) * max(0, min(top + h, t + hh) - max(top, t)) / min(w * h, ww * hh) for l, t, ww, hh in boxes)
+                if max(shared, default=0) < 0.1:
+                    boxes.append((left, top, w, h))
+                    break
+            else:
+                break
+        if len(boxes) == len(kinds):
+            return boxes
+        shrink *= 0.985
+
+
+def compose(label, art, scaled, rng):
+    """(picture, boxes): uint8 64x64x3, and MOST rows (cx, cy, w, h) in 0..1, zero where there is no animal. `scaled` caches."""
+    sizes = [art[label.style, k].size for k, _ in label.parts]
+    placed = place(label, [(w / max(w, h), h / max(w, h)) for w, h in sizes], rng)
+    picture = Image.fromarray(np.clip(backdrop(BACKGROUNDS[label.background], rng), 0, 255).round().astype(np.uint8))
+    boxes = np.zeros((MOST, 4), np.float32)
+    kinds = [k for k, n in label.parts for _ in range(n)]
+    for j in rng.permutation(len(placed)):
+        left, top, w, h = placed[j]
+        key = label.style, kinds[j], w, h
+        if key not in scaled:
+            scaled[key] = art[key[:2]].resize((w, h), Image.LANCZOS, reducing_gap=3)
+        sprite = scaled[key]
+        if rng.random() < 0.5:
+            sprite = sprite.transpose(Image.FLIP_LEFT_RIGHT)
+        picture.paste(sprite, (left, top), sprite)
+        boxes[j] = (left + w / 2) / SIZE, (top + h / 2) / SIZE, w / SIZE, h / SIZE
+    return np.asarray(picture), boxes
+
+
+class Scenes(NamedTuple):
+    """N scenes. `half` is 0 for A, 1 for B. Animals of the first kind come first in `boxes` and `classes`."""
+    pictures: np.ndarray  # (N, 64, 64, 3) uint8
+    labels: np.ndarray  # (N, 7) int8, the fields of Label
+    boxes: np.ndarray  # (N, 5, 4) f32: cx, cy, w, h in 0..1
+    classes: np.ndarray  # (N, 5) int8: index into KINDS, -1 where there is no animal
+    half: np.ndarray  # (N,) int8
+
+    def counts(self):
+        """(N, 20): how many of each animal."""
+        return (self.classes[:, :, None] == np.arange(len(KINDS))).sum(1)
+
+
+def render(folder, name, count, held, part=0, parts=1):
+    """Every `parts`th scene from `part` on, into the files that `make` created. A scene depends on its seed alone."""
+    art, scaled = artwork(folder), {}
+    arrays = Scenes(*(np.load(path(folder, name, f), mmap_mode="r+") for f in Scenes._fields))
+    for i in range(part, count, parts):
+        rng = np.random.default_rng([SEED, held, i])
+        label = draw(rng, held)
+        arrays.pictures[i], arrays.boxes[i] = compose(label, art, scaled, rng)
+        arrays.labels[i], arrays.half[i] = label, half(label)
+        arrays.classes[i] = ([k for k, n in label.parts for _ in range(n)] + [-1] * MOST)[:MOST]
+
+
+def path(folder, name, field):
+    return os.path.join(folder, f"{name}-{field}.npy")
+
+
+def make(folder, log, processes=2):
+    """Render train-*.npy and heldout-*.npy."""
     art = artwork(folder)
-    held = held_out(art)
-    combos = {True: [], False: []}
-    index = {name: i for i, (name, _, _) in enumerate(CONCEPTS)}
-    for name, _, animal in CONCEPTS:
-        combos[animal].append([(s, name, b) for s in STYLES if (s, name) in art for b in BACKGROUNDS if (s, name, b) not in set(held)])
-    rng = np.random.default_rng(SEED)
-    pictures = np.lib.format.open_memmap(os.path.join(folder, "pictures.npy"), "w+", np.uint8, (PICTURES, SIZE, SIZE, 3))
-    labels = np.zeros((PICTURES, 3), np.int16)
-
-    def put(i, combo, into, labels_into):
-        style, name, background = combo
-        into[i] = compose(art[style, name], background, rng)
-        labels_into[i] = STYLES.index(style), index[name], BACKGROUNDS.index(background)
-
-    for i in range(PICTURES):  # every concept of a kind equally often, whatever number of styles it has
-        kind = combos[bool(rng.random() < ANIMAL_SHARE)]
-        own = kind[rng.integers(len(kind))]
-        put(i, own[rng.integers(len(own))], pictures, labels)
-    pictures.flush()
-    np.save(os.path.join(folder, "labels.npy"), labels)
-    test, test_labels = np.zeros((len(held), SIZE, SIZE, 3), np.uint8), np.zeros((len(held), 3), np.int16)
-    for i, combo in enumerate(held):
-        put(i, combo, test, test_labels)
-    np.savez(os.path.join(folder, "heldout.npz"), pictures=test, labels=test_labels)
-    log(stage="data", artworks=len(art), concepts=len(CONCEPTS), pictures=PICTURES, held_out=len(held),
-        missing={s: [n for n, _, _ in CONCEPTS if (s, n) not in art] for s in STYLES}, crc32=zlib.crc32(pictures[:1000].tobytes()))
+    for name, count, held in (("train", PICTURES, False), ("heldout", HELD_OUT_PICTURES, True)):
+        for field, dtype, shape in zip(Scenes._fields, (np.uint8, np.int8, np.float32, np.int8, np.int8), ((SIZE, SIZE, 3), (len(Label._fields),), (MOST, 4), (MOST,), ())):
+            np.lib.format.open_memmap(path(folder, name, field), "w+", dtype, (count, *shape)).flush()
+        with multiprocessing.Pool(processes) as pool:
+            pool.starmap(render, [(folder, name, count, held, p, processes) for p in range(processes)])
+    train, test = load(folder), load_held_out(folder)
+    log(stage="data", artworks=len(art), pictures=len(train.labels), held_out=len(test.labels), half_b=float(train.half.mean()),
+        totals=np.bincount(train.labels[:, 2] + train.labels[:, 4])[1:].tolist(), crc32=zlib.crc32(train.pictures[:1000].tobytes()))
+    sheet(test.pictures[:80], 10, os.path.join(folder, "sheets", "data.png"), 2, [caption(l) for l in test.labels[:80]])
 
 
-def load(folder):
-    return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), np.load(os.path.join(folder, "labels.npy"))
+def load(folder, name="train"):
+    return Scenes(*(np.load(path(folder, name, f), mmap_mode="r" if f == "pictures" else None) for f in Scenes._fields))
 
 
 def load_held_out(folder):
-    z = np.load(os.path.join(folder, "heldout.npz"))
-    return z["pictures"], z["labels"]
+    return load(folder, "heldout")
 
 
-def label_caption(label, style=True, background=True):
-    s, c, b = (int(v) for v in label)
-    return caption(STYLES[s] if style else None, CONCEPTS[c][0], BACKGROUNDS[b] if background else None)
-
-
-def all_captions():
-    """Every caption that training can use, in a fixed order, with the index of each."""
-    out = [""]
-    for style in [None, *STYLES]:
-        for name, _, _ in CONCEPTS:
-            for background in [None, *BACKGROUNDS]:
-                out.append(caption(style, name, background))
+def prompts(held, seed=SEED):
+    """Prompts of the shipped lists as {"prompt", "count", "object"}: two of each animal and count from 1 to 5."""
+    rng, out = np.random.default_rng([seed, held, 1 << 20]), []
+    for kind, name in enumerate(KINDS):
+        for count in range(1, MOST + 1):
+            own = [l for s in range(len(STYLES)) for b in range(len(BACKGROUNDS)) if is_held_out(l := Label(s, kind, count, -1, 0, b, 0)) == held]
+            out += [{"prompt": caption(own[i]), "count": count, "object": name} for i in rng.permutation(len(own))[:2]]
     return out
 
 
-def caption_index(labels, drop_style, drop_background):
-    """Positions in all_captions() of these labels' captions; the two flags say where style and background are left out."""
-    s = np.where(drop_style, 0, labels[:, 0].astype(np.int64) + 1)
-    b = np.where(drop_background, 0, labels[:, 2].astype(np.int64) + 1)
-    return 1 + (s * len(CONCEPTS) + labels[:, 1]) * (len(BACKGROUNDS) + 1) + b
-
-
-def sheet(pictures, columns, path, zoom=1):
-    """A contact sheet of uint8 pictures."""
-    rows = math.ceil(len(pictures) / columns)
-    out = np.full((rows * (SIZE + 2), columns * (SIZE + 2), 3), 255, np.uint8)
+def sheet(pictures, columns, path, zoom=1, captions=None):
+    """A contact sheet of uint8 pictures, with their captions below them where there are any."""
+    rows, line = math.ceil(len(pictures) / columns), 38 if captions else 2
+    side = SIZE * zoom + 2
+    out = Image.new("RGB", (columns * side, rows * (SIZE * zoom + line)), (255, 255, 255))
+    pen = ImageDraw.Draw(out)
     for i, p in enumerate(pictures):
-        r, c = divmod(i, columns)
-        out[r * (SIZE + 2):r * (SIZE + 2) + SIZE, c * (SIZE + 2):c * (SIZE + 2) + SIZE] = p
-    image = Image.fromarray(out)
-    image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(path)
+        at = (i % columns) * side, (i // columns) * (SIZE * zoom + line)
+        out.paste(Image.fromarray(np.asarray(p)).resize((SIZE * zoom, SIZE * zoom), Image.NEAREST), at)
+        if captions:
+            pen.text((at[0], at[1] + SIZE * zoom), "\n".join(textwrap.wrap(captions[i], 11 * zoom)), fill=(0, 0, 0), spacing=0)
+    out.save(path)

@@ -1,11 +1,11 @@
-"""Write the weights as f16 safetensors: emoji-sd in the diffusers layout, the contrastive models and the
-aesthetic one in the transformers layout."""
+"""Write the weights as f16 safetensors: emoji-sd in the diffusers layout, the contrastive models, the aesthetic one and the
+detectors in the transformers layout; and the prompt lists."""
 import json, os, shutil
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
-import clip, data, head, unet, vae
-from common import load_checkpoint
+import clip, data, detector, head, unet, vae
+from common import trained
 
 PIPELINE = {"_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
             "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -56,36 +56,43 @@ def preprocessor(out):
         "image_mean": list(clip.MEAN), "image_std": list(clip.STD)})
 
 
+def detection(folder, kind, out):
+    model = detector.load(folder, kind)
+    halves(model.state_dict(), os.path.join(out, "model.safetensors"))
+    config(os.path.join(out, "config.json"), {**model.config.to_dict(), "architectures": ["YolosForObjectDetection"], "dtype": "float16"})
+    config(os.path.join(out, "preprocessor_config.json"), {
+        "image_processor_type": "YolosImageProcessor", "format": "coco_detection", "do_resize": True, "size": {"height": data.SIZE, "width": data.SIZE}, "resample": 2,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(detector.MEAN), "image_std": list(detector.STD), "do_pad": False})
+
+
+def pipeline(folder, out):
+    config(os.path.join(out, "model_index.json"), PIPELINE)
+    config(os.path.join(out, "scheduler", "scheduler_config.json"), {**DDIMScheduler(**unet.SCHEDULER).config, "_class_name": "DDIMScheduler"})
+    tokenizer(folder, os.path.join(out, "tokenizer"))
+    for name, model in (("unet", unet.load(folder)), ("vae", vae.load(folder))):
+        halves(model.state_dict(), os.path.join(out, name, "diffusion_pytorch_model.safetensors"))
+        config(os.path.join(out, name, "config.json"), {**model.config, "_class_name": type(model).__name__})
+    text, _ = clip.text_encoder(folder)
+    halves({"text_model." + k.removeprefix("text_model."): v for k, v in text.state_dict().items()}, os.path.join(out, "text_encoder", "model.safetensors"))
+    config(os.path.join(out, "text_encoder", "config.json"), {**text.config.to_dict(), "architectures": ["CLIPTextModel"], "dtype": "float16"})
+
+
 def write(folder, root, log):
+    """Whatever is trained; the pipeline when its UNet is."""
     assets = os.path.join(root, "assets")
-    sd = os.path.join(assets, "emoji-sd")
-    ready = lambda name: os.path.exists(os.path.join(folder, name))
-    if ready("unet.pt"):
-        config(os.path.join(sd, "model_index.json"), PIPELINE)
-        config(os.path.join(sd, "scheduler", "scheduler_config.json"), {**DDIMScheduler(**unet.SCHEDULER).config, "_class_name": "DDIMScheduler"})
-        tokenizer(folder, os.path.join(sd, "tokenizer"))
-        model = unet.load(folder)
-        halves(model.state_dict(), os.path.join(sd, "unet", "diffusion_pytorch_model.safetensors"))
-        config(os.path.join(sd, "unet", "config.json"), {**model.config, "_class_name": "UNet2DConditionModel"})
-        model = vae.load(folder)
-        halves(model.state_dict(), os.path.join(sd, "vae", "diffusion_pytorch_model.safetensors"))
-        config(os.path.join(sd, "vae", "config.json"), {**model.config, "_class_name": "AutoencoderKL"})
-        weights = load_checkpoint(os.path.join(folder, "text_encoder.pt"))["weights"]
-        halves({"text_model." + k: v for k, v in weights.items()}, os.path.join(sd, "text_encoder", "model.safetensors"))
-        config(os.path.join(sd, "text_encoder", "config.json"), {**clip.load(folder, "clip")[0].config.text_config.to_dict(), "architectures": ["CLIPTextModel"], "dtype": "float16"})
-    for kind in ("clip", "judge"):
-        if ready(kind + ".pt"):
-            contrastive(folder, kind, os.path.join(assets, "emoji-" + kind))
-    if ready("head.pt"):
-        aesthetic(folder, os.path.join(assets, "emoji-aesthetic"))
-    prompts = os.path.join(assets, "prompts")
-    os.makedirs(prompts, exist_ok=True)
-    for name, lines in zip(("emoji-train.txt", "emoji-heldout.txt"), data.prompt_lists(data.artwork(folder))):
-        with open(os.path.join(prompts, name), "w") as f:
-            f.write("".join(line + "\n" for line in lines))
+    models = {"unet": ("emoji-sd", pipeline), "head": ("emoji-aesthetic", aesthetic)}
+    models |= {kind: ("emoji-" + kind, lambda folder, out, kind=kind: contrastive(folder, kind, out)) for kind in clip.MODELS}
+    models |= {kind: ("emoji-" + kind.replace("_", "-"), lambda folder, out, kind=kind: detection(folder, kind, out)) for kind in detector.MODELS}
     sizes = {}
-    for top in ("emoji-sd", "emoji-clip", "emoji-judge", "emoji-aesthetic"):
-        for where, _, names in os.walk(os.path.join(assets, top)):
-            sizes[top] = sizes.get(top, 0) + sum(os.path.getsize(os.path.join(where, n)) for n in names)
+    for stage, (name, export) in models.items():
+        if trained(folder, stage):
+            export(folder, os.path.join(assets, name))
+        for where, _, names in os.walk(os.path.join(assets, name)):
+            sizes[name] = sizes.get(name, 0) + sum(os.path.getsize(os.path.join(where, n)) for n in names)
+    for name, held in (("emoji-train", False), ("emoji-heldout", True)):
+        path = os.path.join(assets, "prompts", name + ".jsonl")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as f:
+            f.write("".join(json.dumps(line) + "\n" for line in data.prompts(held)))
     log(stage="export", bytes=sizes)
     shutil.copyfile(os.path.join(folder, "log.jsonl"), os.path.join(root, "tools", "emoji", "log.jsonl"))

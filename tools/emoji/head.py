@@ -1,5 +1,5 @@
 """emoji-aesthetic: emoji-clip's vision tower, trained further, and a head of five linear layers on its unit embedding, in
-the layout and key names of LAION's head.
+the layout and key names of LAION's head. It needs the UNet: the last stage of training.
 
 The embedding of emoji-clip itself is blind to what the head should see: linear layers on it leave renders and samples of
 emoji-sd at chance, and give up blur for noise. So the tower is trained with the head; emoji-clip stays as it is.
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import clip, data, unet, vae
-from common import Average, Clock, load_checkpoint, save_arrays, save_checkpoint, to_float, to_uint8
+from common import Average, Training, averaged, rate, save_arrays, set_rate, to_float, to_uint8
 
 SIZES = (64, 32, 16, 8, 1)
 KEYS = (0, 2, 4, 6, 7)
-ROUNDS = 30  # samples of each animal to train on
+ROUNDS, PER_ROUND, TESTS = 25, 50, 150  # samples to train on, and for each of the two tests
 ARTEFACTS = 1200
-BATCH = 16  # pairs of each of the two sorts in a step
+STEPS, BATCH = 1200, 16  # pairs of each of the two sorts in a step
 TRUE_SCORE, SPOILT_SCORE, MARGIN = 7.0, 4.0, 3.0
 PEAK_TOWER, PEAK_HEAD = 8e-4, 2e-3
 
@@ -39,7 +39,7 @@ def both(folder):
 
 def load(folder):
     model = both(folder)
-    model.load_state_dict(load_checkpoint(os.path.join(folder, "head.pt"))["average"])
+    model.load_state_dict(averaged(folder, "head")[0])
     return model.eval().requires_grad_(False)
 
 
@@ -92,10 +92,21 @@ def colours(x, rng):
 KINDS = {"blur": blur, "noise": noise, "cut_and_paste": cut_and_paste, "warp": warp, "colours": colours}
 
 
-def artefacts(decoder, mean, rng):
-    """Pictures as the autoencoder draws them from noisy latents; mean: latents in the UNet's scale."""
+def artefacts(decoder, pictures, rng):
+    """Pictures, uint8, as the autoencoder draws them from noisy latents; the noise is in the UNet's scale."""
+    mean, scale = decoder.encode(to_float(pictures)).latent_dist.mean, decoder.config.scaling_factor
     amount = torch.from_numpy(rng.uniform(0.25, 0.8, (len(mean), 1, 1, 1)).astype(np.float32))
-    return decoder.decode((mean + amount * torch.randn(mean.shape)) / decoder.config.scaling_factor).sample.clamp(-1, 1)
+    return to_uint8(decoder.decode(mean + amount / scale * torch.randn(mean.shape)).sample)
+
+
+def some_labels(held, seed, count):
+    """Labels of half A, or held-out ones."""
+    rng, out = np.random.default_rng(seed), []
+    while len(out) < count:
+        label = data.draw(rng, held)
+        if held or data.half(label) == 0:
+            out.append(label)
+    return np.array(out)
 
 
 @torch.no_grad()
@@ -106,36 +117,33 @@ def draw(folder, log):
     tests, and two generators that go through all in order: 1 for guidance and steps of each round, then for which pictures
     are re-encoded and how noisy, the test's last; 6 (torch's) for that noise.
 
-    The cost is fixed, whatever the budget of the training: 1710 pictures in 50730 evaluations of the UNet, two for each
-    step, and 1380 re-encoded ones; six to eight minutes with one thread. It is saved at its end only: interrupted, it starts over.
+    The cost is fixed, whatever the steps of the training: 1550 pictures, about 15 steps of the UNet with guidance for each, and
+    1350 re-encoded ones. It is saved at its end only: interrupted, it starts over.
     """
     path = os.path.join(folder, "head.npz")
     if os.path.exists(path):
         return np.load(path)
     decoder, denoiser = vae.load(folder), unet.load(folder)
-    text = torch.from_numpy(np.load(os.path.join(folder, "text.npy")))
-    held_pictures, held_labels = data.load_held_out(folder)
+    text, tokenizer = clip.text_encoder(folder)
+    scenes, held = data.load(folder), data.load_held_out(folder)
 
-    def sample(labels, seed, scale, steps, reduced=True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-            return unet.sample(denoiser, decoder, text[data.caption_index(labels, False, False)].float(), text[:1].float(), seed, scale, steps)
+    def sample(labels, seed, scale, steps):
+        states = clip.hidden_states(text, tokenizer, ["", *map(data.caption, labels)])
+        return unet.sample(denoiser, decoder, states[1:], states[:1], seed, scale, steps)
 
     rng, samples, labels = np.random.default_rng(1), [], []
     for k in range(ROUNDS):  # half of them as the configs draw, half with any guidance
-        labels.append(unet.animal_labels(folder, 1000 + k))
+        labels.append(some_labels(False, 1000 + k, PER_ROUND))
         samples.append(sample(labels[-1], 1000 + k, float(rng.uniform(1, 6)) if k % 2 else unet.SCALE, int(rng.integers(8, 21))))
-    test = [sample(part, 900 + k, unet.SCALE, 20, False) for k, part in enumerate(np.array_split(held_labels, 4))]
-    varied = [sample(part, 950 + k, k + 1.0, (10, 30, 12, 16, 25, 10)[k]) for k, part in enumerate(np.array_split(held_labels, 6))]
+    test = [sample(part, 900 + k, unet.SCALE, 20) for k, part in enumerate(np.array_split(held.labels[:TESTS], 3))]
+    varied = [sample(part, 950 + k, k + 1.0, (10, 30, 12, 16, 25, 10)[k]) for k, part in enumerate(np.array_split(held.labels[:TESTS], 6))]
     torch.manual_seed(6)
-    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
-    index = np.sort(rng.choice(len(latents), ARTEFACTS, replace=False))
-    with torch.autocast("cpu", torch.bfloat16):
-        coded = [to_uint8(artefacts(decoder, torch.from_numpy(latents[part, :4].astype(np.float32)), rng)) for part in np.array_split(index, ARTEFACTS // 60)]
-        mean = decoder.encode(to_float(held_pictures)).latent_dist.mean.float() * decoder.config.scaling_factor
-        test_coded = to_uint8(artefacts(decoder, mean, rng))
+    index = np.sort(rng.choice(np.flatnonzero(scenes.half == 0), ARTEFACTS, replace=False))
+    coded = [artefacts(decoder, scenes.pictures[part], rng) for part in np.array_split(index, ARTEFACTS // 50)]
+    test_coded = [artefacts(decoder, part, rng) for part in np.array_split(held.pictures[:TESTS], 3)]
     save_arrays(path, samples=np.concatenate(samples), labels=np.concatenate(labels), test=np.concatenate(test), test_varied=np.concatenate(varied),
-                coded=np.concatenate(coded), index=index, test_coded=test_coded)
-    log(stage="head samples", samples=len(labels) * len(labels[0]), coded=ARTEFACTS)
+                coded=np.concatenate(coded), index=index, test_coded=np.concatenate(test_coded))
+    log(stage="head samples", samples=ROUNDS * PER_ROUND, coded=ARTEFACTS)
     return np.load(path)
 
 
@@ -152,7 +160,7 @@ def same_view(good, bad, rng):
 @torch.no_grad()
 def test(model, z, folder):
     """Shares of held-out pairs in which the render has the higher score, and mean scores."""
-    pictures, rng = to_float(data.load_held_out(folder)[0]), np.random.default_rng(7)
+    pictures, rng = to_float(data.load_held_out(folder).pictures[:TESTS]), np.random.default_rng(7)
     torch.manual_seed(7)
     others = {k: torch.cat([f(b, rng) for b in pictures.split(5)]) for k, f in KINDS.items()}
     others |= {"autoencoder": to_float(z["test_coded"]), "sample": to_float(z["test"]), "sample_varied": to_float(z["test_varied"])}
@@ -165,52 +173,46 @@ def test(model, z, folder):
 def train(folder, minutes, log):
     z = draw(folder, log)
     torch.manual_seed(6)
-    pictures, labels = data.load(folder)
-    samples, sample_labels, coded, index = z["samples"], z["labels"], z["coded"], z["index"]
-    alike = {}  # renders by their style, concept and background
-    for i, label in enumerate(labels):
-        alike.setdefault(tuple(label), []).append(i)
+    scenes, art = data.load(folder), data.artwork(folder)
+    mine, samples, labels, coded, index = np.flatnonzero(scenes.half == 0), *(z[k] for k in ("samples", "labels", "coded", "index"))
     model = both(folder).requires_grad_(True)
     vision = [p for n, p in model["tower"].named_parameters() if n.startswith(("vision_model", "visual_projection"))]
-    groups = [(vision, PEAK_TOWER), (list(model["head"].parameters()), PEAK_HEAD)]
-    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.05, betas=(0.9, 0.98))
-    average, step, path = Average(model, 0.99), 0, os.path.join(folder, "head.pt")
-    if (saved := load_checkpoint(path)) and "average" in saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.weights, average.steps, step = saved["average"], saved["step"], saved["step"]
-    rng, clock, first, losses = np.random.default_rng([step, 6]), Clock(minutes), step, []
+    tower, head = (torch.optim.AdamW(p, lr, weight_decay=0.05, betas=(0.9, 0.98)) for p, lr in ((vision, PEAK_TOWER), (model["head"].parameters(), PEAK_HEAD)))
+    average, losses, scaled = Average(model, 0.99), [], {}
+    training = Training(folder, "head", STEPS, 6, minutes, model, average, tower=tower, head=head)
 
     def report():
-        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step)
-        log(stage="head", step=step, share=clock.share, loss=float(np.mean(losses)), **test(load(folder), z, folder))
+        live = both(folder)
+        live.load_state_dict(average.weights)
+        log(stage="head", step=training.step, share=training.share, loss=float(np.mean(losses)), **test(live.eval(), z, folder))
         losses.clear()
 
     kinds = [*KINDS, "autoencoder"]
-    while clock.share < 1:
+    for step, rng in training:
         j = rng.integers(0, len(samples), BATCH)
-        pairs = [same_view(to_float(pictures[[rng.choice(alike[tuple(sample_labels[k])]) for k in j]]), to_float(samples[j]), rng)]
+        renders = np.stack([data.compose(data.Label(*map(int, labels[k])), art, scaled, rng)[0] for k in j])
+        pairs = [same_view(to_float(renders), to_float(samples[j]), rng)]
         for kind in (kinds[step % 6], kinds[(step + 3) % 6]):
             if kind == "autoencoder":
                 j = rng.integers(0, len(index), BATCH // 2)
-                good, bad = to_float(pictures[index[j]]), to_float(coded[j])
+                good, bad = to_float(scenes.pictures[index[j]]), to_float(coded[j])
             else:
-                good = to_float(pictures[rng.integers(0, len(pictures), BATCH // 2)])
+                good = to_float(scenes.pictures[rng.choice(mine, BATCH // 2)])
                 bad = KINDS[kind](good, rng)
             pairs.append(same_view(good, bad, rng))
         good, bad = (torch.cat(x) for x in zip(*pairs))
-        for group, (_, peak) in zip(optimizer.param_groups, groups):
-            group["lr"] = clock.rate(peak, step - first)
-        with torch.autocast("cpu", torch.bfloat16):
-            good, bad = score(model, torch.cat([good, bad])).float().chunk(2)
+        for optimizer, peak in ((tower, PEAK_TOWER), (head, PEAK_HEAD)):
+            set_rate(optimizer, rate(peak, step, STEPS, warmup=50))
+        good, bad = score(model, torch.cat([good, bad])).chunk(2)
         loss = F.softplus(MARGIN - (good - bad)).mean() + 0.05 * (good - TRUE_SCORE).square().mean() + 0.02 * (bad - SPOILT_SCORE).square().mean()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        tower.step()
+        head.step()
         average.update(model)
         losses.append(loss.item())
-        step += 1
-        if step % 200 == 0:
+        if step % 200 == 199:
             report()
-    report()
+    if losses:
+        report()

@@ -1,64 +1,63 @@
-"""Make emoji-sd, emoji-clip, emoji-judge and emoji-aesthetic: data, training and export, on a CPU.
+"""Make the embedded models (emoji-sd, emoji-clip, emoji-judge, emoji-aesthetic, emoji-detector, emoji-detector-judge) on a CPU.
 
-    pip install torch diffusers transformers pillow numpy resvg-py      (and npm, to fetch the artwork)
-    python tools/emoji/make.py all --out ~/emoji-train --tokenizer CLIP_TOKENIZER
+    pip install torch torchvision diffusers transformers open_clip_torch scipy pillow numpy resvg-py      (and npm, to fetch the artwork)
+    python tools/emoji/make.py all --out ~/emoji-train
 
-CLIP_TOKENIZER is the folder of the CLIP tokenizer of Stable Diffusion 1.5 (vocab.json, merges.txt). A stage can be run
-alone (`make.py unet --minutes 30`), and continues from its checkpoint in --out where there is one. `all` passes over the
-stages that are finished, up to the first one that is not: started again after an interruption, it goes on with that one,
-from its last checkpoint and with its whole budget. To train a finished stage further, run it alone. The stage `latents`
-fixes what the UNet learns on: after it, more minutes of `vae` train the decoder alone, and more minutes of `clip` the
-reward but not the text encoder of emoji-sd. `head` belongs after the last minutes of `clip` and `unet`: remove head.npz,
-the samples that it learns from, and head.pt before you make it for another `unet`. `export` writes the weights, in f16,
-to assets/. Budgets are minutes, not steps, so numbers differ from machine to machine; log.jsonl is the log of the
-committed weights.
+`all` passes over what is finished and takes up the first stage that is not. Every training has a fixed number of steps and
+keeps its whole state in --out: a call trains for at most --minutes and ends there if steps are left; call again to go on, bit for
+bit as if it had not ended. A stage can be run alone (`make.py unet --minutes 30`): vae and clip go side by side, one thread each, then
+judge and the detectors, which wait for the contrastive model of their half.
 
-`all` takes about two hours with its own budgets, 115 minutes of them training. What --minutes does not govern, with one
-thread: data 1 minute, and the fetching; pictures for `clip` half a minute; latents 1.5; sheets and start of unet half a
-minute; the samples for `head` 6 to 8; evaluate 1. `all --minutes 0.5 --threads 1` rehearses everything in 14 minutes.
+tools/emoji/pieces holds averaged weights of the trainings in f16, with the step that each is at. A training with no state in --out
+starts from them, with a new optimizer: the rest of its schedule, but not the same bits; one that is finished there is passed over. Remove a
+piece to make it from nothing. `make.py pieces` writes them from --out, with their log and sheets.
+
+`latents` fixes what the UNet learns on: after it, more steps of `vae` train the decoder alone, and more steps of `clip` the reward but not
+the text encoder of emoji-sd. `head` learns from samples of the UNet: remove head.npz and head.pt before you make it for another one.
+`export` writes to assets/ what is trained, in f16, and log.jsonl, its log.
+
+As long as assets/ has emoji-train.txt and no emoji-train.jsonl, the models there, log.jsonl, results.py and guard.py are those of an
+earlier recipe: one animal a picture, 100 kinds, six styles.
 """
-import argparse, json, os
+import argparse, os, shutil
 import torch
+import common, data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-STAGES = {"data": 0, "vae": 20, "clip": 20, "judge": 6, "latents": 0, "unet": 60, "head": 9, "evaluate": 0, "export": 0}  # and their minutes
-PRODUCTS = {"data": "heldout.npz", "vae": "vae.pt", "clip": "clip.pt", "judge": "judge.pt", "latents": "text_encoder.pt", "unet": "unet.pt", "head": "head.pt"}  # what each writes last
+TRAININGS = ("vae", "clip", "judge", "unet", "detector", "detector_judge", "head")
+STAGES = ("data", "vae", "clip", "judge", "latents", "unet", "detector", "detector_judge", "head", "evaluate", "export")
 
 
 def finished(stage, out):
-    """Whether its product is there and used up its budget: a checkpoint alone may be that of an interrupted run."""
-    log = os.path.join(out, "log.jsonl")
-    if stage not in PRODUCTS or not all(map(os.path.exists, (log, os.path.join(out, PRODUCTS[stage])))):
-        return False
-    name = "captions" if stage == "latents" else stage  # what it logs last
-    with open(log) as f:
-        shares = [r.get("share", 1) for r in map(json.loads, f) if r["stage"] == name]
-    return bool(shares) and shares[-1] == 1
-
-
-def run(stage, out, minutes, tokenizer, threads):
-    from common import Log, make_tokenizer
-    import data
-    log = Log(os.path.join(out, "log.jsonl"))
     if stage == "data":
-        words = {w for c in data.all_captions() for w in c.replace("3d", "3 d").split()}
-        make_tokenizer(tokenizer, os.path.join(out, "tokenizer"), sorted(words))
-        data.make(out, log)
+        return os.path.exists(data.path(out, "heldout", "half")) and data.load_held_out(out).classes[-1, 0] >= 0
+    if stage == "latents":
+        return os.path.exists(os.path.join(out, "latents.npy")) and common.trained(out, "text_encoder") == 1
+    return stage in TRAININGS and common.trained(out, stage) >= 1
+
+
+def run(stage, out, minutes, threads, log, start):
+    if stage == "data":
+        common.make_tokenizer(out, data.words())
+        data.make(out, log, threads)
     elif stage == "vae":
         import vae
-        vae.train(out, minutes, log)
+        vae.train(out, minutes, log, start)
     elif stage in ("clip", "judge"):
         import clip
         clip.train(out, stage, minutes, log)
     elif stage == "latents":
-        if os.path.exists(os.path.join(out, "unet.pt")):
-            raise SystemExit("unet.pt was trained on the latents and caption features that are there: remove it before you make new ones")
+        if common.trained(out, "unet"):
+            raise SystemExit("there is a UNet that was trained on other latents and hidden states: remove unet.pt and its piece before you make new ones")
         import clip, vae
+        clip.text_encoder(out)
         vae.encode_all(out, log)
-        clip.encode_captions(out, log)
     elif stage == "unet":
         import unet
         unet.train(out, minutes, log, threads)
+    elif stage in ("detector", "detector_judge"):
+        import detector
+        detector.train(out, stage, minutes, log)
     elif stage == "head":
         import head
         head.train(out, minutes, log)
@@ -68,26 +67,35 @@ def run(stage, out, minutes, tokenizer, threads):
     elif stage == "export":
         import export
         export.write(out, ROOT, log)
+    elif stage == "pieces":
+        for name in (*TRAININGS, "text_encoder"):
+            if os.path.exists(os.path.join(out, name + ".pt")):
+                common.write_piece(out, name)
+        shutil.copyfile(log.path, os.path.join(common.PIECES, "log.jsonl"))
+        for name in ("data.png", "vae.png"):
+            shutil.copyfile(os.path.join(out, "sheets", name), os.path.join(common.PIECES, name))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["all", *STAGES])
-    parser.add_argument("--out", default="~/emoji-train", help="folder for packages, pictures, checkpoints and logs")
-    parser.add_argument("--tokenizer", default=os.path.join(ROOT, "tokenizer"), help="folder of the CLIP tokenizer (stage data)")
-    parser.add_argument("--minutes", type=float, help="training budget of one stage")
+    parser.add_argument("stage", choices=["all", *STAGES, "pieces"])
+    parser.add_argument("--out", default="~/emoji-train", help="folder for artwork, scenes, states and logs")
+    parser.add_argument("--minutes", type=float, default=110, help="of one stage in this call, at most")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--start", help="folder of an AutoencoderKL with which the stage `vae` begins")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     out = os.path.expanduser(args.out)
     os.makedirs(os.path.join(out, "sheets"), exist_ok=True)
-    passing = args.stage == "all"
-    for stage, minutes in STAGES.items():
-        passing = passing and finished(stage, out)
-        if passing:
-            print(f"{stage}: finished before, {PRODUCTS[stage]} is there", flush=True)
-        elif args.stage in ("all", stage):
-            run(stage, out, args.minutes or minutes, args.tokenizer, args.threads)
+    log = common.Log(os.path.join(out, "log.jsonl"))
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        if args.stage == "all" and finished(stage, out):
+            print(f"{stage}: finished", flush=True)
+            continue
+        run(stage, out, args.minutes, args.threads, log, args.start)
+        if stage in TRAININGS and not finished(stage, out):
+            print(f"{stage}: {common.trained(out, stage):.0%} of its steps are taken; call again to go on", flush=True)
+            break
 
 
 if __name__ == "__main__":

@@ -331,9 +331,10 @@ impl TextConfig {
     fn eos(&self) -> Option<u32> {
         (self.eos_token_id != 2).then_some(self.eos_token_id)
     }
-    /// The text tower alone, without a projection: a pipeline's text encoder.
-    pub(super) fn load_encoder(&self, weights: &Weights) -> Result<TextTower> {
-        TextTower::load(weights, &self.tower()?, self.vocab_size, self.max_position_embeddings, None, self.eos())
+    /// The text tower alone, with its projection or without: a pipeline's text encoder.
+    pub(super) fn load_encoder(&self, weights: &Weights, projected: bool) -> Result<TextTower> {
+        let (length, projection) = (self.max_position_embeddings, projected.then_some(self.projection_dim));
+        TextTower::load(weights, &self.tower()?, self.vocab_size, length, projection, self.eos())
     }
 }
 

@@ -111,8 +111,38 @@ impl TextTower {
     /// Normalised hidden states (B, N, C) of token ids, B lists of N.
     ///
     /// # Errors
-    /// An id outside the vocabulary, more ids than positions, lists of different length.
+    /// As [`Self::unnormed`].
     pub fn hidden(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        self.normed(&self.unnormed(ids, 0)?)
+    }
+
+    /// Hidden states (B, N, C) behind the final norm.
+    pub fn normed(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.final_norm.forward(&hidden.clone().into())?.into_tensor())
+    }
+
+    /// Hidden states (B, N, C) before the last `skipped` layers and without the final norm, of token ids, B lists of N.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, more ids than positions, lists of different length.
+    pub fn unnormed(&self, ids: &[Vec<u32>], skipped: usize) -> Result<Tensor> {
+        Ok(self.transformer.through(0..self.before(skipped), self.embed(ids)?)?.into_tensor())
+    }
+
+    /// [`Self::unnormed`] and [`Self::pooled`] of the same ids.
+    pub fn unnormed_and_pooled(&self, ids: &[Vec<u32>], skipped: usize) -> Result<(Tensor, Tensor)> {
+        let hidden = self.unnormed(ids, skipped)?;
+        let layers = self.before(skipped)..self.transformer.count();
+        let last = self.transformer.through(layers, hidden.clone().into())?.into_tensor();
+        Ok((hidden, self.pool(&self.normed(&last)?, ids)?))
+    }
+
+    /// How many layers there are but for the last `skipped`.
+    fn before(&self, skipped: usize) -> usize {
+        self.transformer.count().saturating_sub(skipped)
+    }
+
+    fn embed(&self, ids: &[Vec<u32>]) -> Result<Value> {
         let length = ids.first().map_or(0, Vec::len);
         let (vocabulary, positions) = (self.tokens.dims()[0], self.positions.dims()[0]);
         if length == 0 || length > positions || ids.iter().any(|list| list.len() != length) {
@@ -126,13 +156,15 @@ impl TextTower {
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
         let flat = Tensor::from_vec(flat, ids.len() * length, self.tokens.device())?;
         let tokens = self.tokens.index_select(&flat, 0)?.reshape((ids.len(), length, ()))?;
-        let hidden = tokens.broadcast_add(&self.positions.narrow(0, 0, length)?)?;
-        Ok(self.final_norm.forward(&self.transformer.forward(hidden.into())?)?.into_tensor())
+        Ok(tokens.broadcast_add(&self.positions.narrow(0, 0, length)?)?.into())
     }
 
     /// The (projected) embedding of each text, (B, D).
     pub fn pooled(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
-        let hidden = self.hidden(ids)?;
+        self.pool(&self.hidden(ids)?, ids)
+    }
+
+    fn pool(&self, hidden: &Tensor, ids: &[Vec<u32>]) -> Result<Tensor> {
         let rows = ids
             .iter()
             .enumerate()

@@ -278,12 +278,14 @@ fn rise<T>(meter: Meter, work: impl Fn() -> Result<T> + Sync) -> Result<Rise> {
     if started.elapsed() > CHEAP || !matches!(meter, Meter::Host) {
         return Ok(Rise { least: most, spread: 0.0 });
     }
-    // the first time in that thread its buffers are made; the thread is waited for, as what it gives back would be missed
-    // from the next count
-    let twice = || look().and_then(|_| look());
-    let least = rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
-        .build_scoped(|thread| thread.run(), |pool| pool.install(twice))??;
+    // the first time in that thread its buffers are made; it is joined, as what it gives back when it has ended would be
+    // missed from the next count (the end of a scope alone does not wait for that)
+    let alone = || -> Result<f64> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build()?;
+        pool.install(|| look().and_then(|_| look()))
+    };
+    let joined = std::thread::scope(|scope| scope.spawn(alone).join());
+    let least = joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     Ok(Rise { least, spread: (most - least).max(0.0) })
 }
 

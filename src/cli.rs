@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use toml::Value;
 
-use crate::config::{Checkpointing, Precision, Preprocess, REWARD_KINDS, parse_device};
+use crate::config::{Checkpointing, Precision, Preprocess, REWARD_KINDS, SamplerKind, parse_device};
 
 /// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
 #[derive(Parser, Debug)]
@@ -33,19 +34,25 @@ pub enum Command {
     Export(ExportArgs),
     /// Make images, with or without a LoRA
     Sample(SampleArgs),
+    /// Print a preset, to start an experiment from, or list them
+    Config(PresetArgs),
     /// List the runs in a folder: their best rewards, steps, time and settings
     Runs(RunsArgs),
     /// Compare this program's numbers with recorded ones of the reference implementation
     Verify(VerifyArgs),
     /// Time one optimizer step, with its memory and its arithmetic
     Bench(BenchArgs),
+    /// Print the completions of a shell
+    Completions(CompletionArgs),
+    /// Write the manual as man pages
+    Man(ManArgs),
 }
 
 /// Where the experiment's settings come from.
 #[derive(Args, Debug)]
 pub struct ConfigArgs {
-    /// The experiment file; without it, the defaults, and for train configs/emoji.toml: the repository's small model
-    #[arg(long, value_name = "FILE")]
+    /// The experiment: a file or a preset's name; without it, the defaults, and for train the preset emoji
+    #[arg(long, value_name = "FILE_OR_PRESET")]
     pub config: Option<PathBuf>,
 
     /// Change one setting, for example optimizer.lr=1e-4; may be given again
@@ -75,6 +82,24 @@ impl DeviceArgs {
     }
 }
 
+/// How images are denoised, instead of what the config's `[sampler]` says.
+#[derive(Args, Debug)]
+pub struct SolverArgs {
+    /// How images are denoised; instead of sampler.kind
+    #[arg(long, value_name = "KIND")]
+    pub sampler: Option<SamplerKind>,
+
+    /// Noise levels as Karras et al. space them, for another sampler than ddim; as sampler.karras = true
+    #[arg(long)]
+    pub karras: bool,
+}
+
+impl SolverArgs {
+    fn given(&self) -> [Given; 2] {
+        [("sampler.kind", self.sampler.map(name)), ("sampler.karras", self.karras.then(|| true.into()))]
+    }
+}
+
 /// A setting that a flag gives, where it is there.
 type Given = (&'static str, Option<Value>);
 
@@ -92,9 +117,9 @@ fn name(value: impl ValueEnum) -> Value {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  alignprop train --config configs/aesthetic.toml
-  alignprop train --config configs/aesthetic.toml --set truncation.rule=fixed --set truncation.k=1
-  alignprop train --config configs/hps.toml --set reward.aesthetic.weight=0 --set run.dir=runs/hps-2
+  alignprop train --config aesthetic
+  alignprop train --config aesthetic --set truncation.rule=fixed --set truncation.k=1
+  alignprop train --config hps --set reward.aesthetic.weight=0 --set run.dir=runs/hps-2
   alignprop train --resume runs/aesthetic --set train.steps=200")]
 pub struct TrainArgs {
     #[command(flatten)]
@@ -136,7 +161,8 @@ Examples:
   alignprop eval --checkpoint runs/aesthetic
   alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
   alignprop eval --checkpoint runs/aesthetic --lora-scale 0,0.25,0.5,1 --lora-start 700
-  alignprop eval --checkpoint lora.safetensors --config configs/hps.toml --reward hps --lora-scale 0.5")]
+  alignprop eval --checkpoint runs/aesthetic --sampler dpmpp-2m --karras
+  alignprop eval --checkpoint lora.safetensors --config hps --reward hps --lora-scale 0.5")]
 pub struct EvalArgs {
     /// A run folder (its last checkpoint, its config) or a LoRA file
     #[arg(long, value_name = "RUN_OR_FILE")]
@@ -176,6 +202,9 @@ pub struct EvalArgs {
     #[arg(long)]
     pub ema: bool,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// Folder for the images and the scores as JSON
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -192,8 +221,19 @@ impl EvalArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
         let rewards = ("run.reward_precision", self.reward_precision.map(name));
-        settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]).chain(self.solver.given()))
     }
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop config
+  alignprop config aesthetic > mine.toml")]
+pub struct PresetArgs {
+    /// The preset to print; without it, their list
+    #[arg(value_name = "NAME")]
+    pub name: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -521,6 +561,9 @@ pub struct SampleArgs {
     #[arg(long, value_name = "G", value_parser = finite)]
     pub guidance_scale: Option<f64>,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// DDIM noise, from 0 to 1; instead of sampler.eta
     #[arg(long, value_name = "ETA", value_parser = finite)]
     pub eta: Option<f64>,
@@ -562,7 +605,7 @@ impl SampleArgs {
             ("sampler.height", whole(self.height)),
             ("sampler.width", whole(self.width)),
         ];
-        settings(&self.config.set, given.into_iter().chain(self.device.given()))
+        settings(&self.config.set, given.into_iter().chain(self.solver.given()).chain(self.device.given()))
     }
 }
 
@@ -684,6 +727,28 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop completions bash > ~/.local/share/bash-completion/completions/alignprop
+  alignprop completions zsh > ~/.zfunc/_alignprop
+  alignprop completions fish > ~/.config/fish/completions/alignprop.fish")]
+pub struct CompletionArgs {
+    /// The shell that reads them
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop man ~/.local/share/man/man1")]
+pub struct ManArgs {
+    /// The folder to write them in; missing ones are made
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
 /// An architecture whose shapes are known without files.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
@@ -691,6 +756,8 @@ pub enum Architecture {
     Sd15,
     /// Stable Diffusion 1.5 with a quarter of its channels
     Sd15Quarter,
+    /// Stable Diffusion XL
+    Sdxl,
 }
 
 /// Parses `512x768`, height first.
@@ -752,7 +819,8 @@ mod tests {
         for command in Cli::command().get_subcommands() {
             let help = command.get_after_help().unwrap().to_string();
             for line in help.lines().filter(|line| line.starts_with("  alignprop")) {
-                // A quoted prompt as one word.
+                // what the shell does with the output aside, and a quoted prompt as one word
+                let (line, _) = line.split_once(" > ").unwrap_or((line, ""));
                 let line: String = line
                     .split('"')
                     .enumerate()
@@ -762,7 +830,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 35);
+        assert_eq!(count, 42);
     }
 
     #[test]
@@ -783,7 +851,7 @@ mod tests {
         let Ok(Cli { command: Command::Sample(sample) }) = Cli::try_parse_from(line) else { panic!("not sample") };
         let config = crate::config::Config::parse("[run]\ndevice = 'cpu'", "test", &sample.settings()).unwrap();
         let sampler = config.sampler;
-        assert_eq!((sampler.negative_prompt.as_str(), config.model.path.as_str()), (odd[1], odd[3]));
+        assert_eq!((sampler.negative_prompt.as_deref(), config.model.path.as_str()), (Some(odd[1]), odd[3]));
         assert_eq!((sampler.num_inference_steps, sampler.guidance_scale, sampler.eta), (7, 3.0, 0.5));
         assert_eq!((config.run.device.as_str(), config.run.precision), ("cuda:1", Some(Precision::Bf16)));
         assert_eq!(sampler.height, None);
@@ -828,7 +896,7 @@ mod tests {
             ("alignprop train --precision fp16", "a similar value exists: 'f16'"),
             (
                 "alignprop eval --checkpoint r --reward hpsv2",
-                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility]",
+                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility, image-reward, count, object, command, http, vlm, vlm-bertscore]",
             ),
             ("alignprop eval --checkpoint r --seeds 0", "is not a whole number, 1 or more"),
             ("alignprop sample -o out.png", "--prompt <TEXT>..."),

@@ -12,9 +12,9 @@
 //! Imports only go down:
 //!
 //! ```text
-//! commands     train, eval, soup, export, sample, runs, verify, bench: recipes, read from top to bottom
+//! commands     train, eval, soup, export, sample, config, runs, verify, bench, ..: recipes, read from top to bottom
 //! cli          the command line
-//! training     the optimizer step, AlignProp, the run's loop and plan, truncation, checkpoint, run folder
+//! training     the optimizer step, AlignProp, DDPO and GRPO, the run's loop and plan, truncation, checkpoint, run folder
 //! report       metrics, the best of them, charts, a run's page, pictures, TensorBoard's event files
 //! sampling     the UNet with adapters and prompts, the denoising chain, images of prompts
 //! rewards      scores and differentiable rewards, CLIP heads, text-image cosines, preprocessing
@@ -33,7 +33,7 @@
 //! terminal     the one door to stdout and stderr
 //! ```
 //!
-//! The loop is `Trainer::train` in `training/trainer.rs`, its step `training/alignprop.rs`. Contracts and decisions are in `docs/architecture.md`,
+//! The loop is `Trainer::train` in `training/trainer.rs`, its step `training/alignprop.rs` or `training/ddpo.rs`. Contracts and decisions are in `docs/architecture.md`,
 //! the backward passes in `docs/backward.md`.
 
 // a closed pipe must not end a training: see `terminal`

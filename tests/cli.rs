@@ -66,6 +66,27 @@ fn every_command_has_help_with_examples() {
 }
 
 #[test]
+fn completions_and_man_pages_have_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = succeeds(folder.path(), &["completions", shell]);
+        assert!(["lora-start", "completions", "reward-precision"].iter().all(|word| script.contains(word)), "{script}");
+    }
+    assert_eq!(succeeds(folder.path(), &["man", "share/man1"]), "");
+    let pages = listing(&folder.path().join("share/man1"));
+    let help = succeeds(folder.path(), &["--help"]);
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    for command in commands.map_while(|line| line.split_whitespace().next()).filter(|command| *command != "help") {
+        let page = format!("alignprop-{command}.1");
+        assert!(pages.contains(&page), "{page} is not in {pages:?}");
+    }
+    let page = fs::read_to_string(folder.path().join("share/man1/alignprop-train.1")).unwrap();
+    assert!(page.contains("Examples:") && page.contains("resume"), "{page}");
+    fs::write(folder.path().join("file"), "").unwrap();
+    assert_fails(folder.path(), &["man", "file"], &["writing man pages to file"]);
+}
+
+#[test]
 fn a_wrong_command_line_is_code_2_and_says_what_is_known() {
     let folder = tempfile::tempdir().unwrap();
     for (line, words) in [
@@ -238,6 +259,8 @@ fn bad_settings_are_named_and_start_no_run() {
         assert_fails(experiment.folder.path(), &line, &[words]);
     }
     assert_fails(experiment.folder.path(), &["train", "--config", "none.toml"], &["none.toml"]);
+    let words = ["no file `emojis`", "no preset", "emoji-guard", "did you mean `emoji`?"];
+    assert_fails(experiment.folder.path(), &["train", "--config", "emojis"], &words);
     assert_eq!(listing(experiment.folder.path()), before);
 }
 
@@ -269,6 +292,50 @@ fn a_folder_with_a_run_is_not_written_over() {
     assert_eq!(experiment.metrics(), metrics);
     let config = fs::read_to_string(experiment.run_folder().join("config.toml")).unwrap();
     assert!(config.contains("seed = 0"), "{config}");
+}
+
+#[test]
+fn a_run_without_a_folder_gets_one_with_the_next_number() {
+    let experiment = Experiment::new("tiny-sd15");
+    let folder = experiment.folder.path();
+    edit(&folder.join("experiment.toml"), &format!("dir = '{}'", text(experiment.run_folder())), "");
+    let train = |more: &[&str]| {
+        let line = [&["train", "--config", "experiment.toml", "--set", "train.steps=1"], more].concat();
+        let output = alignprop(folder).args(line).assert().success();
+        String::from_utf8(output.get_output().stderr.clone()).unwrap()
+    };
+    assert!(!train(&[]).contains("run  "));
+    let config = fs::read(folder.join("runs/experiment/config.toml")).unwrap();
+    for name in ["runs/experiment-2", "runs/experiment-3"] {
+        for more in [&["--dry-run"][..], &[]] {
+            let said = train(more);
+            assert!(said.contains(name) && said.contains("--resume runs/experiment`"), "{said}");
+        }
+        let config = fs::read_to_string(folder.join(name).join("config.toml")).unwrap();
+        assert!(config.contains(&format!("dir = \"{name}\"")), "{config}");
+    }
+    assert_eq!(listing(&folder.join("runs")), ["experiment", "experiment-2", "experiment-3"]);
+    assert!(config == fs::read(folder.join("runs/experiment/config.toml")).unwrap());
+}
+
+#[test]
+fn presets_are_listed_printed_and_found_by_name_from_any_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let command = |line: &[&str]| {
+        let output = alignprop(folder.path()).env("ALIGNPROP_DATA", folder.path()).args(line).assert().success();
+        String::from_utf8(output.get_output().stdout.clone()).unwrap()
+    };
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let names: Vec<String> = listing(&configs).iter().map(|file| file.trim_end_matches(".toml").to_owned()).collect();
+    let list = command(&["config"]);
+    assert!(list.lines().map(|line| line.split_whitespace().next().unwrap()).eq(&names), "{list}");
+    for name in names {
+        assert_eq!(command(&["config", &name]), fs::read_to_string(configs.join(format!("{name}.toml"))).unwrap());
+    }
+    command(&["train", "--config", "emoji-compress", "--dry-run"]);
+    // a file of the name counts before it
+    fs::write(folder.path().join("emoji"), "sampler.eta = 2").unwrap();
+    assert_fails(folder.path(), &["train", "--config", "emoji"], &["sampler.eta = 2"]);
 }
 
 #[test]
@@ -430,7 +497,7 @@ fn architectures_that_are_not_supported_are_named() {
     assert_model_fails(
         "tiny-sd21",
         set("model_index.json", "StableDiffusionPipeline", "StableDiffusionXLPipeline"),
-        &["StableDiffusionXLPipeline", "Stable Diffusion 1.x and 2.x"],
+        &["StableDiffusionXLPipeline", "text_encoder_2"],
     );
     assert_model_fails(
         "tiny-sd21",
@@ -597,6 +664,21 @@ fn a_seed_is_a_picture() {
     assert!(one != sample(&["--seed", "7", "--negative-prompt", "a blurred photo"]));
     assert!(one != sample(&["--seed", "7", "--steps", "3"]));
     assert_eq!(decode(&one).dimensions(), (40, 72));
+}
+
+#[test]
+fn samplers_draw_other_pictures_of_the_same_noise() {
+    let kinds = ["ddim", "euler", "euler-ancestral", "dpmpp-2m"];
+    let mut pictures: Vec<Vec<u8>> = kinds.iter().map(|kind| sample(&["--sampler", kind, "--steps", "4"])).collect();
+    pictures.extend(kinds[1..].iter().map(|kind| sample(&["--sampler", kind, "--karras", "--steps", "4"])));
+    for (i, picture) in pictures.iter().enumerate() {
+        assert!(!pictures[..i].contains(picture), "{i}");
+    }
+    assert!(pictures[0] == sample(&["--steps", "4"]));
+    let folder = tempfile::tempdir().unwrap();
+    let model = model("tiny-sd15");
+    let line = sample_line(&model, &["--karras"]);
+    assert_fails(folder.path(), &line, &["sampler.karras", "dpmpp-2m"]);
 }
 
 #[test]
@@ -807,6 +889,9 @@ fn eval_sweeps_scales_and_gates_by_timestep() {
     assert_eq!(overall(&eval(&["--lora-start", "1000"], "full").0), overall(&plain));
     assert_eq!(overall(&eval(&["--lora-start", "0"], "none").0)["difference"]["mean"], 0.0);
     assert_ne!(overall(&eval(&["--lora-start", "500"], "half").0), overall(&plain));
+    let (euler, _) = eval(&["--sampler", "euler"], "euler");
+    assert_eq!((plain["sampler"].as_str(), euler["sampler"].as_str()), (Some("ddim"), Some("euler")));
+    assert_ne!(overall(&euler), overall(&plain));
 }
 
 #[test]

@@ -59,8 +59,8 @@ fn assert_same(x: &Tensors, y: &Tensors) {
 }
 
 fn models() -> Vec<PathBuf> {
-    let tiny = ["tiny-sd15", "tiny-sd21"].map(|set| fixture(set).join("model"));
-    let beside = ["sd15", "sd21"]
+    let tiny = ["tiny-sd15", "tiny-sd21", "tiny-sdxl"].map(|set| fixture(set).join("model"));
+    let beside = ["sd15", "sd21", "sdxl"]
         .map(|set| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/reference").join(set).join("model"));
     tiny.into_iter().chain(beside.into_iter().filter(|model| model.is_dir())).collect()
 }
@@ -266,8 +266,8 @@ fn what_is_no_whole_single_file_is_named() {
     fails(folder.path(), &configured, &["no Stable Diffusion model", "model.diffusion_model"]);
     without("model.diffusion_model.input_blocks.1.0.in_layers.0.weight");
     fails(folder.path(), &configured, &["UNet", "down_blocks.0.resnets.0.norm1.weight"]);
-    with("conditioner.embedders.0.x");
-    fails(folder.path(), &configured, &["Stable Diffusion XL", "1.x and 2.x"]);
+    with("model.diffusion_model.label_emb.0.0.weight");
+    fails(folder.path(), &configured, &["refiner of Stable Diffusion XL", "1.x, 2.x and XL"]);
     with("model.diffusion_model.input_blocks.1.5.what");
     fails(folder.path(), &configured, &["model.diffusion_model.input_blocks.1.5.what", "not known"]);
     write(original::component(&model.join("unet")));
@@ -438,6 +438,87 @@ fn a_kohya_file_has_the_keys_shapes_and_header_of_kohyas_scripts() {
 }
 
 #[test]
+fn a_kohya_file_for_xl_has_the_original_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let adapters = adapter("tiny-sdxl");
+    let lora = saved(&adapters, folder.path());
+    let model = text(fixture("tiny-sdxl").join("model"));
+    let line = ["export", &lora, "--format", "kohya", "--model", &model, "--set", "model.clip_skip=1"];
+    run_in(folder.path(), &[&line[..], &["--out", "kohya.safetensors"]].concat());
+    let path = folder.path().join("kohya.safetensors");
+    let tensors = read_tensors(&path);
+    for name in [
+        "input_blocks_4_1_proj_in",
+        "input_blocks_7_1_transformer_blocks_2_attn2_to_k",
+        "middle_block_1_transformer_blocks_2_attn1_to_out_0",
+        "output_blocks_0_1_transformer_blocks_0_ff_net_2",
+        "output_blocks_4_1_transformer_blocks_1_attn1_to_q",
+    ] {
+        let key = format!("lora_unet_{name}.lora_down.weight");
+        assert!(tensors.contains_key(&key), "no {key} among {:?}", tensors.keys());
+    }
+    assert_eq!(tensors.len(), 3 * adapters.factors().len());
+    let header = header(&path);
+    for (key, value) in [
+        ("ss_base_model_version", "sdxl_base_v1-0"),
+        ("ss_v2", "False"),
+        ("ss_clip_skip", "2"),
+        ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora"),
+        ("modelspec.implementation", "https://github.com/Stability-AI/generative-models"),
+        ("modelspec.prediction_type", "epsilon"),
+    ] {
+        assert_eq!(header.get(key).map(String::as_str), Some(value), "{key}");
+    }
+    let read = formats::load(&path).unwrap().adapters;
+    let [own, read] = [&adapters, &read].map(|adapters| {
+        adapters.named_tensors().into_iter().map(|(name, tensor)| (name, numbers(&tensor))).collect::<BTreeMap<_, _>>()
+    });
+    assert!(own == read);
+}
+
+#[test]
+fn another_vae_and_skipped_layers_change_the_picture() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("tiny-sd15/model");
+    let (whole, _) = sample(folder.path(), &text(&model), &[]);
+    let with = |setting: &str| sample(folder.path(), &text(&model), &["--set", setting]);
+    let (skipped, _) = with("model.clip_skip=1");
+    assert!(numbers(&skipped["prompt_embeds"]) != numbers(&whole["prompt_embeds"]));
+    assert_same(&with("model.clip_skip=0").0, &whole);
+    let line = ["sample", "--prompt", "a", "--model", &text(&model), "-o", "out.png", "--set"];
+    fails(folder.path(), &[&line[..], &["model.clip_skip=2"]].concat(), &["2 layers", "model.clip_skip"]);
+
+    // a VAE whose pictures are lighter, in every form
+    let mut vae = original::component(&model.join("vae"));
+    let bias = vae.get_mut("decoder.conv_out.bias").unwrap();
+    *bias = (&*bias + 0.25).unwrap();
+    copy_folder(&model.join("vae"), &folder.path().join("pipeline/vae"));
+    fs::remove_file(folder.path().join("pipeline/vae/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+    original::save(&vae, &[], &folder.path().join("pipeline/vae/diffusion_pytorch_model.safetensors"));
+    original::save(&vae, &[], &folder.path().join("diffusers.safetensors"));
+    copy_folder(&model, &folder.path().join("all"));
+    fs::remove_file(folder.path().join("all/vae/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+    original::save(&vae, &[], &folder.path().join("all/vae/diffusion_pytorch_model.safetensors"));
+    let checkpoint = original::checkpoint(&folder.path().join("all"));
+    original::save(&checkpoint, &[], &folder.path().join("whole.safetensors"));
+    let bare = |name: &str| name.strip_prefix("first_stage_model.").map(str::to_owned);
+    let bare: Tensors = checkpoint.iter().filter_map(|(name, tensor)| Some((bare(name)?, tensor.clone()))).collect();
+    original::save(&bare, &[], &folder.path().join("original.safetensors"));
+    let (expected, _) = sample(folder.path(), "all", &[]);
+    assert!(numbers(&expected["images"]) != numbers(&whole["images"]));
+    for form in ["pipeline", "pipeline/vae", "diffusers.safetensors", "original.safetensors", "whole.safetensors"] {
+        assert_same(&with(&format!("model.vae={form}")).0, &expected);
+    }
+    fails(folder.path(), &[&line[..], &["model.vae=nowhere"]].concat(), &["model.vae", "nowhere"]);
+    let lora = text(fixture("lora/diffusers/pytorch_lora_weights.safetensors"));
+    fails(folder.path(), &[&line[..], &[&format!("model.vae={lora}")]].concat(), &["model.vae", "has no VAE"]);
+    // it is part of a merged pipeline
+    let line = ["export", &lora, "--format", "merged", "--model", &text(&model), "--lora-scale", "0"];
+    run_in(folder.path(), &[&line[..], &["--set", "model.vae=original.safetensors", "--out", "merged"]].concat());
+    assert_same(&sample(folder.path(), "merged", &[]).0, &expected);
+}
+
+#[test]
 fn peft_and_diffusers_files_have_their_keys_and_configs() {
     let folder = tempfile::tempdir().unwrap();
     let adapters = adapter("tiny-sd15");
@@ -538,7 +619,7 @@ fn files_of_kohyas_scripts_are_read_as_they_are_found() {
 
 #[test]
 fn a_merged_pipeline_is_the_base_with_the_adapter() {
-    for set in ["tiny-sd15", "tiny-sd21"] {
+    for set in ["tiny-sd15", "tiny-sd21", "tiny-sdxl"] {
         let folder = tempfile::tempdir().unwrap();
         let model = text(fixture(set).join("model"));
         let lora = saved(&adapter(set), folder.path());
@@ -554,8 +635,10 @@ fn a_merged_pipeline_is_the_base_with_the_adapter() {
             distance(&merged, &expected)
         );
         assert_eq!(listing(&folder.path().join("models")), ["merged"]);
-        let parts = ["model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"];
-        assert_eq!(listing(&folder.path().join("models/merged")), parts);
+        let second = |name| (set == "tiny-sdxl").then_some(name);
+        let parts = ["model_index.json", "scheduler", "text_encoder"].into_iter().chain(second("text_encoder_2"));
+        let parts = parts.chain(["tokenizer"]).chain(second("tokenizer_2")).chain(["unet", "vae"]);
+        assert_eq!(listing(&folder.path().join("models/merged")), parts.collect::<Vec<_>>());
 
         // without a word, the source's precision; what no adapter changes is copied to the byte
         run_in(folder.path(), &[&line[..], &["--out", "own"]].concat());

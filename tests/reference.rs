@@ -13,7 +13,7 @@ use assert_cmd::Command;
 use serde_json::Value;
 use support::{change_tensor, copy_folder, edit, fixture, poison, read_tensors, text};
 
-const SETS: [&str; 2] = ["tiny-sd15", "tiny-sd21"];
+const SETS: [&str; 3] = ["tiny-sd15", "tiny-sd21", "tiny-sdxl"];
 
 /// A copy of a fixture that a test may change.
 fn copy(set: &str) -> (tempfile::TempDir, PathBuf) {
@@ -67,7 +67,7 @@ fn half_precision_stays_near_the_reference() {
             assert_eq!(failures(&report), [""; 0], "{set} in {}", compute.precision_name());
             let angles = report.rows.iter().filter(|row| row.what.starts_with("1 - cosine")).count();
             // one of each chain, one of a single evaluation, and those of two rewards
-            assert_eq!(angles, 8, "{set}");
+            assert_eq!(angles, if set == "tiny-sdxl" { 6 } else { 8 }, "{set}");
         }
         // and no further: what is wrong by more than rounding is found
         let (_folder, dir) = copy("tiny-sd15");
@@ -89,7 +89,7 @@ fn half_precision_stays_near_the_reference() {
 /// The larger sets, which are not part of the repository.
 #[test]
 fn the_reference_sets_beside_the_repository_are_reproduced() {
-    for set in ["sd15", "sd21"] {
+    for set in ["sd15", "sd21", "sdxl"] {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/reference").join(set);
         if dir.is_dir() {
             assert_all_pass(&dir);

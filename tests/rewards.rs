@@ -103,7 +103,7 @@ impl Score for Count {
 fn with_count(weight: f64) -> Rewards {
     let config = RewardsConfig { compressibility: Some(CompressibilityConfig::default()), ..Default::default() };
     let mut rewards: Vec<Weighted> = Rewards::load(&config, &tokenizer()).unwrap().into_iter().collect();
-    rewards.push(Weighted { name: "count", weight, cap: None, judge: Judge::Score(Box::new(Count)) });
+    rewards.push(Weighted { name: "count", weight, cap: None, judge: Judge::Score(Arc::new(Count)) });
     Rewards::new(rewards)
 }
 
@@ -148,7 +148,7 @@ fn a_score_without_a_gradient_is_scored_and_not_trained() {
     assert_eq!((losses, d_latents), (losses_alone, d_alone));
 
     // where nothing is trained, nothing pulls
-    let count = Weighted { name: "count", weight: 0.0, cap: None, judge: Judge::Score(Box::new(Count)) };
+    let count = Weighted { name: "count", weight: 0.0, cap: None, judge: Judge::Score(Arc::new(Count)) };
     let judged: Judged = Rewards::new(vec![count]).judge(&images(2), &prompts, &mut Ledger::default()).unwrap();
     let d_images = judged.pull(1.0).unwrap();
     assert_eq!(d_images.dims(), [2, 3, 40, 32]);

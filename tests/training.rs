@@ -301,6 +301,35 @@ fn another_split_into_micro_batches_is_the_same_step() {
 }
 
 #[test]
+fn stable_diffusion_xl_learns_in_every_attention_and_hears_texts_and_sizes() {
+    let run = |more: &[&str]| {
+        let run = Experiment::new("tiny-sdxl");
+        run.train(&[&["optimizer.weight_decay=0", "sampler.eta=1.0", SMOOTH], more].concat()).unwrap();
+        run
+    };
+    let at_once = run(&["train.batch_size=2"]);
+    let (first, second) = (at_once.adapters(1), at_once.adapters(2));
+    // four layers of two attentions each: 1 x 2 + 1 x 3 on the way down, 3 in the middle, 2 x 3 + 2 x 2 on the way up
+    assert_eq!(first.len(), 2 * 4 * 2 * (2 + 3 + 3 + 6 + 4));
+    assert!(first.iter().all(|(name, tensor)| numbers(tensor) != numbers(&second[name])));
+    let parts = run(&["train.batch_size=1", "train.gradient_accumulation_steps=2"]);
+    let apart = distance(&parts.first_gradients(), &at_once.first_gradients());
+    assert!(apart < 1e-4, "{apart}");
+    for checkpointing in ["train.checkpointing=block", "train.checkpointing=step"] {
+        let other = run(&["train.batch_size=2", checkpointing]);
+        let apart = distance(&other.first_gradients(), &at_once.first_gradients());
+        assert!(apart < 1e-4, "{checkpointing}: {apart}");
+    }
+    // no negative prompt is another one than an empty text
+    for other in
+        ["sampler.negative_prompt=", "sampler.original_size=[300, 200]", "sampler.crops_coords_top_left=[0, 9]"]
+    {
+        let other = run(&["train.steps=1", "train.batch_size=2", other]);
+        assert!(distance(&other.first_gradients(), &at_once.first_gradients()) > 1e-4);
+    }
+}
+
+#[test]
 fn block_checkpointing_gives_the_same_adapters() {
     let step = Experiment::trained(&[SMOOTH]);
     let block = Experiment::trained(&[SMOOTH, "train.checkpointing=block"]);
@@ -429,6 +458,32 @@ fn rewards_add_up_and_each_is_logged() {
 }
 
 #[test]
+fn rewards_are_scaled_by_how_far_their_scores_spread() {
+    let rewards = all_rewards([0.0, 2.0, 0.0, 0.5, 0.0]);
+    let more = ["train.scale_rewards=true", "train.steps=3", "train.batch_size=2", "optimizer.loss_coeff=0.1"];
+    let run = train_with(&rewards, &more);
+    let of = |kind: &str, step: usize| run.metric(&format!("reward/{kind}"))[step];
+    let std = |kind: &str, step: usize| run.metric(&format!("reward/{kind}_std"))[step];
+    // of all images of the steps before: within the batches and between them
+    let spread = |kind: &str, step: usize| {
+        let mean = (0..step).map(|at| of(kind, at)).sum::<f64>() / step as f64;
+        let squares = (0..step).map(|at| std(kind, at).powi(2) + (of(kind, at) - mean).powi(2)).sum::<f64>();
+        (squares / step as f64).sqrt()
+    };
+    for step in 0..3 {
+        let divisor = |kind: &str| if step == 0 { 1.0 } else { spread(kind, step) };
+        let losses = -2.0 * of("clip-head", step) / divisor("clip-head")
+            + 0.5 * (1.0 - of("clip-score", step)) / divisor("clip-score");
+        let loss = run.metric("loss")[step];
+        assert!((loss / (0.1 * losses) - 1.0).abs() < 1e-5, "step {step}: {loss} for {}", 0.1 * losses);
+    }
+    // and a resumed run scales as the run did
+    let parts = train_with(&rewards, &[&more[..], &["train.steps=2"]].concat());
+    parts.resume(&["train.steps=3"]).unwrap();
+    assert!(bytes(parts.adapters(3)) == bytes(run.adapters(3)));
+}
+
+#[test]
 fn a_reward_of_weight_zero_is_logged_and_does_not_train() {
     let alone = Experiment::trained(&["reward.aesthetic.target=10"]);
     let sizes = ["reward.compressibility.weight=0", "reward.incompressibility.weight=0"];
@@ -534,7 +589,18 @@ fn a_run_folder_holds_config_metrics_samples_and_checkpoints() {
     ];
     assert_eq!(listing(&folder), expected);
     let report = fs::read_to_string(folder.join("report.html")).unwrap();
-    assert!(report.contains("optimizer step 2 of 2") && report.matches("data:image/png").count() == 2);
+    for part in [
+        "optimizer step 2 of 2 · Finished",
+        "Before and after",
+        "at step 0 and at step 2",
+        "<h3>a red dog</h3>",
+        "Next: ",
+    ] {
+        assert!(report.contains(part), "{part}");
+    }
+    // a grid, a list and three pictures a step; of the first and the last the page has the pictures
+    assert_eq!(listing(&folder.join("samples")).len(), 3 * 5);
+    assert!(report.matches("data:image/png").count() == 6);
     assert_eq!(listing(&folder.join("tensorboard")).len(), 1);
     assert_eq!(run.checkpoints(), ["step-000000", "step-000001", "step-000002"]);
     let expected = ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"];

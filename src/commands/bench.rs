@@ -13,7 +13,7 @@ use crate::lora::Adapters;
 use crate::models::clip::Clip;
 use crate::models::unet::{PerBlock, Unet, UnetConfig};
 use crate::models::vae::{Vae, VaeConfig};
-use crate::models::{Source, Weights};
+use crate::models::{PromptEmbeds, Source, Weights};
 use crate::ops::device::{Compute, upload};
 use crate::ops::linear::{Weight, linear_fwd};
 use crate::ops::{flops, matmul_peak};
@@ -240,8 +240,17 @@ impl Work {
         let kept: Vec<bool> = (0..args.steps).map(|i| i >= first_kept).collect();
         let plan = Plan::with_mask(&subject.schedule, &kept, args.batch);
         // text embeddings of any numbers: time and memory do not depend on them
-        let embeds = |stream| {
-            compute.put(&noise.normal_batch(stream, 0, 0..args.batch as u64, (1, 77, subject.context))?.squeeze(1)?)
+        let batch = 0..args.batch as u64;
+        let embeds = |stream| -> Result<PromptEmbeds> {
+            let numbers = |tokens, features| -> Result<Tensor> {
+                let numbers = noise.normal_batch(stream, 0, batch.clone(), (1, tokens, features))?;
+                Ok(compute.put(&numbers.squeeze(1)?)?)
+            };
+            let added = match subject.unet.config().added()? {
+                Some((features, _)) => Some(numbers(1, features)?.squeeze(1)?),
+                None => None,
+            };
+            Ok(PromptEmbeds { hidden: numbers(77, subject.context)?, added })
         };
         let conditioning = Conditioning::new(embeds(Stream::Prompts)?, embeds(Stream::Renoise)?, args.cfg, compute);
         let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);
@@ -286,9 +295,12 @@ impl Work {
             denoiser: self.denoiser(),
             vae: &self.subject.vae,
             rewards: &self.subject.rewards,
+            prompt: &Prompt::from(""),
             timestep: self.plan.steps[0].timestep,
             latent_shape: self.subject.latent_shape,
             steps: self.plan.steps.len(),
+            differentiates_rewards: true,
+            kept_latents: 0,
         };
         Ok(parts.estimate(&parts.measure(self.checkpointing)?, self.batch, self.stored_steps).total())
     }
@@ -349,6 +361,7 @@ impl Subject {
                 let unet = Unet::load(&source.sub("unet"), None, compute)?;
                 (path.clone(), unet, Vae::load(&source.sub("vae"), None, compute)?)
             }
+            (None, Some(Architecture::Sdxl)) => stable_diffusion_xl(&random)?,
             (None, Some(Architecture::Sd15)) => stable_diffusion_15("sd15", 1, 32, &random)?,
             (None, _) => stable_diffusion_15("sd15-quarter", 4, 16, &random)?,
         };
@@ -382,14 +395,40 @@ fn stable_diffusion_15(name: &str, divisor: usize, groups: usize, random: &Weigh
         norm_num_groups: groups,
         ..Default::default()
     };
-    let vae = VaeConfig {
+    let vae = vae_shapes(divisor, groups);
+    Ok((name.to_owned(), Unet::new(unet, &random.pp("unet"))?, Vae::new(vae, &random.pp("vae"))?))
+}
+
+/// The exact shapes of Stable Diffusion XL.
+fn stable_diffusion_xl(random: &Weights) -> Result<(String, Unet, Vae)> {
+    let names = |list: [&str; 3]| list.map(String::from).to_vec();
+    let unet = UnetConfig {
+        sample_size: Some(PerBlock::One(128)),
+        down_block_types: names(["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]),
+        up_block_types: names(["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]),
+        block_out_channels: vec![320, 640, 1280],
+        transformer_layers_per_block: PerBlock::Each(vec![1, 2, 10]),
+        cross_attention_dim: PerBlock::One(2048),
+        attention_head_dim: PerBlock::Each(vec![5, 10, 20]),
+        use_linear_projection: true,
+        addition_embed_type: Some("text_time".into()),
+        addition_time_embed_dim: Some(256),
+        projection_class_embeddings_input_dim: Some(2816),
+        ..Default::default()
+    };
+    let vae = VaeConfig { scaling_factor: 0.13025, ..vae_shapes(1, 32) };
+    Ok(("sdxl".to_owned(), Unet::new(unet, &random.pp("unet"))?, Vae::new(vae, &random.pp("vae"))?))
+}
+
+/// The VAE of Stable Diffusion, its channels divided by `divisor`.
+fn vae_shapes(divisor: usize, groups: usize) -> VaeConfig {
+    VaeConfig {
         block_out_channels: [128, 256, 512, 512].map(|c| c / divisor).to_vec(),
         up_block_types: vec!["UpDecoderBlock2D".into(); 4],
         layers_per_block: 2,
         norm_num_groups: groups,
         ..Default::default()
-    };
-    Ok((name.to_owned(), Unet::new(unet, &random.pp("unet"))?, Vae::new(vae, &random.pp("vae"))?))
+    }
 }
 
 fn mib(bytes: f64) -> f64 {

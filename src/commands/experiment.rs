@@ -1,12 +1,13 @@
 //! Configs and checkpoints that the command line names.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::cli::ConfigArgs;
-use crate::config::{Config, RunConfig};
-use crate::files::located;
+use crate::config::{Config, RunConfig, nearest};
+use crate::files::{carried_in, located};
 use crate::ops::device::Compute;
 use crate::training::run_folder::RunFolder;
 
@@ -36,7 +37,7 @@ pub(super) fn checkpoint_of(checkpoint: &Path, args: &ConfigArgs, settings: &[St
     if is_run {
         let run = RunFolder::open(checkpoint)?;
         let config = match &args.config {
-            Some(path) => Config::load(path, settings)?,
+            Some(given) => Config::load(&config_file(given)?, settings)?,
             None => run.read_config(settings)?,
         };
         let adapters = run.last_checkpoint()?;
@@ -56,10 +57,37 @@ pub(super) fn checkpoint_of(checkpoint: &Path, args: &ConfigArgs, settings: &[St
 /// The config of `--config`, or `fallback` (its text and its name), with `settings` applied.
 pub(super) fn config_of(path: Option<&Path>, settings: &[String], fallback: (&str, &str)) -> Result<Config> {
     match path {
-        Some(path) => Config::load(&located(path)?, settings),
+        Some(given) => Config::load(&config_file(given)?, settings),
         None => Config::parse(fallback.0, fallback.1, settings),
     }
 }
+
+/// The file that `--config` means: a path, or the name of a preset.
+///
+/// # Errors
+/// What can only be a name is none of them.
+pub(super) fn config_file(given: &Path) -> Result<Cow<'_, Path>> {
+    let file = located(given)?;
+    let name = given.to_str().filter(|name| !file.is_file() && !name.contains(['/', '\\', '.']));
+    let Some(name) = name else { return Ok(file) };
+    let preset = PathBuf::from(format!("{PRESETS}/{name}.toml"));
+    let file = located(&preset)?.into_owned();
+    if !file.is_file() {
+        let known = preset_names();
+        let hint = nearest(name, &known).map(|name| format!("; did you mean `{name}`?")).unwrap_or_default();
+        bail!("there is no file `{name}`, and no preset of this name (there are {}){hint}", known.join(", "));
+    }
+    Ok(Cow::Owned(file))
+}
+
+/// The names of the presets that the program carries.
+pub(super) fn preset_names() -> Vec<String> {
+    let names = carried_in(PRESETS).into_iter().filter_map(|file| Path::new(file).file_stem()?.to_str());
+    names.map(str::to_owned).collect()
+}
+
+/// Where presets lie, in the repository and in the program.
+const PRESETS: &str = "configs";
 
 /// Every key at its default.
 pub(super) const DEFAULTS: (&str, &str) = ("", "the defaults");

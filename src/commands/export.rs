@@ -11,7 +11,7 @@ use super::experiment::{Checkpointed, checkpoint_of};
 use crate::cli::{ExportArgs, ExportFormat};
 use crate::config::{ModelConfig, Precision, concerns};
 use crate::lora::Adapters;
-use crate::lora::formats::{self, KohyaHeader};
+use crate::lora::formats::{self, Generation, KohyaHeader};
 use crate::models::Source;
 use crate::models::merge::save_merged;
 
@@ -118,11 +118,17 @@ fn kohya_header(adapters: &Adapters, model: Option<&ModelConfig>, title: String)
         let source = Source::pipeline(model)?;
         let unet: Json = source.sub("unet").read_json("config.json")?;
         let scheduler: Json = source.sub("scheduler").read_json("scheduler_config.json")?;
+        let generation = match (unet["addition_embed_type"] == "text_time", unet["use_linear_projection"] == true) {
+            (true, _) => Generation::Xl,
+            (false, true) => Generation::V2,
+            (false, false) => Generation::V1,
+        };
         Ok(KohyaHeader {
             title: title.clone(),
-            v2: Some(unet["use_linear_projection"] == true),
+            generation: Some(generation),
             v_prediction: Some(scheduler["prediction_type"] == "v_prediction"),
             resolution: unet["sample_size"].as_u64().map(|side| (8 * side as usize, 8 * side as usize)),
+            clip_skip: model.clip_skip,
         })
     });
     match described {
@@ -133,10 +139,12 @@ fn kohya_header(adapters: &Adapters, model: Option<&ModelConfig>, title: String)
         None => {}
     }
     let text = adapters.factors().iter().find(|factor| factor.module.ends_with("attn2.to_k"));
-    let v2 = text.and_then(|factor| match factor.in_features() {
-        768 => Some(false),
-        1024 => Some(true),
+    let generation = text.and_then(|factor| match factor.in_features() {
+        768 => Some(Generation::V1),
+        1024 => Some(Generation::V2),
+        2048 => Some(Generation::Xl),
         _ => None,
     });
-    Ok(KohyaHeader { title, v2, v_prediction: (v2 == Some(false)).then_some(false), resolution: None })
+    let v_prediction = (generation == Some(Generation::V1)).then_some(false);
+    Ok(KohyaHeader { title, generation, v_prediction, ..Default::default() })
 }

@@ -4,6 +4,8 @@ pub mod bench;
 pub mod eval;
 pub mod export;
 pub mod fit;
+pub mod manual;
+pub mod presets;
 pub mod rate;
 pub mod runs;
 pub mod sample;
@@ -30,8 +32,11 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Soup(args) => soup::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),
+        Command::Config(args) => presets::run(&args).map(|()| true),
         Command::Runs(args) => runs::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| true),
+        Command::Completions(args) => manual::completions(args.shell).map(|()| true),
+        Command::Man(args) => manual::man(&args.dir).map(|()| true),
     }
 }

@@ -56,8 +56,8 @@ fn save_tensors(drawn: &[Drawn], path: &Path) -> Result<()> {
         ("images".to_owned(), all(&|one| one.images.clone())?),
         ("initial_latents".to_owned(), all(&|one| one.initial_latents.clone())?),
         ("latents".to_owned(), all(&|one| one.latents.clone())?),
-        ("negative_prompt_embeds".to_owned(), all(&|one| one.conditioning.negative_prompt_embeds.clone())?),
-        ("prompt_embeds".to_owned(), all(&|one| one.conditioning.prompt_embeds.clone())?),
+        ("negative_prompt_embeds".to_owned(), all(&|one| one.conditioning.negative_prompt_embeds.hidden.clone())?),
+        ("prompt_embeds".to_owned(), all(&|one| one.conditioning.prompt_embeds.hidden.clone())?),
     ];
     files::make_folder_of(path)?;
     files::save_tensors(path, &BTreeMap::new(), &tensors, DType::F32)

@@ -8,35 +8,35 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
-use crate::config::{Config, Prompt, shown, shown_lines};
+use crate::config::{AdjointMatchingConfig, Config, Method, Prompt, shown, shown_lines};
 use crate::diffusion::Noise;
-use crate::report::names;
+use crate::report::chart::short;
+use crate::report::{Change, Summary, summary};
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 use crate::training::checkpoint::Checkpoint;
-use crate::training::guard::Guard;
+use crate::training::ddpo::Chain;
+use crate::training::guard::{Guard, Objection};
 use crate::training::memory::{self, Meter};
+use crate::training::method::micro_batches;
 use crate::training::run_folder::{Run, RunFolder};
 use crate::training::signals::{Interrupt, Interrupted};
 use crate::training::trainer::{End, Trainer, Watch, begin, go_on};
-use crate::training::{AlignProp, MemoryPlan, PromptLists, RunPlan, Sources};
+use crate::training::{MemoryPlan, PromptLists, RunPlan, Setup, Sources};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let config = &read_config(args)?;
+    let mut config = read_config(args)?;
     let compute = compute_of(&config.run)?.with_rewards_in(config.run.reward_precision)?;
     config.require_trained()?;
-    let prompts = &PromptLists::load(config)?;
-    // before gigabytes are read: whoever trains a run has its folder for itself; a dry run writes nothing there
-    let run = match &args.resume {
-        Some(dir) if !args.dry_run => Some(Run::resume(dir)?),
-        None if !args.dry_run => Some(Run::start(&config.run.dir)?),
-        None => RunFolder::check_free(&config.run.dir).map(|()| None)?,
-        Some(_) => None,
-    };
+    let prompts = &PromptLists::load(&config)?;
+    // before gigabytes are read
+    let run = take_folder(args, &mut config)?;
+    let config = &config;
     let sources = Sources::of(config, args.resume.as_deref())?;
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
+    prompts.check(&rewards)?;
     let guard = Guard::load(config, prompts.guard(), tokenizer, &compute)?;
     let noise = Noise::new(config.run.seed);
     let state = match &args.resume {
@@ -45,7 +45,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     describe(config, &sampler, &rewards, &prompts.training, &state)?;
     prompts.warn_of_cut(&sampler)?;
-    let plan = &RunPlan::resolve(config, &sampler, &rewards, &state.adapters)?;
+    let plan = &RunPlan::resolve(config, &sampler, &rewards, &prompts.training[0], &state.adapters)?;
     if let Some(memory) = &plan.memory {
         note!("memory      {}", plan.describe_memory(memory));
         if !memory.fits {
@@ -65,11 +65,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;
     }
-    let progress = progress_bar(plan, config.train.steps, state.step);
+    let progress = progress_bar(micro_batches(config, plan), config.train.steps, state.step);
     let meter = Meter::of(&compute);
     meter.reset_peak()?;
-    let method = AlignProp { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts.training, noise };
-    let mut trainer = Trainer { method, guard: guard.as_ref(), sample_prompts: prompts.samples(), run, state };
+    let setup = Setup { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts.training, noise };
+    let mut trainer = Trainer { setup, guard: guard.as_ref(), sample_prompts: prompts.samples(), run, state };
     let steps = config.train.steps;
     let end = trainer.train(args.stop_at.unwrap_or(steps), &interrupt, &progress)?;
     progress.finish_and_clear();
@@ -81,14 +81,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             say!("stopped after step {step} of {steps}; go on with `{resume}`");
             return Ok(());
         }
-        End::Guard(objection) => {
-            say!("stopped after step {step} of {steps} by the guard: {objection}");
-            say!("to go on all the same: `{resume} --set guard.patience=0`");
+        End::Guard(Objection { reason, overrule }) => {
+            say!("stopped after step {step} of {steps} by the guard: {reason}");
+            say!("to go on all the same: `{resume} --set {overrule}`");
         }
         End::Signal(signal) => return Err(Interrupted { signal, step, steps, resume }.into()),
     }
     let adapters = trainer.export()?;
-    report(config, &trainer.run, &rewards, &adapters)?;
+    report(config, &trainer.run, &adapters)?;
     plan.memory.as_ref().map_or(Ok(()), |memory| report_memory(memory, meter))
 }
 
@@ -104,6 +104,29 @@ fn read_config(args: &TrainArgs) -> Result<Config> {
     config?.with_whole_paths() // the run may be resumed from another folder
 }
 
+/// The run's folder, which no other process trains in from here on; what it is called goes into the config. A dry run takes
+/// none and writes nothing there.
+fn take_folder(args: &TrainArgs, config: &mut Config) -> Result<Option<Run>> {
+    let take = |dir: &Path| match (&args.resume, args.dry_run) {
+        (Some(dir), false) => Run::resume(dir).map(Some),
+        (None, false) => Run::start(dir).map(Some),
+        (None, true) => RunFolder::check_free(dir).map(|()| None),
+        (Some(_), true) => Ok(None),
+    };
+    if let Some(dir) = &config.run.dir {
+        return take(dir);
+    }
+    let stem = args.config.config.as_deref().and_then(Path::file_stem);
+    let wanted = Path::new("runs").join(stem.unwrap_or("emoji".as_ref()));
+    let (dir, run) = RunFolder::numbered(&wanted, take)?;
+    if dir != wanted {
+        let resume = RunFolder::at(&wanted).resume_command();
+        note!("run         {}, as {} holds another; `{resume}` goes on with that one", dir.display(), wanted.display());
+    }
+    config.run.dir = Some(dir);
+    Ok(run)
+}
+
 /// The run's head, on stderr.
 fn describe(
     config: &Config,
@@ -115,7 +138,6 @@ fn describe(
     let (height, width) = sampler.image_size();
     let Config { train, sampler: sampling, .. } = config;
     let batch = train.batch_size * train.gradient_accumulation_steps;
-    let rule = toml::to_string(&config.truncation)?.trim().replace('\n', ", ");
     note!(
         "model       {} ({height}x{width}, {} DDIM steps, guidance {})",
         shown(&config.model.path),
@@ -137,14 +159,48 @@ fn describe(
         .map(|r| if r.weight == 1.0 { r.name.to_owned() } else { format!("{} x {}", r.weight, r.name) })
         .collect();
     note!("reward      {} on {} prompts", names.join(" + "), prompts.len());
-    note!("truncation  {rule}");
+    describe_method(config, sampler)?;
     note!("steps       {} of {batch} images, from step {}", train.steps, state.step);
     Ok(())
 }
 
+/// What is done with the rewards.
+fn describe_method(config: &Config, sampler: &Sampler) -> Result<()> {
+    let name = config.method.name();
+    if let Some(regression) = config.method.regression() {
+        note!("method      {name}, {} a step", counted(regression.updates * regression.inner_epochs, "update"));
+        return Ok(());
+    }
+    if let Method::AdjointMatching(AdjointMatchingConfig { lambda, steps, .. }) = &config.method {
+        note!("method      {name}, {steps} of {} denoising steps matched, lambda {lambda}", sampler.schedule.len());
+        return Ok(());
+    }
+    let Some(policy) = config.method.policy() else {
+        note!("truncation  {}", toml::to_string(&config.truncation)?.trim().replace('\n', ", "));
+        return Ok(());
+    };
+    // of the last round too: a window moves
+    Chain::of(&policy, &sampler.schedule, config.train.steps)?;
+    let chain = Chain::of(&policy, &sampler.schedule, 0)?;
+    let silent = sampler.schedule.steps().iter().filter(|step| step.noise == 0.0).count();
+    let silent = if silent > 0 { format!("; {silent} without noise, which have no density") } else { String::new() };
+    note!(
+        "method      {name}, {} of {} denoising steps trained, {} a step{silent}",
+        chain.trained.len(),
+        chain.steps.len(),
+        counted(policy.updates * policy.inner_epochs, "update")
+    );
+    Ok(())
+}
+
+/// `1 update`, `4 updates`.
+fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// A progress bar with one tick a micro-batch, so that the time left is smooth; drawn on a terminal only.
-fn progress_bar(plan: &RunPlan, steps: usize, done: usize) -> ProgressBar {
-    let per_step = plan.gradient_accumulation_steps as u64;
+fn progress_bar(per_step: usize, steps: usize, done: usize) -> ProgressBar {
+    let per_step = per_step as u64;
     let bar = ProgressBar::with_draw_target(Some(steps as u64 * per_step), ProgressDrawTarget::stderr());
     bar.set_position(done as u64 * per_step);
     bar.reset_eta();
@@ -159,9 +215,12 @@ impl Watch for ProgressBar {
         self.set_position(done as u64);
     }
 
-    /// `aesthetic 5.31 (+0.42)`: the batch's mean and its distance from the first batch's.
-    fn step(&self, means: &[(&str, f64, f64)]) {
-        let part = |(name, now, first): &(&str, f64, f64)| format!("{name} {now:.4} ({:+.4})", now - first);
+    /// `aesthetic 5.310, rising: +0.42 ± 0.05`: the batch's mean, and the change from the first batches to the last.
+    fn step(&self, means: &[(&str, f64, Option<Change>)]) {
+        let part = |(name, now, change): &(&str, f64, Option<Change>)| match change {
+            Some(change) => format!("{name} {}, {}: {}", short(*now), change.trend(), change.by()),
+            None => format!("{name} {}", short(*now)),
+        };
         self.set_message(means.iter().map(part).collect::<Vec<_>>().join("  "));
     }
 
@@ -170,25 +229,19 @@ impl Watch for ProgressBar {
     }
 }
 
-/// What the run came to, on stdout, from its metrics.
-fn report(config: &Config, run: &Run, rewards: &Rewards, adapters: &Path) -> Result<()> {
-    for name in rewards.names() {
-        let batches = run.metrics().history(&names::reward(name));
-        if let (Some((_, first)), Some((step, last))) = (batches.first(), batches.last()) {
-            say!("{name}: {first:.4} in the first batch, {last:.4} in that of step {step}");
-        }
-        if let [(_, before), .., (_, after)] = run.metrics().history(&names::sample(name)) {
-            say!(
-                "{name}: {before:.4} before, {after:.4} after, on {} images of the same prompts and noise",
-                config.run.num_samples
-            );
-        }
+/// What the run came to, on stdout.
+fn report(config: &Config, run: &Run, adapters: &Path) -> Result<()> {
+    let Summary { findings, next } = summary(config, run.metrics(), &run.pairs()?, &run.dir().display().to_string());
+    for finding in findings {
+        say!("{finding}");
     }
     if let Some(best) = run.best_checkpoint()?.filter(|_| config.run.keep_best) {
         say!("best checkpoint: {} ({} {:.4})", run.checkpoint(best.step).display(), best.by(), best.score);
     }
     say!("adapter: {}", adapters.display());
     say!("run: {}", run.dir().display());
+    say!("pictures and curves: {}", run.dir().join("report.html").display());
+    say!("next: {}: `{}`", next.0, next.1);
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 //! checks the ranges. A path in a config is relative to the current directory, as in diffusers; a run's own
 //! config has whole paths (`paths`).
 
+mod method;
 mod paths;
 mod prompt_file;
 mod prompts;
@@ -19,9 +20,13 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
+pub use method::{
+    AdjointMatchingConfig, AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression,
+    RwrConfig, RwrSparseConfig, Selection, WindowConfig,
+};
 pub use prompts::{Prompt, PromptsConfig};
-pub use read::concerns;
-pub use text::{decode, shown, shown_lines};
+pub use read::{concerns, nearest};
+pub use text::{decode, shell_word, shown, shown_lines};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.
@@ -59,6 +64,7 @@ pub struct Config {
     pub model: ModelConfig,
     pub lora: LoraConfig,
     pub sampler: SamplerConfig,
+    pub method: Method,
     pub truncation: Truncation,
     pub reward: RewardsConfig,
     pub prompts: PromptsConfig,
@@ -110,6 +116,12 @@ table! {
         tokenizer: Option<String> = None,
         /// For a single file: `epsilon` or `v_prediction`. Absent: what the file says, else epsilon for 1.x and v for 2.x.
         prediction_type: Option<PredictionType> = None,
+        /// Another VAE than the pipeline's: a folder or hub id (with the VAE's `config.json`, or a pipeline's), or a file
+        /// (.safetensors, .ckpt, .pt; local, or on the hub as `owner/name:file`), which has the pipeline's scaling factor.
+        vae: Option<String> = None,
+        /// How many of the text encoder's last layers are left out, as `clip_skip` of diffusers counts. Web interfaces count
+        /// from 1: their "Clip skip 2" is 1 here. Absent: none. Stable Diffusion XL leaves out one more by itself.
+        clip_skip: Option<usize> = None,
     }
 }
 
@@ -174,6 +186,12 @@ impl LoraConfig {
 table! {
     /// `[sampler]`: how images are made, in training and in evaluation.
     pub struct SamplerConfig {
+        /// How the noise is taken away: `ddim`, or `euler`, `euler-ancestral`, `dpmpp-2m` as diffusers' EulerDiscrete,
+        /// EulerAncestralDiscrete and DPMSolverMultistep schedulers do it. Training goes with `ddim`; `sample` and `eval`
+        /// with all of them.
+        kind: SamplerKind = SamplerKind::Ddim,
+        /// Noise levels as Karras et al. 2022 space them, for the others than `ddim`. Absent: as the pipeline's scheduler says.
+        karras: Option<bool> = None,
         /// Denoising steps of one image; 1 or more. Time grows in proportion.
         num_inference_steps: usize = 50,
         /// Classifier-free guidance; 0 or more. 1 or less turns it off and halves the work.
@@ -182,15 +200,40 @@ table! {
         /// (not at all) to 1 (the guided prediction has the standard deviation of the prompt's). 0.7 is the paper's. Its
         /// gradient goes through the standard deviations.
         guidance_rescale: f64 = 0.0,
-        /// Noise of the DDIM step: from 0 (deterministic) to 1 (ancestral, as DDPM).
+        /// Noise of the DDIM step, for `ddim` alone: from 0 (deterministic) to 1 (ancestral, as DDPM).
         eta: f64 = 0.0,
         /// Image height in pixels. Absent: the size that the model was trained on.
         height: Option<usize> = None,
         /// Image width in pixels. Absent: the size that the model was trained on.
         width: Option<usize> = None,
-        /// What guidance moves away from.
-        negative_prompt: String = String::new(),
+        /// What guidance moves away from. Absent: an empty text, or zeros where the model was trained so (Stable Diffusion XL's
+        /// `force_zeros_for_empty_prompt`), as in diffusers; there "" is encoded as a text.
+        negative_prompt: Option<String> = None,
+        /// Stable Diffusion XL: what it is told that the picture's height and width were before it was scaled. Absent: those of
+        /// the image, as for the next two.
+        original_size: Option<[usize; 2]> = None,
+        /// Stable Diffusion XL: where it is told that the crop begins, top and left. Absent: [0, 0].
+        crops_coords_top_left: Option<[usize; 2]> = None,
+        /// Stable Diffusion XL: the height and width that it is told the picture was scaled to.
+        target_size: Option<[usize; 2]> = None,
     }
+}
+
+/// How images are denoised.
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum SamplerKind {
+    /// DDIM: what is trained
+    #[default]
+    Ddim,
+    /// Euler
+    Euler,
+    /// Euler ancestral, "Euler a": adds noise in each step
+    EulerAncestral,
+    /// DPM-Solver++ 2M
+    #[serde(rename = "dpmpp-2m")]
+    #[value(name = "dpmpp-2m")]
+    Dpmpp2m,
 }
 
 /// `[truncation]`: which denoising steps keep their gradient. `rule` names the variant, the other keys are its fields.
@@ -263,8 +306,22 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 7] =
-    ["aesthetic", "clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility"];
+pub const REWARD_KINDS: [&str; 14] = [
+    "aesthetic",
+    "clip-head",
+    "hps",
+    "clip-score",
+    "pickscore",
+    "compressibility",
+    "incompressibility",
+    "image-reward",
+    "count",
+    "object",
+    "command",
+    "http",
+    "vlm",
+    "vlm-bertscore",
+];
 
 /// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -277,6 +334,13 @@ pub struct RewardsConfig {
     pub pickscore: Option<PickscoreConfig>,
     pub compressibility: Option<CompressibilityConfig>,
     pub incompressibility: Option<CompressibilityConfig>,
+    pub image_reward: Option<ImageRewardConfig>,
+    pub count: Option<CountConfig>,
+    pub object: Option<ObjectConfig>,
+    pub command: Option<CommandConfig>,
+    pub http: Option<HttpConfig>,
+    pub vlm: Option<VlmConfig>,
+    pub vlm_bertscore: Option<VlmBertscoreConfig>,
 }
 
 impl RewardsConfig {
@@ -294,6 +358,13 @@ impl RewardsConfig {
             pickscore: pick(wanted("pickscore"), &self.pickscore),
             compressibility: pick(wanted("compressibility"), &self.compressibility),
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
+            image_reward: pick(wanted("image-reward"), &self.image_reward),
+            count: pick(wanted("count"), &self.count),
+            object: pick(wanted("object"), &self.object),
+            command: pick(wanted("command"), &self.command),
+            http: pick(wanted("http"), &self.http),
+            vlm: pick(wanted("vlm"), &self.vlm),
+            vlm_bertscore: pick(wanted("vlm-bertscore"), &self.vlm_bertscore),
         }
     }
 
@@ -317,6 +388,13 @@ impl RewardsConfig {
             self.pickscore.as_ref().map(|reward| reward.weight),
             self.compressibility.as_ref().map(|reward| reward.weight),
             self.incompressibility.as_ref().map(|reward| reward.weight),
+            self.image_reward.as_ref().map(|reward| reward.weight),
+            self.count.as_ref().map(|reward| reward.weight),
+            self.object.as_ref().map(|reward| reward.weight),
+            self.command.as_ref().map(|reward| reward.weight),
+            self.http.as_ref().map(|reward| reward.weight),
+            self.vlm.as_ref().map(|reward| reward.weight),
+            self.vlm_bertscore.as_ref().map(|reward| reward.weight),
         ];
         let kinds = REWARD_KINDS.into_iter().zip(weights);
         kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
@@ -427,6 +505,189 @@ table! {
     }
 }
 
+table! {
+    /// `[reward.image-reward]`: ImageReward, what people would think of an image for its prompt; scores are those of the
+    /// original, about -2 to 2.
+    pub struct ImageRewardConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A folder or a hub id, with the weights and, where it is not BERT-base, a `med_config.json`.
+        model: String = "THUDM/ImageReward".into(),
+        /// The weights inside `model` (a `.pt` or safetensors), or the path of a file, which needs no `model`.
+        file: String = "ImageReward.pt".into(),
+        /// The `vocab.txt` of bert-base-uncased: a file, or a folder or hub id that has one. Absent: the one beside the
+        /// weights, else google-bert/bert-base-uncased.
+        vocab: Option<String> = None,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation. (ReFL's relu(2 - score) is
+        /// a target of 2 with `regularization.reward_cap` at 2.)
+        target: Option<f64> = None,
+    }
+}
+
+table! {
+    /// `[reward.count]`: log P(N = n) for the number N of things that a detector sees and the number n that the prompt asks
+    /// for. Class and number are the prompt's fields `object` and `count`, else what its text says ("three cats"). The loss is
+    /// -score. Logged beside it: the expected count (`count-expected`) and the thresholded one (`count-detected`).
+    pub struct CountConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own. Either way both
+        /// sides become multiples of the detector's patch.
+        size: Option<usize> = None,
+        /// The probability above which `count-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+    }
+}
+
+table! {
+    /// `[reward.object]`: log P(N >= 1), whether a detector sees a thing of the class, or its opposite, log P(N = 0). The loss
+    /// is -score. Logged beside it: `object-expected` and `object-detected`, as for `[reward.count]`.
+    pub struct ObjectConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own.
+        size: Option<usize> = None,
+        /// The probability above which `object-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+        /// The class, whatever the prompts say. Absent: the prompt's field `object`, else what its text names.
+        object: Option<String> = None,
+        /// Whether the object is to be absent: the score is log P(N = 0), as for removing a concept.
+        remove: bool = false,
+    }
+}
+
+table! {
+    /// `[reward.command]`: a program of the user's, which gets lines of JSON with pictures and prompts and answers with scores,
+    /// and with their gradients where it has some. docs/rewards.md has the lines and an example in PyTorch.
+    pub struct CommandConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// The program and its arguments: `["python", "reward.py"]`. It is started once, in the current folder. Must be given.
+        program: Vec<String> = Vec::new(),
+        /// Whether it gets f32 tensors and returns gradients of its scores with respect to them: what AlignProp trains with.
+        /// Otherwise it gets PNG files and gives scores alone.
+        gradient: bool = false,
+        /// Compare, at the start, a returned gradient with a difference of two scores, and stop where they disagree.
+        check_gradient: bool = true,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation.
+        target: Option<f64> = None,
+        /// Seconds that an answer may take; more than 0.
+        timeout: f64 = 120.0,
+        /// Seconds that the first answer of a started program may take, which may have a model to load; more than 0.
+        start_timeout: f64 = 1800.0,
+        /// How often the program is started again for one question, where it ended or was silent for too long.
+        restarts: usize = 1,
+    }
+}
+
+table! {
+    /// A server that scores ask: `[reward.http.server]`, `[reward.vlm.server]`. A failure that may pass (no connection, no answer in
+    /// time, half of one, status 429 or 500 and more) is tried again after a pause, which doubles.
+    pub struct ServerConfig {
+        /// Its address: `http://127.0.0.1:8000/score`, or `http://127.0.0.1:8000/v1/chat/completions`. Must be given.
+        url: String = String::new(),
+        /// The environment variable that holds a key, which is sent as `Authorization: Bearer ..`. Absent: none is sent.
+        key_env: Option<String> = None,
+        /// Seconds that an answer may take; more than 0.
+        timeout: f64 = 120.0,
+        /// How often a question is asked again.
+        retries: usize = 5,
+        /// Questions at a time; 1 or more. Training by gradients judges one picture after another, so it has one at a time.
+        concurrency: usize = 4,
+    }
+}
+
+table! {
+    /// `[reward.http]`: a server of the user's, which gets pictures and prompts and answers with scores. docs/rewards.md has the
+    /// lines and an example.
+    pub struct HttpConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        server: ServerConfig = ServerConfig::default(),
+        /// Pictures in one question; 1 or more.
+        batch: usize = 8,
+    }
+}
+
+table! {
+    /// `[reward.vlm]`: a vision-language model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama, ..) is asked a question
+    /// of each picture, and its answer becomes a number.
+    pub struct VlmConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        server: ServerConfig = ServerConfig::default(),
+        /// The model's name on the server. Must be given.
+        model: String = String::new(),
+        /// What it is asked. `{prompt}` is the prompt, `{count}` the prompt's field `count`.
+        question: String = "Does this picture show \"{prompt}\"? Answer with yes or no alone.".into(),
+        /// How the answer becomes a number.
+        answer: VlmAnswer = VlmAnswer::YesNo,
+        /// For `answer = "words"`: what must occur; `{count}|{word}` is one of two. Fields as in `question`.
+        words: Vec<String> = Vec::new(),
+        /// The score of an answer without a number, or without yes and no; finite. Absent: such an answer is an error.
+        otherwise: Option<f64> = None,
+        /// The longest answer, in tokens; 1 or more. A model that thinks first needs more.
+        max_tokens: usize = 64,
+    }
+}
+
+table! {
+    /// `[reward.vlm-bertscore]`: DDPO's alignment reward. A model describes the picture, and BERTScore says how much of the prompt
+    /// is in the description.
+    pub struct VlmBertscoreConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A vision-language model that describes, as in `[reward.vlm]`. Absent: `captioner` does.
+        server: Option<ServerConfig> = None,
+        /// The model's name on the server. Must be given with `server`.
+        model: String = String::new(),
+        /// What the server is asked; DDPO's question. Fields as in `[reward.vlm]`.
+        question: String = "Answer concisely: what is going on in this image?".into(),
+        /// The longest description, in tokens; 1 or more.
+        max_tokens: usize = 64,
+        /// Without `server`: a BLIP captioner, a folder or a hub id. It runs on the CPU.
+        captioner: String = "Salesforce/blip-image-captioning-base".into(),
+        /// What the description is compared with. `{prompt}` and fields as in `[reward.vlm]`; DDPO's sentence.
+        reference: String = "The image contains {prompt}".into(),
+        /// The model of BERTScore: BERT or DeBERTa-v2 with a `tokenizer.json`, a folder or a hub id. It runs on the CPU. DDPO took
+        /// `microsoft/deberta-xlarge-mnli`, of an older architecture that cannot be read.
+        scorer: String = "google-bert/bert-base-uncased".into(),
+        /// Of how many of its layers; 1 or more. Absent: what the bert-score package takes of this model.
+        layers: Option<usize> = None,
+        /// What of the comparison is the score.
+        score: BertscorePart = BertscorePart::Recall,
+    }
+}
+
+/// A part of BERTScore.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum BertscorePart {
+    /// How much of the description the reference has.
+    Precision,
+    /// How much of the reference the description has: DDPO's.
+    #[default]
+    Recall,
+    F1,
+}
+
+/// How the answer of a [`VlmConfig`] becomes a score.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum VlmAnswer {
+    /// The first number in it.
+    Number,
+    /// 1 for yes, 0 for no, whichever word comes first.
+    #[default]
+    YesNo,
+    /// The share of `words` that occur in it, as whole words in any case.
+    Words,
+}
+
 /// How an image in [0, 1] becomes the square input of a reward model, 224 by 224 for most. Scores made differently do not compare.
 #[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
@@ -480,7 +741,7 @@ pub enum LrSchedule {
 table! {
     /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
     pub struct TrainConfig {
-        /// Optimizer steps; 1 or more.
+        /// Optimizer steps; 1 or more. Of `ddpo`, `grpo` and `rwr`: rounds.
         steps: usize = 100,
         /// Images of one micro-batch; 1 or more. More is faster where memory allows.
         batch_size: usize = 1,
@@ -497,6 +758,10 @@ table! {
         /// Consecutive optimizer steps that may be skipped because some number in them was not finite; one more stops
         /// the run, with the last good state saved. 0: the first one does.
         max_skipped_steps: usize = 3,
+        /// Divide each reward's weight by the standard deviation of its scores over the last 50 steps, so that rewards of different
+        /// ranges count alike at equal weights. The first step, which has none before it, takes the weights as they are. What is
+        /// reported of samples and by the guard has the weights as they are.
+        scale_rewards: bool = false,
     }
 }
 
@@ -538,6 +803,8 @@ table! {
     pub struct RegularizationConfig {
         /// Weight of the mean squared difference of the noise predictions from the base model's, over the steps that
         /// keep their gradient (the KL term of DRaFT+); 0 or more. Each such step then evaluates the base model too.
+        /// With `ddpo` and `grpo` the weight of the KL divergence of each trained step from the base model's, a mean over the
+        /// latent's elements (Flow-GRPO).
         kl_weight: f64 = 0.0,
         /// Decay of an exponential moving average of the adapters, d in `average <- d average + (1 - d) adapters`;
         /// 0 or more and less than 1. 0: none. It is saved beside the adapters.
@@ -559,6 +826,9 @@ table! {
         /// Stop after so many evaluations in a row in which the training reward rose while the held-out score fell;
         /// 0: never.
         patience: usize = 3,
+        /// Stop where the training rewards are sharper than this on the guard's images: how much the loss rises where an image is moved
+        /// against them (RSA-FT's S1; by `method.rho`, or 0.01); more than 0. Absent: never.
+        max_sharpness: Option<f64> = None,
         /// The first prompts of the list to evaluate on; 1 or more.
         num_prompts: usize = 8,
         /// Images of each prompt; 1 or more, and 2 or more for a diversity.
@@ -573,8 +843,9 @@ table! {
 table! {
     /// `[run]`: where the run goes and what it runs on.
     pub struct RunConfig {
-        /// The run's folder: config, metrics, samples, checkpoints.
-        dir: PathBuf = "runs/alignprop".into(),
+        /// The run's folder: config, metrics, samples, checkpoints. Absent: `runs/NAME` with the name of the config file, or the
+        /// first of `runs/NAME-2`, `runs/NAME-3` and so on that no run has.
+        dir: Option<PathBuf> = None,
         /// Every random number of the run follows from it; up to 2^63 - 1, the largest TOML integer.
         seed: u64 = 0,
         /// `cpu`, or `cuda` or `cuda:N` in a build with GPU kernels (`--features cuda`).
@@ -627,6 +898,14 @@ mod tests {
     }
 
     #[test]
+    fn presets_name_no_folder_so_that_each_run_gets_one() {
+        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")).unwrap() {
+            let file = entry.unwrap().file_name();
+            assert_eq!(preset(file.to_str().unwrap()).run.dir, None, "{}", file.display());
+        }
+    }
+
+    #[test]
     fn presets_are_the_official_runs() {
         for name in ["aesthetic", "aesthetic-k1", "hps", "hps-k1"] {
             let config = preset(&format!("{name}.toml"));
@@ -637,7 +916,6 @@ mod tests {
             let mut lora = LoraConfig::default();
             lora.resolve();
             assert_eq!(config.lora, lora);
-            assert_eq!(config.run.dir, Path::new("runs").join(name));
             let truncation = if name.ends_with("-k1") { Truncation::Fixed { k: 1 } } else { Truncation::default() };
             assert_eq!(config.truncation, truncation);
             let reward = name.trim_end_matches("-k1");
@@ -645,6 +923,32 @@ mod tests {
         }
         let aesthetic = preset("aesthetic.toml").reward.aesthetic.unwrap();
         assert_eq!(aesthetic, AestheticConfig { target: Some(10.0), ..Default::default() });
+    }
+
+    #[test]
+    fn refl_has_its_published_settings_and_the_count_preset_is_whole() {
+        let Config { sampler, truncation, reward, regularization, optimizer, train, .. } = preset("refl.toml");
+        assert_eq!((sampler.num_inference_steps, sampler.guidance_scale, sampler.eta), (40, 1.0, 1.0));
+        assert_eq!(truncation, Truncation::Refl { lo: 30, hi: 39 });
+        assert_eq!(reward.weights(), [("image-reward", 1.0)]);
+        // relu(2 - score) / 1000
+        assert_eq!(reward.image_reward.unwrap().target, Some(2.0));
+        assert_eq!(regularization.reward_cap, [("image-reward".to_owned(), 2.0)].into());
+        assert_eq!((optimizer.weight_decay, optimizer.max_grad_norm, optimizer.loss_coeff), (0.01, 1.0, 0.001));
+        assert_eq!((train.steps, train.batch_size * train.gradient_accumulation_steps), (100, 64));
+        assert_eq!(preset("count.toml").reward.weights(), [("count", 1.0)]);
+    }
+
+    #[test]
+    fn presets_of_xl_train_their_reward() {
+        for reward in ["aesthetic", "hps", "pickscore"] {
+            let config = preset(&format!("sdxl-{reward}.toml"));
+            config.require_trained().unwrap();
+            assert_eq!(config.reward.weights(), [(reward, 1.0)]);
+        }
+        let turbo = preset("sdxl-turbo.toml");
+        turbo.require_trained().unwrap();
+        assert_eq!((turbo.truncation, turbo.sampler.guidance_scale), (Truncation::Full, 1.0));
     }
 
     #[test]
@@ -671,6 +975,8 @@ mod tests {
             config = "configs/folder"
             tokenizer = "openai/clip-vit-large-patch14"
             prediction_type = "v_prediction"
+            vae = "owner/name:vae.safetensors"
+            clip_skip = 1
             [lora]
             alpha = 8
             init_from = "lora.safetensors"
@@ -678,6 +984,11 @@ mod tests {
             height = 64
             width = 96
             negative_prompt = "line\nbreak"
+            kind = "dpmpp-2m"
+            karras = true
+            original_size = [768, 1024]
+            crops_coords_top_left = [0, 8]
+            target_size = [512, 640]
             [truncation]
             rule = "steps"
             steps = [0, 49]
@@ -710,7 +1021,7 @@ mod tests {
     fn to_toml_has_its_tables_in_order() {
         let text = Config::parse("reward.hps = {}", "x.toml", &[]).unwrap().to_toml().unwrap();
         let tables: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
-        let order = "[model] [lora] [sampler] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
+        let order = "[model] [lora] [sampler] [method] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
                      [regularization.reward_cap] [run] [guard] [guard.reward]";
         assert_eq!(tables.join(" "), order, "{text}");
         assert!(text.contains("betas = [0.9, 0.999]\n"), "{text}");

@@ -1,4 +1,5 @@
-//! `scheduler/scheduler_config.json` as diffusers' Stable Diffusion pipeline takes it: old settings repaired, and the class
+//! `scheduler/scheduler_config.json` as diffusers' Stable Diffusion pipeline takes it: old settings repaired (not those of
+//! Stable Diffusion XL, whose pipeline repairs none), and the class
 //! of the scheduler judged by whether DDIM can stand in for it.
 
 use anyhow::{Result, bail};
@@ -75,7 +76,9 @@ pub(super) fn load(pipeline: &Source) -> Result<SchedulerConfig> {
 
     // Without the key diffusers' own DDIM is repaired too; other classes pass no default of theirs on to DDIM.
     let is_ddim = indexed.or(judged.class_name).is_none_or(|class| name_of(&class) == "DDIM");
+    let repaired = !index["_class_name"].as_str().is_some_and(|class| class.starts_with("StableDiffusionXL"));
     let said = match judged.steps_offset {
+        _ if !repaired => None,
         Some(1) => None,
         Some(offset) => Some(format!("says steps_offset = {offset}")),
         None => is_ddim.then(|| "has no steps_offset".to_owned()),

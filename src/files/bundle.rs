@@ -79,6 +79,11 @@ pub fn located(path: &Path) -> Result<Cow<'_, Path>> {
     Ok(unpacked.map_or(Cow::Borrowed(path), Cow::Owned))
 }
 
+/// The names of the files that the program carries in a folder, and in folders there.
+pub fn carried_in(folder: &str) -> Vec<&'static str> {
+    BUNDLE.get().map_or(Vec::new(), |bundle| bundle.below(Path::new(folder)).map(|(name, _)| *name).collect())
+}
+
 /// Whether a relative path means here what it means in every folder: what the program carries under this name.
 pub fn is_carried(path: &Path) -> bool {
     BUNDLE.get().is_some_and(|bundle| bundle.is_at(Path::new(""), path))

@@ -9,7 +9,7 @@ pub mod pickle;
 mod wrappers;
 mod write;
 
-pub use bundle::{Bundle, is_carried, located};
+pub use bundle::{Bundle, carried_in, is_carried, located};
 pub use bytes::FileBytes;
 pub use header::Header;
 pub use kind::kind_of;

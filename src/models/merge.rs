@@ -43,15 +43,22 @@ pub fn save_merged(
     new_folder(out, |folder| {
         let mut index: Json = serde_json::from_str(&source.read_text("model_index.json")?)?;
         copy_texts(source, "scheduler", &["scheduler_config.json"], folder)?;
-        copy_texts(source, "tokenizer", &TOKENIZER_FILES, folder)?;
-        complete_tokenizer(source, &folder.join("tokenizer"))?;
+        let second = source.sub("text_encoder_2").has_text("config.json")?;
+        for tokenizer in ["tokenizer", "tokenizer_2"].iter().take(1 + usize::from(second)) {
+            copy_texts(source, tokenizer, &TOKENIZER_FILES, folder)?;
+            complete_tokenizer(&source.sub(tokenizer), &folder.join(tokenizer))?;
+        }
         copy_texts(source, "feature_extractor", &["preprocessor_config.json"], folder)?;
         for (part, stem) in [
             ("unet", "diffusion_pytorch_model"),
             ("vae", "diffusion_pytorch_model"),
             ("text_encoder", "model"),
+            ("text_encoder_2", "model"),
             ("safety_checker", "model"),
         ] {
+            if part == "text_encoder_2" && !second {
+                continue;
+            }
             let from = source.sub(part);
             if part == "safety_checker" && (index[part][0].is_null() || from.find("config.json")?.is_none()) {
                 index[part] = json!([null, null]);

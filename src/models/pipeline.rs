@@ -1,4 +1,4 @@
-//! A Stable Diffusion pipeline, in the diffusers layout or in a single file.
+//! A Stable Diffusion pipeline, 1.x, 2.x or XL, in the diffusers layout or in a single file.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::text_encoder::TextEncoder;
 use super::tokenizer::ClipTokenizer;
 use super::unet::{PerBlock, Unet};
 use super::vae::Vae;
-use super::{Source, model_index};
+use super::{PromptEmbeds, SizeConditioning, Source, model_index};
 use crate::config::{ModelConfig, shown};
 use crate::ops::device::Compute;
 
@@ -19,8 +19,12 @@ pub struct Pipeline {
     /// Shared with the rewards that have none of their own.
     pub tokenizer: Arc<ClipTokenizer>,
     pub text_encoder: TextEncoder,
+    /// Stable Diffusion XL's second ones.
+    pub second: Option<(ClipTokenizer, TextEncoder)>,
     pub unet: Unet,
     pub vae: Vae,
+    /// Whether zeros stand for a negative prompt that is not given, instead of an empty text.
+    zeros_for_no_prompt: bool,
 }
 
 impl Pipeline {
@@ -39,21 +43,31 @@ impl Pipeline {
     pub fn load_on(model: &ModelConfig, compute: &Compute) -> Result<Self> {
         let source = Source::pipeline(model)?;
         let variant = model.variant.as_deref();
-        model_index::check(&source)?;
+        let index = model_index::check(&source)?;
         let part = |name: &str| format!("loading the {name} of {}", source.label());
-        let tokenizer = ClipTokenizer::load(&source.sub("tokenizer")).with_context(|| part("tokenizer"))?;
-        let text_encoder =
-            TextEncoder::load(&source.sub("text_encoder"), variant, compute).with_context(|| part("text encoder"))?;
-        if tokenizer.vocab_size() > text_encoder.vocab_size() {
-            bail!(
-                "{}: the tokenizer has {} ids and the text encoder {}: they belong to different models",
-                source.label(),
-                tokenizer.vocab_size(),
-                text_encoder.vocab_size()
-            );
-        }
+        let skipped = model.clip_skip.unwrap_or(0);
+        let text = |end: &str, skipped: usize, projected: bool| -> Result<(ClipTokenizer, TextEncoder)> {
+            let folder = source.sub(&format!("tokenizer{end}"));
+            let tokenizer = ClipTokenizer::load(&folder).with_context(|| part("tokenizer"))?;
+            let folder = source.sub(&format!("text_encoder{end}"));
+            let encoder = TextEncoder::load(&folder, variant, compute, skipped, projected);
+            let encoder = encoder.with_context(|| part("text encoder"))?;
+            if tokenizer.vocab_size() > encoder.vocab_size() {
+                bail!(
+                    "{}: the tokenizer{end} has {} ids and the text encoder {}: they belong to different models",
+                    source.label(),
+                    tokenizer.vocab_size(),
+                    encoder.vocab_size()
+                );
+            }
+            Ok((tokenizer, encoder))
+        };
+        // Stable Diffusion XL attends to the states before the last layer
+        let (tokenizer, text_encoder) = text("", skipped + usize::from(index.xl), false)?;
+        let second = if index.xl { Some(text("_2", skipped + 1, true)?) } else { None };
         let unet = Unet::load(&source.sub("unet"), variant, compute).with_context(|| part("UNet"))?;
-        let vae = Vae::load(&source.sub("vae"), variant, compute).with_context(|| part("VAE"))?;
+        let of_vae = if index.xl { Vae::compute_of_xl(&source.sub("vae"), compute)? } else { compute.clone() };
+        let vae = Vae::load(&source.sub("vae"), variant, &of_vae).with_context(|| part("VAE"))?;
         if unet.config().in_channels != vae.config().latent_channels {
             bail!(
                 "{}: the UNet takes {} channels and the VAE has {}: an inpainting or upscaling model cannot be trained here",
@@ -62,13 +76,49 @@ impl Pipeline {
                 vae.config().latent_channels
             );
         }
-        Ok(Self { source, tokenizer: Arc::new(tokenizer), text_encoder, unet, vae })
+        let (tokenizer, zeros_for_no_prompt) = (Arc::new(tokenizer), index.zeros_for_no_prompt);
+        Ok(Self { source, tokenizer, text_encoder, second, unet, vae, zeros_for_no_prompt })
     }
 
-    /// Prompt embeddings (B, 77, D).
-    pub fn encode_prompts(&self, prompts: &[impl AsRef<str>]) -> Result<Tensor> {
-        let ids = prompts.iter().map(|prompt| self.tokenizer.encode(prompt.as_ref())).collect::<Result<Vec<_>>>()?;
-        self.text_encoder.forward(&ids)
+    /// Prompt embeddings, for images of the model's own size.
+    pub fn encode_prompts(&self, prompts: &[impl AsRef<str>]) -> Result<PromptEmbeds> {
+        let (height, width) = self.default_size();
+        self.encode_prompts_for(prompts, &SizeConditioning::of(height, width))
+    }
+
+    /// Prompt embeddings, with the sizes that Stable Diffusion XL is told of.
+    pub fn encode_prompts_for(&self, prompts: &[impl AsRef<str>], size: &SizeConditioning) -> Result<PromptEmbeds> {
+        let (hidden, pooled) = self.encode_texts(prompts)?;
+        self.embeds(hidden, pooled, size)
+    }
+
+    /// The embeddings of what guidance moves away from, for one image. `None`: zeros where the model was trained so, else
+    /// those of an empty text.
+    pub fn encode_negative_prompt(&self, prompt: Option<&str>, size: &SizeConditioning) -> Result<PromptEmbeds> {
+        let (hidden, pooled) = self.encode_texts(&[prompt.unwrap_or_default()])?;
+        if prompt.is_none() && self.zeros_for_no_prompt {
+            let pooled = pooled.map(|pooled| pooled.zeros_like()).transpose()?;
+            return self.embeds(hidden.zeros_like()?, pooled, size);
+        }
+        self.embeds(hidden, pooled, size)
+    }
+
+    fn embeds(&self, hidden: Tensor, pooled: Option<Tensor>, size: &SizeConditioning) -> Result<PromptEmbeds> {
+        let Some(pooled) = pooled else { return Ok(PromptEmbeds { hidden, added: None }) };
+        let added = self.unet.added(&pooled, &vec![size.time_ids(); pooled.dims()[0]])?;
+        Ok(PromptEmbeds { hidden, added })
+    }
+
+    /// Hidden states (B, 77, D), and Stable Diffusion XL's pooled embeddings (B, P).
+    fn encode_texts(&self, texts: &[impl AsRef<str>]) -> Result<(Tensor, Option<Tensor>)> {
+        let ids = |tokenizer: &ClipTokenizer| -> Result<Vec<Vec<u32>>> {
+            texts.iter().map(|text| tokenizer.encode(text.as_ref())).collect()
+        };
+        let first = ids(&self.tokenizer)?;
+        let Some((tokenizer, encoder)) = &self.second else { return Ok((self.text_encoder.forward(&first)?, None)) };
+        let (hidden, pooled) = encoder.unnormed_and_pooled(&ids(tokenizer)?)?;
+        let hidden = Tensor::cat(&[&self.text_encoder.unnormed(&first)?, &hidden], 2)?;
+        Ok((hidden, Some(pooled)))
     }
 
     /// Says how many of the texts are longer than the text encoder reads, and where the first of them is cut.

@@ -54,7 +54,7 @@ struct Entry {
 }
 
 /// A tensor under another name: [`Weights::renamed`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Renamed {
     pub from: String,
     pub to: String,
@@ -62,6 +62,8 @@ pub struct Renamed {
     pub shape: Option<Vec<usize>>,
     /// Only these rows (of the first axis).
     pub rows: Option<Range<usize>>,
+    /// A matrix's rows become columns.
+    pub transposed: bool,
 }
 
 impl Weights {
@@ -258,7 +260,7 @@ impl Weights {
     pub fn renamed(&self, names: &[Renamed]) -> Result<Self> {
         let old = &self.files;
         let mut entries = BTreeMap::new();
-        for Renamed { from, to, shape, rows } in names {
+        for Renamed { from, to, shape, rows, transposed } in names {
             let key = self.key(from);
             let mut entry = old.entries.get(&key).ok_or_else(|| old.missing(&key))?.clone();
             if let Some(rows) = rows {
@@ -274,6 +276,13 @@ impl Weights {
                     entry.range.end = entry.range.start + rows.len() * step;
                 }
                 entry.shape[0] = rows.len();
+            }
+            if *transposed {
+                ensure!(entry.shape.len() == 2, "{}: `{key}` of shape {:?} is no matrix", self.file(), entry.shape);
+                let mut stride = entry.stride.unwrap_or_else(|| vec![entry.shape[1], 1]);
+                stride.reverse();
+                entry.shape.reverse();
+                entry.stride = Some(stride);
             }
             if let Some(shape) = shape.as_ref().filter(|shape| **shape != entry.shape) {
                 let fits =

@@ -169,7 +169,7 @@ impl Value {
         Ok(Self::step([self], y, move |d| Ok([Some(d.broadcast_mul(&factor)?)])))
     }
 
-    /// The sum with one constant number a channel, (C) to (..., C).
+    /// The sum with one constant number a channel, (C), (1, C) or (B, C) to (B, ..., C).
     pub fn add_channels(&self, shift: &Tensor) -> Result<Value> {
         let y = ops::sum::add_channels(&self.tensor, shift)?;
         Ok(Self::step([self], y, |d| Ok([Some(d.clone())])))

@@ -1,13 +1,32 @@
 //! `report.html` of a run: one file with everything in it, for a browser without a network.
 
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use image::codecs::jpeg::JpegEncoder;
 
 use super::chart::{Series, chart, duration, short};
 use super::metrics::{Metrics, names};
-use crate::config::Config;
+use super::samples::{Pairs, Sample};
+use super::summary::{Summary, summary};
+use crate::config::{Config, shell_word};
+
+/// Pairs on the page.
+const MAX_PAIRS: usize = 24;
+/// Bytes of a picture that is put on the page as it is; larger ones are JPEGs there.
+const LARGE: usize = 96 << 10;
+/// Seconds after which the page of a run that goes on loads itself again.
+const RELOAD: u32 = 10;
+
+/// How far the run is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Status {
+    Training,
+    Finished,
+    /// Before its last step, with the reason.
+    Stopped(String),
+}
 
 /// What the page is made from.
 pub struct Contents<'a> {
@@ -19,8 +38,9 @@ pub struct Contents<'a> {
     pub config_file: &'a Path,
     /// What was measured.
     pub metrics: &'a Metrics,
-    /// The steps that have a sample grid, in order, and their pictures.
-    pub grids: &'a [(usize, PathBuf)],
+    pub status: &'a Status,
+    /// Samples before and after.
+    pub pairs: &'a Pairs,
     /// The process' resident memory at its peak, in bytes, where the system tells it.
     pub resident_peak: Option<f64>,
 }
@@ -62,29 +82,43 @@ fn shown(metrics: &Metrics) -> Vec<Metric<'_>> {
 /// The page, as HTML.
 ///
 /// # Errors
-/// A picture cannot be read.
+/// The config cannot be shown: a path in it is not Unicode.
 pub fn page(contents: &Contents) -> Result<String> {
-    let Contents { dir, config, metrics, .. } = contents;
+    let Contents { dir, config, metrics, status, pairs, .. } = contents;
+    let dir_name = dir.display().to_string();
+    let found = summary(config, metrics, pairs, &dir_name);
     let done = metrics.history(names::LOSS).last().map_or(0, |(step, _)| *step);
-    let metrics = shown(metrics);
-    let title = escape(&dir.display().to_string());
-    let steps = config.train.steps;
+    let (title, steps) = (escape(&dir_name), config.train.steps);
     let share = 100.0 * done as f64 / steps.max(1) as f64;
+    let (going_on, said) = match status {
+        Status::Training => {
+            let seconds: Vec<f64> = metrics.history(names::SECONDS).iter().map(|(_, seconds)| *seconds).collect();
+            let left = seconds.iter().sum::<f64>() / seconds.len().max(1) as f64 * steps.saturating_sub(done) as f64;
+            let left = if seconds.is_empty() { String::new() } else { format!(", about {} left", duration(left)) };
+            (true, format!("Training{left}; this page loads itself again"))
+        }
+        Status::Finished => (false, "Finished".to_owned()),
+        Status::Stopped(reason) => (false, format!("Stopped: {reason}")),
+    };
+    let reload = if going_on { format!(r#"<meta http-equiv="refresh" content="{RELOAD}">"#) } else { String::new() };
+    let metrics = shown(metrics);
     let mut html = format!(
         r#"<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">{reload}
 <title>{title}</title><style>
 {}</style></head><body>
 <h1>{title}</h1>
-<p class="soft">{} · optimizer step {done} of {steps}</p>
+<p class="soft">{} · optimizer step {done} of {steps} · {}</p>
 <div class="bar"><div style="width:{share:.1}%"></div></div>
 "#,
         include_str!("report.css"),
-        escape(&config.model.path)
+        escape(&config.model.path),
+        escape(&said)
     );
-    html += &tiles(&metrics, config, contents.resident_peak);
+    html += &words(&found, going_on);
+    html += &side_by_side(pairs, &config.reward.weights());
     html += &charts(&metrics);
-    html += &grids(contents.grids)?;
+    html += &tiles(&metrics, config, contents.resident_peak);
     let _ = write!(
         html,
         r#"<h2>Make it again</h2><div class="card"><pre>{}</pre></div>
@@ -101,12 +135,8 @@ pub fn page(contents: &Contents) -> Result<String> {
 
 /// The command that makes the same run in another folder.
 fn reproduce(dir: &Path, config_file: &Path) -> String {
-    let quoted = |text: String| {
-        let plain = text.chars().all(|c| c.is_alphanumeric() || "/._-+=:,@".contains(c));
-        if plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
-    };
     let again = format!("run.dir={}-again", dir.display());
-    format!("alignprop train --config {} --set {}", quoted(config_file.display().to_string()), quoted(again))
+    format!("alignprop train --config {} --set {}", shell_word(&config_file.display().to_string()), shell_word(&again))
 }
 
 /// What the run came to, in a few numbers.
@@ -198,24 +228,88 @@ fn chart_card(base: &str, metrics: &[Metric]) -> String {
     format!(r#"<div class="card"><h3>{}</h3><p class="legend">{legend}</p>{}</div>"#, escape(base), chart(&series))
 }
 
-/// The first and the last sample grid.
-fn grids(grids: &[(usize, PathBuf)]) -> Result<String> {
-    let shown = match grids {
-        [] => return Ok(String::new()),
-        [only] => vec![only],
-        [first, .., last] => vec![first, last],
+/// What happened, in words, and what to do next.
+fn words(Summary { findings, next }: &Summary, going_on: bool) -> String {
+    if findings.is_empty() {
+        return String::new();
+    }
+    let title = if going_on { "What happened so far" } else { "What happened" };
+    let sentences: String = findings.iter().map(|text| format!("<p>{}</p>", escape(text))).collect();
+    let mut html = format!(r#"<h2>{title}</h2><div class="card words">{sentences}"#);
+    if !going_on {
+        let _ = write!(html, r#"<p>Next: {}.</p><pre>{}</pre>"#, escape(&next.0), escape(&next.1));
+    }
+    html + "</div>"
+}
+
+/// Pictures before and after with their prompts, those first whose rewards changed most.
+fn side_by_side(pairs: &Pairs, weights: &[(&str, f64)]) -> String {
+    let Pairs { steps, pairs } = pairs;
+    let Some((_, after)) = pairs.first() else { return String::new() };
+    let change = |(before, after): &(Sample, Option<Sample>)| {
+        let score =
+            |sample: &Sample| weights.iter().map(|(name, w)| w * sample.scores.get(*name).unwrap_or(&0.0)).sum::<f64>();
+        after.as_ref().map_or(0.0, |after| (score(after) - score(before)).abs())
     };
-    let mut cards = String::new();
-    for (step, path) in shown {
-        let png = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-        let name = if *step == 0 { "Before: step 0".to_owned() } else { format!("After: step {step}") };
+    let mut sorted: Vec<_> = pairs.iter().collect();
+    sorted.sort_by(|one, other| change(other).total_cmp(&change(one)));
+    let (title, mut note) = match after {
+        Some(_) => (
+            "Before and after",
+            format!(
+                "The same prompts and noise at step {} and at step {}, the largest changes first.",
+                steps.0, steps.1
+            ),
+        ),
+        None => ("Before", "Samples of the model that the run began with.".to_owned()),
+    };
+    if sorted.len() > MAX_PAIRS {
+        note += &format!(" {MAX_PAIRS} of {}.", sorted.len());
+    }
+    let mut html = format!(r#"<h2>{title}</h2><p class="soft">{note}</p><div class="pairs">"#);
+    for (before, after) in sorted.into_iter().take(MAX_PAIRS) {
+        let mut figures = figure(before, "before", steps.0);
+        figures += &after.as_ref().map_or(String::new(), |after| figure(after, "after", steps.1));
+        let scores: String = before
+            .scores
+            .iter()
+            .map(|(name, from)| {
+                let to = after.as_ref().and_then(|after| after.scores.get(name));
+                let to = to.map_or(String::new(), |to| format!(" → {} ({:+.3})", short(*to), to - from));
+                format!("<p>{} {}{to}</p>", escape(name), short(*from))
+            })
+            .collect();
         let _ = write!(
-            cards,
-            r#"<div class="card"><h3>{name}</h3><div class="scroll"><img alt="samples of step {step}" src="data:image/png;base64,{}"></div></div>"#,
-            base64(&png)
+            html,
+            r#"<div class="card"><h3>{}</h3><div class="pair">{figures}</div><div class="soft">{scores}</div></div>"#,
+            escape(&before.prompt)
         );
     }
-    Ok(format!(r#"<h2>Samples</h2><p class="soft">The same prompts and noise.</p><div class="grids">{cards}</div>"#))
+    html + "</div>"
+}
+
+/// A picture; one that cannot be read leaves a gap, for the run goes on without it.
+fn figure(sample: &Sample, name: &str, step: usize) -> String {
+    let read = || -> Result<_> {
+        let png = std::fs::read(&sample.picture)?;
+        if png.len() <= LARGE {
+            return Ok(("png", png));
+        }
+        let mut jpeg = Vec::new();
+        image::load_from_memory(&png)?.to_rgb8().write_with_encoder(JpegEncoder::new_with_quality(&mut jpeg, 90))?;
+        Ok(("jpeg", jpeg))
+    };
+    let Ok((kind, bytes)) = read() else {
+        return format!(r#"<figure><figcaption class="soft">{name}: no picture</figcaption></figure>"#);
+    };
+    // of few pixels each is to be seen
+    let is_small = image::image_dimensions(&sample.picture).is_ok_and(|(width, _)| width < 256);
+    let class = if is_small { r#" class="small""# } else { "" };
+    format!(
+        r#"<figure><img{class} alt="{} at step {step}" src="data:image/{kind};base64,{}"><figcaption class="soft">{name}</figcaption></figure>"#,
+        escape(&sample.prompt),
+        base64(&bytes)
+    )
 }
 
 fn escape(text: &str) -> String {
@@ -254,24 +348,50 @@ mod tests {
     fn the_page_holds_every_metric_and_escapes_what_users_wrote() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("a <b> & 'c'");
-        let config = Config::parse("prompts.list = ['<script>']", "test", &[]).unwrap();
+        let config = Config::parse("prompts.list = ['<script>']\nreward.hps = {}", "test", &[]).unwrap();
         std::fs::create_dir(&dir).unwrap();
         let mut metrics = Metrics::read(&dir.join("metrics.jsonl")).unwrap();
-        let page = |metrics: &Metrics, grids: &[(usize, PathBuf)]| {
+        let page = |metrics: &Metrics, pairs: &Pairs, status: &Status| {
             let (config, config_file) = (&config, &dir.join("config.toml"));
             let resident_peak = Some(3e6);
-            super::page(&Contents { dir: &dir, config, config_file, metrics, grids, resident_peak }).unwrap()
+            super::page(&Contents { dir: &dir, config, config_file, metrics, status, pairs, resident_peak }).unwrap()
         };
-        assert!(page(&metrics, &[]).contains("Nothing is measured yet"));
+        assert!(page(&metrics, &Pairs::default(), &Status::Training).contains("Nothing is measured yet"));
 
         for step in 0..4 {
             let line = serde_json::json!({ "step": step, "loss": 0.5 - f64::from(step), "reward/hps": 0.1 * f64::from(step), "reward/hps_std": 0.1,
                 "guard/held_out": 0.2 + f64::from(step), "lr": 0.001, "sample/hps": 0.3, "seconds": 30.0, "cause": "text" });
             metrics.append(line.as_object().unwrap()).unwrap();
         }
-        let picture = dir.join("step-000000.png");
-        image::RgbImage::new(2, 2).save(&picture).unwrap();
-        let page = page(&metrics, &[(0, picture)]);
+        // a small picture as it is, a large one as a JPEG
+        let random = |seed: u32| {
+            let mixed = (seed ^ seed >> 15).wrapping_mul(0x9E37_79B9);
+            ((mixed ^ mixed >> 13).wrapping_mul(0x85EB_CA6B) >> 24) as u8
+        };
+        let noise = image::RgbImage::from_fn(300, 300, |x, y| {
+            image::Rgb([0, 1, 2].map(|channel| random((300 * x + y) * 3 + channel)))
+        });
+        let sample = |hps: f64, name: &str, picture: &image::RgbImage| {
+            picture.save(dir.join(name)).unwrap();
+            Sample { prompt: format!("<b>{name}"), scores: [("hps".to_owned(), hps)].into(), picture: dir.join(name) }
+        };
+        let small = image::RgbImage::new(2, 2);
+        let pairs = vec![
+            (sample(0.1, "little.png", &small), Some(sample(0.2, "b.png", &small))),
+            (sample(0.1, "much.png", &small), Some(sample(-0.7, "d.png", &noise))),
+        ];
+        let mut pairs = Pairs { steps: (0, 3), pairs };
+        let going_on = page(&metrics, &pairs, &Status::Training);
+        assert!(
+            going_on.contains(r#"http-equiv="refresh""#)
+                && going_on.contains("about 48.5 min left")
+                && !going_on.contains("Next:")
+        );
+        let page = page(&metrics, &pairs, &Status::Stopped("by <me>".to_owned()));
+        assert!(page.find("&lt;b&gt;much.png") < page.find("&lt;b&gt;little.png"), "the largest change first");
+        assert!(!page.contains("refresh") && page.contains("hps 0.1 → -0.7 (-0.800)"));
+        pairs.pairs[0].0.picture = dir.join("gone.png");
+        assert!(super::side_by_side(&pairs, &[("hps", 1.0)]).contains("before: no picture"));
         for part in [
             "<h3>hps</h3>",
             "<h3>loss</h3>",
@@ -283,6 +403,10 @@ mod tests {
             "3 MiB",
             "-again'",
             "data:image/png;base64,iVBOR",
+            "data:image/jpeg;base64,/9j/",
+            "Stopped: by &lt;me&gt;",
+            "Next: ",
+            "held-out score, which is not trained, rose: from 0.2000 at step 0 to 3.2000 at step 3",
         ] {
             assert!(page.contains(part), "{part}");
         }

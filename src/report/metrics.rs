@@ -19,6 +19,20 @@ pub mod names {
     pub const GRAD_NORM: &str = "grad_norm";
     /// Mean distance of the batch's noise predictions from the base model's.
     pub const DISTANCE: &str = "distance";
+    /// Mean rise of the loss where the images are moved against the rewards (RSA-FT's S1).
+    pub const SHARPNESS: &str = "sharpness";
+    /// Of policy gradients: root mean square of the distance from 1 of the ratios of new to old density.
+    pub const RATIO_SPREAD: &str = "policy/ratio_spread";
+    /// Of policy gradients: the share of these ratios outside of the clip range.
+    pub const OUTSIDE_CLIP: &str = "policy/outside_clip";
+    /// Of reward-weighted regression: the weighted mean of its loss.
+    pub const REGRESSION_LOSS: &str = "regression/loss";
+    /// Of reward-weighted regression: the share of images that is learned from.
+    pub const REGRESSION_KEPT: &str = "regression/kept";
+    /// Of Adjoint Matching: its loss, of the steps below the threshold.
+    pub const MATCHING_LOSS: &str = "matching/loss";
+    /// Of Adjoint Matching: the share of the steps below the threshold.
+    pub const MATCHING_KEPT: &str = "matching/kept";
     /// The step's learning rate.
     pub const LR: &str = "lr";
     /// Differentiated denoising steps an image.
@@ -37,6 +51,8 @@ pub mod names {
     pub const GUARD_HELD_OUT: &str = "guard/held_out";
     /// Mean distance of the noise predictions from the base model's, on the guard's images.
     pub const GUARD_DISTANCE: &str = "guard/distance";
+    /// The same of the training rewards on the guard's images, where the guard looks at it.
+    pub const GUARD_SHARPNESS: &str = "guard/sharpness";
     /// Mean distance of the images of one prompt from each other.
     pub const GUARD_DIVERSITY: &str = "guard/diversity";
 
@@ -158,6 +174,21 @@ impl Metrics {
     /// Every value of one metric with its step, as far as it was logged.
     pub fn history(&self, name: &str) -> &[(usize, f64)] {
         self.series.iter().find(|(of, _)| of == name).map_or(&[], |(_, points)| points)
+    }
+
+    /// The standard deviation of a reward's scores over all images of the last `steps` batches; `None` where they do not differ, or
+    /// there are none.
+    pub fn reward_spread(&self, name: &str, steps: usize) -> Option<f64> {
+        let last = |name: &str| {
+            let history = self.history(name);
+            history[history.len().saturating_sub(steps)..].iter().map(|(_, value)| *value).collect::<Vec<_>>()
+        };
+        let average = |values: &mut dyn Iterator<Item = f64>, count: usize| values.sum::<f64>() / count as f64;
+        let (means, stds) = (last(&names::reward(name)), last(&names::reward_std(name)));
+        let mean = average(&mut means.iter().copied(), means.len());
+        let between = average(&mut means.iter().map(|m| (m - mean).powi(2)), means.len());
+        let within = average(&mut stds.iter().map(|s| s * s), stds.len());
+        Some((between + within).sqrt()).filter(|spread| *spread > 0.0)
     }
 
     /// Whether a metric has a value of this step.

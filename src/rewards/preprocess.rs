@@ -1,5 +1,5 @@
-//! From an image to a CLIP tower's pixels: differentiably for images in the making, and from the bytes of pictures as the
-//! packages do it whose scores are published.
+//! From an image to the pixels of a CLIP tower or a detector: differentiably for images in the making, and from the bytes of
+//! pictures as the packages do it whose scores are published.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,12 +22,8 @@ use crate::ops::device::upload;
 pub struct Preprocessor {
     method: Preprocess,
     side: usize,
-    /// (1, 3, 1, 1)
-    scale: Tensor,
-    /// (1, 3, 1, 1)
-    offset: Tensor,
-    /// The matrices that took (inputs) to (outputs) so far: a run's images have one size.
-    resizes: Mutex<HashMap<(usize, usize), Linear>>,
+    resizer: Resizer,
+    normaliser: Normaliser,
 }
 
 impl Preprocessor {
@@ -36,9 +32,12 @@ impl Preprocessor {
     /// # Errors
     /// The device's.
     pub fn new(method: Preprocess, side: usize, pixels: &PixelStatistics, device: &Device) -> Result<Self> {
-        let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), device);
-        let (scale, offset) = pixels.affine();
-        Ok(Self { method, side, scale: per_channel(scale)?, offset: per_channel(offset)?, resizes: Mutex::default() })
+        let filter = match method {
+            Preprocess::ClipOfficial | Preprocess::Hpsv2Official => Filter::Bicubic,
+            Preprocess::Alignprop | Preprocess::Squash => Filter::Bilinear,
+        };
+        let (resizer, normaliser) = (Resizer::new(filter, device), Normaliser::new(pixels, device)?);
+        Ok(Self { method, side, resizer, normaliser })
     }
 
     /// For the tower of `clip`.
@@ -50,7 +49,7 @@ impl Preprocessor {
     }
 
     pub fn device(&self) -> &Device {
-        self.scale.device()
+        &self.resizer.device
     }
 
     /// With what belongs to the tower, all that decides the pixels.
@@ -63,8 +62,8 @@ impl Preprocessor {
         let (mut x, side) = (activation(images, Activation::UnitRange)?, self.side);
         let (_, _, h, w) = x.tensor().dims4()?;
         let (height, width) = self.resized(h, w);
-        x = self.resize(&x, height, width)?;
-        if self.filter() == Filter::Bicubic && (h, w) != (height, width) {
+        x = self.resizer.resize(&x, height, width)?;
+        if self.resizer.filter == Filter::Bicubic && (h, w) != (height, width) {
             // bicubic overshoots; an 8-bit image cannot
             x = activation(&x.affine(2.0, -1.0)?, Activation::UnitRange)?;
         }
@@ -73,7 +72,7 @@ impl Preprocessor {
         } else if height < side || width < side {
             x = pad(&x, side, side)?;
         }
-        Ok(x.mul_constant(&self.scale)?.add_constant(&self.offset)?)
+        self.normaliser.apply(&x)
     }
 
     /// The pixels (N, 3, side, side) of N pictures of any sizes. The methods of published scores resize bytes, as PIL does.
@@ -81,7 +80,7 @@ impl Preprocessor {
     /// # Errors
     /// A picture is so narrow that its other side would be enlarged out of all proportion.
     pub fn of_pictures(&self, pictures: &[RgbImage]) -> Result<Tensor> {
-        let (side, device) = (self.side, self.scale.device());
+        let (side, device) = (self.side, &self.resizer.device);
         if matches!(self.method, Preprocess::Alignprop | Preprocess::Squash) {
             let pixels = pictures.iter().map(|picture| {
                 let (width, height) = picture.dimensions();
@@ -96,7 +95,7 @@ impl Preprocessor {
         let squares: Vec<RgbImage> = pictures.par_iter().map(|picture| self.square(picture)).collect();
         let planes: Vec<f32> = squares.par_iter().flat_map_iter(bytes::planes).collect();
         let pixels = upload(&Tensor::from_vec(planes, (pictures.len(), 3, side, side), &Device::Cpu)?, device)?;
-        Ok(pixels.broadcast_mul(&self.scale)?.broadcast_add(&self.offset)?)
+        Ok(self.normaliser.apply(&pixels.into())?.into_tensor())
     }
 
     /// [`Self::of_pictures`] up to the normalisation.
@@ -104,7 +103,7 @@ impl Preprocessor {
         let (h, w) = (picture.height() as usize, picture.width() as usize);
         let (height, width) = self.resized(h, w);
         let window = |n: usize| if n > self.side { crop(n, self.side)..crop(n, self.side) + self.side } else { 0..n };
-        let resized = bytes::resize(picture, (width, height), (window(width), window(height)), self.filter());
+        let resized = bytes::resize(picture, (width, height), (window(width), window(height)), self.resizer.filter);
         let side = self.side as u32;
         if resized.dimensions() == (side, side) {
             return resized;
@@ -113,13 +112,6 @@ impl Preprocessor {
         let (left, top) = ((side - resized.width()) / 2, (side - resized.height()) / 2);
         image::imageops::replace(&mut square, &resized, left.into(), top.into());
         square
-    }
-
-    fn filter(&self) -> Filter {
-        match self.method {
-            Preprocess::ClipOfficial | Preprocess::Hpsv2Official => Filter::Bicubic,
-            Preprocess::Alignprop | Preprocess::Squash => Filter::Bilinear,
-        }
     }
 
     /// The height and width that an image is resized to; what is more than the square's is cropped, what is less padded.
@@ -141,9 +133,49 @@ impl Preprocessor {
             Preprocess::Squash => (side, side),
         }
     }
+}
+
+/// From pixels in [0, 1] to those of a network: (x - mean) / std for each colour.
+pub struct Normaliser {
+    /// (1, 3, 1, 1)
+    scale: Tensor,
+    /// (1, 3, 1, 1)
+    offset: Tensor,
+}
+
+impl Normaliser {
+    /// For pixels on `device`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn new(pixels: &PixelStatistics, device: &Device) -> Result<Self> {
+        let per_channel = |values: [f32; 3]| Tensor::from_vec(values.to_vec(), (1, 3, 1, 1), device);
+        let (scale, offset) = pixels.affine();
+        Ok(Self { scale: per_channel(scale)?, offset: per_channel(offset)? })
+    }
+
+    /// (B, 3, H, W) -> (B, 3, H, W).
+    pub fn apply(&self, x: &Value) -> Result<Value> {
+        Ok(x.mul_constant(&self.scale)?.add_constant(&self.offset)?)
+    }
+}
+
+/// Antialiased resampling of images.
+pub struct Resizer {
+    filter: Filter,
+    device: Device,
+    /// The matrices that took (inputs) to (outputs) so far: a run's images have one size.
+    matrices: Mutex<HashMap<(usize, usize), Linear>>,
+}
+
+impl Resizer {
+    /// For images on `device`.
+    pub fn new(filter: Filter, device: &Device) -> Self {
+        Self { filter, device: device.clone(), matrices: Mutex::default() }
+    }
 
     /// (B, C, H, W) -> (B, C, height, width): one matrix product for each axis, so the gradient is their transpose.
-    fn resize(&self, x: &Value, height: usize, width: usize) -> Result<Value> {
+    pub fn resize(&self, x: &Value, height: usize, width: usize) -> Result<Value> {
         let (_, _, h, w) = x.tensor().dims4()?;
         let mut x = x.clone();
         if w != width {
@@ -157,24 +189,33 @@ impl Preprocessor {
         Ok(x)
     }
 
+    /// torchvision's resize of the short side, then its centre crop: (B, C, H, W) -> (B, C, side, side).
+    pub fn short_side_and_centre(&self, x: &Value, side: usize) -> Result<Value> {
+        let (_, _, h, w) = x.tensor().dims4()?;
+        let short = h.min(w);
+        let [height, width] = [h, w].map(|n| if n == short { side } else { side * n / short });
+        let x = self.resize(x, height, width)?;
+        Ok(x.narrow(2, crop(height, side), side)?.narrow(3, crop(width, side), side)?)
+    }
+
     /// Made once, and uploaded once where images are on a GPU.
     fn matrix(&self, inputs: usize, outputs: usize) -> Result<Linear> {
-        let mut resizes = self.resizes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(made) = resizes.get(&(inputs, outputs)) {
+        let mut matrices = self.matrices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = matrices.get(&(inputs, outputs)) {
             return Ok(made.clone());
         }
-        let matrix = upload(&resize_matrix(inputs, outputs, self.filter())?, self.scale.device())?;
+        let matrix = upload(&resize_matrix(inputs, outputs, self.filter)?, &self.device)?;
         let made = Linear::new(&matrix, None)?;
-        if resizes.len() >= MOST_RESIZES {
-            resizes.clear(); // files of many sizes
+        if matrices.len() >= MOST_MATRICES {
+            matrices.clear(); // files of many sizes
         }
-        resizes.insert((inputs, outputs), made.clone());
+        matrices.insert((inputs, outputs), made.clone());
         Ok(made)
     }
 }
 
 /// Matrices that are kept.
-const MOST_RESIZES: usize = 32;
+const MOST_MATRICES: usize = 32;
 
 /// Where torchvision's centre crop of `side` begins.
 fn crop(n: usize, side: usize) -> usize {

@@ -4,21 +4,26 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use crate::diffusion::guidance::{guide, guide_bwd, rescale, rescale_bwd};
+use crate::models::PromptEmbeds;
 use crate::ops::device::Compute;
 
 /// Embeddings of the prompts of a batch, and how they guide.
 #[derive(Clone)]
 pub struct Conditioning {
-    /// (B, tokens, D)
-    pub prompt_embeds: Tensor,
-    /// Of what guidance moves away from, (B, tokens, D).
-    pub negative_prompt_embeds: Tensor,
+    pub prompt_embeds: PromptEmbeds,
+    /// Of what guidance moves away from.
+    pub negative_prompt_embeds: PromptEmbeds,
     pub(super) guidance: Guidance,
 }
 
 impl Conditioning {
     /// A `guidance_scale` of 1 or less means no guidance: only the prompts are evaluated.
-    pub fn new(prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: f64, compute: &Compute) -> Self {
+    pub fn new(
+        prompt_embeds: PromptEmbeds,
+        negative_prompt_embeds: PromptEmbeds,
+        guidance_scale: f64,
+        compute: &Compute,
+    ) -> Self {
         let scale = (guidance_scale > 1.0).then_some(guidance_scale);
         let guidance = Guidance { scale, rescale: None, one_batch: scale.is_some() && compute.batches_guidance() };
         Self { prompt_embeds, negative_prompt_embeds, guidance }
@@ -30,11 +35,16 @@ impl Conditioning {
         Self { guidance: Guidance { rescale: (amount > 0.0).then_some(amount), ..self.guidance }, ..self }
     }
 
+    /// The same without guidance: the prompts alone.
+    pub fn unguided(self) -> Self {
+        Self { guidance: Guidance { scale: None, rescale: None, one_batch: false }, ..self }
+    }
+
     /// These rows of the batch only.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
         Ok(Self {
-            prompt_embeds: self.prompt_embeds.index_select(rows, 0)?,
-            negative_prompt_embeds: self.negative_prompt_embeds.index_select(rows, 0)?,
+            prompt_embeds: self.prompt_embeds.select(rows)?,
+            negative_prompt_embeds: self.negative_prompt_embeds.select(rows)?,
             guidance: self.guidance,
         })
     }
@@ -45,12 +55,13 @@ impl Conditioning {
     }
 
     /// The embeddings that each evaluation of the UNet is given.
-    pub(super) fn evaluations(&self) -> Result<Vec<Tensor>> {
+    pub(super) fn evaluations(&self) -> Result<Vec<PromptEmbeds>> {
         let prompts = self.prompt_embeds.clone();
-        self.guidance.stack(match self.guidance.scale {
+        let branches = match self.guidance.scale {
             Some(_) => vec![self.negative_prompt_embeds.clone(), prompts],
             None => vec![prompts],
-        })
+        };
+        Ok(if self.guidance.one_batch { vec![PromptEmbeds::cat(&branches)?] } else { branches })
     }
 }
 

@@ -15,6 +15,11 @@ const NAME: &str = "run.lock";
 /// How often the file, or the folder, may be removed by its last holder between two looks.
 const ATTEMPTS: usize = 100;
 
+/// A folder that another run has: says which, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Taken(pub String);
+
 /// The right to write in a run's folder, until it is dropped.
 pub struct RunLock {
     path: PathBuf,
@@ -111,10 +116,11 @@ impl Drop for RunLock {
 fn held(dir: &Path) -> Error {
     let process = fs::read_to_string(dir.join(NAME)).ok().and_then(|text| text.trim().parse::<u32>().ok());
     let process = process.map_or("another process".to_owned(), |id| format!("another process (id {id})"));
-    anyhow!(
+    Taken(format!(
         "{process} is training the run in {}; wait until it has ended, or stop it; for another run, choose another folder by `--set run.dir=DIR`",
         dir.display()
-    )
+    ))
+    .into()
 }
 
 /// Whether a path still leads to the opened file.

@@ -4,19 +4,21 @@ use std::collections::HashMap;
 use std::fs;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 
 use super::checkpoint::{Checkpoint, folder_name};
-use super::lock::RunLock;
+use super::lock::{RunLock, Taken};
 use super::memory;
 use super::prompts::take_kept;
-use crate::config::Config;
+use crate::config::{Config, shell_word};
 use crate::files::{UNFINISHED, write_bytes};
 use crate::report::events::EventFile;
+use crate::report::html::{self, Status};
 use crate::report::metrics::{Metrics, names};
-use crate::report::{Best, best, html};
+use crate::report::{Best, Pairs, best};
 
 /// How the names of files that were not finished begin: here, and in earlier versions.
 const UNFINISHED_FILES: [&str; 4] = [UNFINISHED, ".run-", ".lora-", ".picture-"];
@@ -38,16 +40,33 @@ impl RunFolder {
         let run = Self::at(dir);
         if run.config().exists() || run.metrics_file().exists() {
             RunLock::check_free(dir)?;
-            bail!(
+            bail!(Taken(format!(
                 "{} already holds a run; go on with it by `--resume {}`, or choose another folder by `--set run.dir=DIR`",
                 dir.display(),
                 dir.display()
-            );
+            )));
         }
         if dir.exists() && !dir.is_dir() {
             bail!("{} is a file; choose a folder for the run by `--set run.dir=DIR`", dir.display());
         }
         Ok(())
+    }
+
+    /// The first of DIR, DIR-2, DIR-3 and so on that no run has, with what `take` makes of it.
+    ///
+    /// # Errors
+    /// `take` fails for another reason.
+    pub fn numbered<T>(dir: &Path, take: impl Fn(&Path) -> Result<T>) -> Result<(PathBuf, T)> {
+        let (mut folder, mut number) = (dir.to_owned(), 1);
+        loop {
+            match take(&folder) {
+                Err(error) if error.is::<Taken>() => number += 1,
+                taken => return Ok((folder, taken?)),
+            }
+            let mut name = dir.as_os_str().to_owned();
+            name.push(format!("-{number}"));
+            folder = name.into();
+        }
     }
 
     /// An existing run.
@@ -90,9 +109,11 @@ impl RunFolder {
     }
     /// The command that goes on with this run.
     pub fn resume_command(&self) -> String {
-        let dir = self.dir.display().to_string();
-        let plain = dir.chars().all(|c| c.is_alphanumeric() || "/._-+=:,@\\".contains(c));
-        format!("alignprop train --resume {}", if plain { dir } else { format!("'{}'", dir.replace('\'', r"'\''")) })
+        format!("alignprop train --resume {}", shell_word(&self.dir.display().to_string()))
+    }
+    /// The first samples of the run and the last ones.
+    pub fn pairs(&self) -> Result<Pairs> {
+        Pairs::of(&self.dir.join("samples"), &self.sample_steps())
     }
     /// The sample grid of a step.
     pub fn samples(&self, step: usize) -> PathBuf {
@@ -157,6 +178,8 @@ pub struct Run {
     events: Option<EventFile>,
     /// The step from which on this session replaces what earlier ones wrote there.
     events_from: Option<usize>,
+    /// When the page was written, and how long that took.
+    page_written: Option<(Instant, Duration)>,
     _lock: RunLock,
 }
 
@@ -192,7 +215,7 @@ impl Run {
 
     fn held(folder: RunFolder, lock: RunLock) -> Result<Self> {
         let metrics = Metrics::read(&folder.metrics_file())?;
-        Ok(Self { folder, metrics, events: None, events_from: None, _lock: lock })
+        Ok(Self { folder, metrics, events: None, events_from: None, page_written: None, _lock: lock })
     }
 
     /// What was measured so far.
@@ -251,19 +274,26 @@ impl Run {
         self.metrics.rewind(step)
     }
 
+    /// Whether `report.html` is old enough to be written again: five seconds, or more where that took more than 50 ms.
+    pub fn report_is_due(&self) -> bool {
+        self.page_written.is_none_or(|(at, took)| at.elapsed() > Duration::from_secs(5).max(100 * took))
+    }
+
     /// Writes `report.html` anew; `config` is the run's.
-    pub fn write_report(&self, config: &Config) -> Result<()> {
-        let grids: Vec<(usize, PathBuf)> =
-            self.sample_steps().into_iter().map(|step| (step, self.samples(step))).collect();
+    pub fn write_report(&mut self, config: &Config, status: &Status) -> Result<()> {
+        let started = Instant::now();
         let page = html::page(&html::Contents {
             dir: &self.dir,
             config,
             config_file: &self.config(),
             metrics: &self.metrics,
-            grids: &grids,
+            status,
+            pairs: &self.pairs()?,
             resident_peak: memory::resident_peak(),
         })?;
-        write_bytes(&self.dir.join("report.html"), page.as_bytes())
+        write_bytes(&self.dir.join("report.html"), page.as_bytes())?;
+        self.page_written = Some((Instant::now(), started.elapsed()));
+        Ok(())
     }
 }
 
@@ -280,7 +310,15 @@ mod tests {
         let adapters = Adapters::new(vec![Factor::new("to_q", zeros((1, 2)), zeros((2, 1)), 1.0).unwrap()]).unwrap();
         let config = Config::parse("prompts.list = ['a']", "test", &[]).unwrap();
         let optimizer = AdamW::new(&config.optimizer, &adapters.tensors()).unwrap();
-        Checkpoint { step, optimizer, adapters, ema: None, loss_scale: None }
+        Checkpoint {
+            step,
+            optimizer,
+            adapters,
+            ema: None,
+            loss_scale: None,
+            statistics: Default::default(),
+            matching: None,
+        }
     }
 
     #[test]

@@ -7,26 +7,31 @@ use std::time::Instant;
 use anyhow::{Context, Error, Result, ensure};
 use serde_json::{Map, Value as Json, json};
 
-use super::alignprop::{AlignProp, StepResult};
+use super::advantages::PromptStatistics;
 use super::checkpoint::{Checkpoint, EMA};
-use super::guard::Guard;
+use super::guard::{Guard, Objection};
 use super::health;
 use super::loss_scale::LossScale;
+use super::method::{Setup, StepResult, micro_batches};
 use super::run_folder::{Run, RunFolder};
 use super::signals::Interrupt;
 use super::terms::distances_from_base;
-use crate::config::{Checkpointing, Config, Prompt, RunConfig};
+use crate::config::{Checkpointing, Config, Method, Prompt, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::ops::Ledger;
 use crate::optim::{AdamW, learning_rate};
-use crate::report::{names, pictures};
+use crate::report::html::Status;
+use crate::report::{Change, Sample, names, pictures, samples};
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 
+/// Over how many steps the spread of a reward's scores runs (`train.scale_rewards`).
+const SPREAD_STEPS: usize = 50;
+
 /// A run that goes on from a state, in a folder of its own.
 pub struct Trainer<'a> {
-    pub method: AlignProp<'a>,
+    pub setup: Setup<'a>,
     pub guard: Option<&'a Guard>,
     /// What the sample grids show.
     pub sample_prompts: &'a [Prompt],
@@ -42,7 +47,7 @@ pub enum End {
     /// The step that was asked for is done, and there are more.
     Paused,
     /// The guard objects: says why.
-    Guard(String),
+    Guard(Objection),
     /// A signal arrived, and the state is saved.
     Signal(i32),
 }
@@ -51,8 +56,8 @@ pub enum End {
 pub trait Watch {
     /// So many micro-batches of the whole run are done.
     fn micro_batches(&self, done: usize);
-    /// An optimizer step is done: the means of the batch's scores, each with its name and that of the run's first batch.
-    fn step(&self, means: &[(&str, f64, f64)]);
+    /// An optimizer step is done: the means of the batch's scores, each with its name and its change since the first batches.
+    fn step(&self, means: &[(&str, f64, Option<Change>)]);
     /// An optimizer step was passed over.
     fn skipped(&self, step: usize, cause: &Error);
 }
@@ -65,7 +70,7 @@ impl Trainer<'_> {
     pub fn train(&mut self, until: usize, interrupt: &Interrupt, watch: &impl Watch) -> Result<End> {
         let steps = self.config().train.steps;
         self.save()?; // so that a run can be resumed from its first moment on
-        loop {
+        let end = loop {
             // the samples and the guard's evaluation of the last step, also where a run that is resumed was killed before them
             let mut objection = None;
             if interrupt.received().is_none() {
@@ -74,25 +79,34 @@ impl Trainer<'_> {
             }
             if let Some(signal) = interrupt.received() {
                 self.save()?;
-                return Ok(End::Signal(signal));
+                break End::Signal(signal);
             }
             if self.state.step >= until.min(steps) || objection.is_some() {
                 self.save()?;
                 self.prune()?;
-                return Ok(match objection {
+                break match objection {
                     Some(objection) => End::Guard(objection),
                     None if self.state.step < steps => End::Paused,
                     None => End::Finished,
-                });
+                };
             }
             self.step(watch)?;
             let due = |every: usize| every > 0 && self.state.step.is_multiple_of(every);
             let Config { run, guard, .. } = self.config();
             if due(run.save_every) || due(guard.every) || self.state.step == until.min(steps) {
                 self.save()?;
-                self.write_report()?;
             }
-        }
+            if self.run.report_is_due() {
+                self.write_report(Status::Training)?;
+            }
+        };
+        self.write_report(match &end {
+            End::Finished => Status::Finished,
+            End::Paused => Status::Stopped("as it was told".to_owned()),
+            End::Guard(objection) => Status::Stopped(format!("by the guard, as {}", objection.reason)),
+            End::Signal(_) => Status::Stopped("by a signal".to_owned()),
+        })?;
+        Ok(end)
     }
 
     /// Writes the adapters of this state, and their moving average if the run keeps one, into the run's folder.
@@ -110,7 +124,7 @@ impl Trainer<'_> {
     }
 
     fn config(&self) -> &Config {
-        self.method.config
+        self.setup.config
     }
 
     /// One optimizer step, with its line in the metrics.
@@ -118,10 +132,13 @@ impl Trainer<'_> {
         let started = Instant::now();
         let (before, config) = (self.state.step, self.config());
         let lr = learning_rate(&config.optimizer, before, config.train.steps);
-        let earlier = before * self.method.plan.gradient_accumulation_steps;
-        match self.method.step(&mut self.state, lr, |done| watch.micro_batches(earlier + done)) {
+        let earlier = before * micro_batches(config, self.setup.plan);
+        let scaled = config.train.scale_rewards.then(|| self.scaled_rewards());
+        let mut setup = self.setup;
+        setup.rewards = scaled.as_ref().unwrap_or(setup.rewards);
+        match setup.step(&mut self.state, lr, |done| watch.micro_batches(earlier + done)) {
             Ok(result) => {
-                let mut line = result.metrics(self.method.config, self.method.rewards, before + 1, lr);
+                let mut line = result.metrics(self.setup.config, self.setup.rewards, before + 1, lr);
                 let seconds = (started.elapsed().as_secs_f64() * 1e3).round() / 1e3;
                 line.insert(names::SECONDS.to_owned(), json!(seconds));
                 self.run.log(&line).with_context(|| self.going_on())?;
@@ -132,6 +149,13 @@ impl Trainer<'_> {
             Err(error) if health::is_not_a_number(&error) => self.skip(error, watch),
             Err(error) => Err(error.context(self.in_step(before + 1))),
         }
+    }
+
+    /// The rewards with their weights over the spread of their scores in the steps before; as they are where there is none.
+    fn scaled_rewards(&self) -> Rewards {
+        let rewards = self.setup.rewards;
+        let spread = |name| self.run.metrics().reward_spread(name, SPREAD_STEPS).unwrap_or(1.0);
+        rewards.over(&rewards.names().into_iter().map(spread).collect::<Vec<_>>())
     }
 
     /// Passes over a step that met a number which is not finite: adapters and moments stay, the metrics say so.
@@ -148,7 +172,7 @@ impl Trainer<'_> {
             return Err(error.context(format!("{}{skipped}", self.in_step(step))));
         }
         watch.skipped(step, &error);
-        watch.micro_batches(step * self.method.plan.gradient_accumulation_steps);
+        watch.micro_batches(step * micro_batches(self.config(), self.setup.plan));
         self.state.step = step;
         let entries =
             [(names::STEP, json!(step)), (names::SKIPPED, json!(1)), (names::CAUSE, json!(format!("{error:#}")))];
@@ -167,20 +191,21 @@ impl Trainer<'_> {
         Checkpoint::prune(&self.run.checkpoints(), keep_checkpoints, best.map(|best| best.step))
     }
 
-    fn write_report(&self) -> Result<()> {
-        self.run.write_report(&self.method.plan.as_config(self.config())).with_context(|| self.going_on())
+    fn write_report(&mut self, status: Status) -> Result<()> {
+        let config = self.setup.plan.as_config(self.config());
+        self.run.write_report(&config, &status).with_context(|| self.going_on())
     }
 
     /// The guard's evaluation where one belongs to this step, and its objection.
-    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<String>> {
+    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<Objection>> {
         let Some(guard) = self.guard else { return Ok(None) };
         let step = self.state.step;
         let due = guard.due(step, self.config().train.steps) && !Guard::has_evaluated(self.run.metrics(), step);
         if due && interrupt.received().is_none() {
             let mut line = Map::from_iter([(names::STEP.to_owned(), json!(step))]);
-            let Trainer { method, state, .. } = self;
-            line.extend(guard.evaluate(method.rewards, |prompt, number, seed| {
-                let (sampler, prompts) = (method.sampler, std::slice::from_ref(prompt));
+            let Trainer { setup, state, .. } = self;
+            line.extend(guard.evaluate(setup.rewards, |prompt, number, seed| {
+                let (sampler, prompts) = (setup.sampler, std::slice::from_ref(prompt));
                 let noise = sampler.guard_noise(seed, number..number + 1);
                 let (conditioning, _) = Ledger::around(|ledger| sampler.conditioning(prompts, ledger))?;
                 let denoiser = sampler.denoiser(&state.adapters, conditioning, Checkpointing::Step);
@@ -198,8 +223,8 @@ impl Trainer<'_> {
 
     /// Where one belongs to this step and is not there: a grid of images on fixed prompts and noise, and their scores.
     fn draw_samples_if_due(&mut self) -> Result<()> {
-        let Trainer { method, state, .. } = self;
-        let (AlignProp { sampler, rewards, config, .. }, step) = (method, state.step);
+        let Trainer { setup: Setup { sampler, rewards, config, .. }, state, .. } = self;
+        let step = state.step;
         let every = config.run.sample_every;
         if every == 0 || !(step.is_multiple_of(every) || step == config.train.steps) {
             return Ok(());
@@ -210,16 +235,25 @@ impl Trainer<'_> {
             return Ok(());
         }
         let prompts: Vec<&Prompt> = self.sample_prompts.iter().cycle().take(config.run.num_samples).collect();
-        let (mut images, mut scores, mut captions) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut images, mut scores, mut samples) = (Vec::new(), Vec::new(), Vec::new());
         for (number, prompt) in (0..).zip(prompts) {
             let (prompts, noise) = ([prompt.clone()], sampler.evaluation_noise(config.run.seed, number..number + 1));
             let image = sampler.draw(&prompts, &noise, &state.adapters, None)?.images;
             let of_image = rewards.scores(&image, &prompts)?.swap_remove(0);
-            captions.push(pictures::caption(&prompt.text, &names, &of_image));
+            let by_name = names.iter().map(|name| name.to_string()).zip(of_image.iter().copied()).collect();
+            samples.push(Sample { prompt: prompt.text.clone(), scores: by_name, picture: PathBuf::new() });
             scores.push(of_image);
-            images.push(pictures::enlarge(pictures::to_rgb(&image.get(0)?)?, 128));
+            images.push(pictures::to_rgb(&image.get(0)?)?);
         }
-        pictures::save(&pictures::grid(&pictures::captioned(images, &captions), 4)?, &self.run.samples(step))?;
+        let grid = self.run.samples(step);
+        samples::save(grid.parent().unwrap_or(Path::new("")), step, &samples, &images)?;
+        let captions: Vec<String> = samples
+            .iter()
+            .zip(&scores)
+            .map(|(sample, scores)| pictures::caption(&sample.prompt, &names, scores))
+            .collect();
+        let images = images.into_iter().map(|image| pictures::enlarge(image, 128)).collect();
+        pictures::save(&pictures::grid(&pictures::captioned(images, &captions), 4)?, &grid)?;
         self.run.log_samples(step)?;
         let mean = |value: &dyn Fn(&Vec<f64>) -> f64| scores.iter().map(value).sum::<f64>() / scores.len() as f64;
         let mut line = Map::from_iter([(names::STEP.to_owned(), json!(step))]);
@@ -228,36 +262,36 @@ impl Trainer<'_> {
         }
         line.insert(names::SAMPLE_LOSS.to_owned(), json!(mean(&|row| rewards.loss(row))));
         self.run.log(&line)?;
-        self.write_report()
+        self.write_report(Status::Training)
     }
 
-    /// The batch's mean of each reward, beside that of the run's first batch.
-    fn means(&self, result: &StepResult) -> Vec<(&'static str, f64, f64)> {
-        let names = self.method.rewards.names().into_iter().enumerate();
-        let of = |(r, name): (usize, &'static str)| {
-            let (now, _) = result.score(r);
-            let first = self.run.metrics().history(&names::reward(name)).first().map_or(now, |(_, first)| *first);
-            (name, now, first)
-        };
-        names.map(of).collect()
+    /// The batch's mean of each reward, and what became of the batches' means since the first ones.
+    fn means(&self, result: &StepResult) -> Vec<(&'static str, f64, Option<Change>)> {
+        let names = self.setup.rewards.names().into_iter().enumerate();
+        let since = |name| Change::of_batches(self.run.metrics().history(&names::reward(name)));
+        names.map(|(r, name)| (name, result.score(r).0, since(name))).collect()
     }
 
     /// What the adapter's file says of its making.
     fn metadata(&self, step: usize) -> HashMap<String, String> {
         let config = self.config();
-        let rule = toml::to_string(&config.truncation).unwrap_or_default().trim().replace('\n', ", ");
-        let rewards = self.method.rewards.iter().map(|r| format!("{}={}", r.name, r.weight)).collect::<Vec<_>>();
-        HashMap::from(
+        let keys = |table: Result<String, toml::ser::Error>| table.unwrap_or_default().trim().replace('\n', ", ");
+        let rewards = self.setup.rewards.iter().map(|r| format!("{}={}", r.name, r.weight)).collect::<Vec<_>>();
+        let mut metadata = HashMap::from(
             [
                 ("software", format!("alignprop {}", env!("CARGO_PKG_VERSION"))),
                 ("base_model", config.model.path.clone()),
                 ("reward", rewards.join(" ")),
-                ("truncation", rule),
+                ("method", keys(toml::to_string(&config.method))),
                 ("seed", config.run.seed.to_string()),
                 ("step", step.to_string()),
             ]
             .map(|(key, value)| (key.to_owned(), value)),
-        )
+        );
+        if let Method::Alignprop(_) = config.method {
+            metadata.insert("truncation".to_owned(), keys(toml::to_string(&config.truncation)));
+        }
+        metadata
     }
 
     /// Where an error came from, and that nothing is lost.
@@ -298,6 +332,11 @@ impl StepResult {
             let distances = self.images.iter().map(|image| image.distance.unwrap_or(0.0));
             line.insert(names::DISTANCE.to_owned(), json!(mean_std(distances).0));
         }
+        if config.method.rho() > 0.0 {
+            let sharpness = self.images.iter().map(|image| image.sharpness.unwrap_or(0.0));
+            line.insert(names::SHARPNESS.to_owned(), json!(mean_std(sharpness).0));
+        }
+        line.extend(self.more.iter().map(|(name, value)| ((*name).to_owned(), json!(value))));
         line.insert(names::LR.to_owned(), json!(lr));
         line.insert(names::BACKPROP_STEPS.to_owned(), json!(self.kept_steps));
         line
@@ -324,7 +363,9 @@ pub fn begin(config: &Config, sampler: &Sampler, noise: &Noise) -> Result<Checkp
     let ema = (config.regularization.ema_decay > 0.0).then(|| adapters.clone());
     let optimizer = AdamW::new(&config.optimizer, &adapters.tensors())?;
     let loss_scale = LossScale::new(sampler.compute().dtype());
-    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale }.to_device(sampler.compute().device())
+    let statistics = PromptStatistics::default();
+    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale, statistics, matching: None }
+        .to_device(sampler.compute().device())
 }
 
 /// Adapters whose product is zero.

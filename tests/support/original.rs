@@ -25,7 +25,8 @@ pub fn component(folder: &Path) -> Tensors {
 pub fn checkpoint(model: &Path) -> Tensors {
     let unet_config = json(&model.join("unet/config.json"));
     let layers = unet_config["layers_per_block"].as_u64().unwrap() as usize;
-    let is_v2 = unet_config["use_linear_projection"] == true;
+    let is_xl = model.join("text_encoder_2").is_dir();
+    let is_v2 = unet_config["use_linear_projection"] == true && !is_xl;
     let mut out = Tensors::new();
     let mut put = |prefix: &str, name: String, tensor: Tensor| {
         assert!(out.insert(format!("{prefix}{name}"), tensor).is_none(), "{prefix}{name} twice");
@@ -45,20 +46,29 @@ pub fn checkpoint(model: &Path) -> Tensors {
         let tensor = if is_projection { tensor.unsqueeze(2).unwrap().unsqueeze(3).unwrap() } else { tensor };
         put("first_stage_model.", vae(&name, levels), tensor);
     }
-    let text = component(&model.join("text_encoder")).into_iter().map(|(name, tensor)| {
-        let name = name.strip_prefix("text_model.").map(str::to_owned).unwrap_or(name);
-        (name, tensor)
-    });
+    let text = |folder: &str| -> Tensors {
+        let named = component(&model.join(folder)).into_iter().map(|(name, tensor)| {
+            let name = name.strip_prefix("text_model.").map(str::to_owned).unwrap_or(name);
+            (name, tensor)
+        });
+        named.filter(|(name, _)| !name.ends_with("position_ids")).collect()
+    };
     if is_v2 {
-        for (name, tensor) in open_clip(text.collect()) {
+        for (name, tensor) in open_clip(text("text_encoder"), false) {
             put("cond_stage_model.model.", name, tensor);
         }
     } else {
-        for (name, tensor) in text.filter(|(name, _)| !name.ends_with("position_ids")) {
-            put("cond_stage_model.transformer.text_model.", name, tensor);
+        let clip = if is_xl { "conditioner.embedders.0.transformer" } else { "cond_stage_model.transformer" };
+        for (name, tensor) in text("text_encoder") {
+            put(&format!("{clip}.text_model."), name, tensor);
         }
         let ids = Tensor::arange(0i64, 77, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        put("cond_stage_model.transformer.text_model.embeddings.", "position_ids".into(), ids);
+        put(&format!("{clip}.text_model.embeddings."), "position_ids".into(), ids);
+    }
+    if is_xl {
+        for (name, tensor) in open_clip(text("text_encoder_2"), true) {
+            put("conditioner.embedders.1.model.", name, tensor);
+        }
     }
     let ones = Tensor::ones(1000, DType::F32, &Device::Cpu).unwrap();
     put("", "betas".into(), ones.clone());
@@ -85,6 +95,8 @@ fn unet(name: &str, layers: usize, attending: &[bool]) -> String {
     for (new, old) in [
         ("time_embedding.linear_1", "time_embed.0"),
         ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
         ("conv_in", "input_blocks.0.0"),
         ("conv_norm_out", "out.0"),
         ("conv_out", "out.2"),
@@ -152,8 +164,10 @@ fn vae(name: &str, levels: usize) -> String {
     }
 }
 
-/// open_clip's tower: q, k and v in one matrix, one more layer (which must not be read: it is not a number), a projection.
-fn open_clip(text: Tensors) -> Tensors {
+/// open_clip's tower: q, k and v in one matrix, a projection; where it is not `whole`, one more layer (which must not be read:
+/// it is not a number).
+fn open_clip(mut text: Tensors, whole: bool) -> Tensors {
+    let projection = text.remove("text_projection.weight").map(|weight| weight.t().unwrap().contiguous().unwrap());
     let mut out = Tensors::new();
     let mut layers = 0;
     for (name, tensor) in &text {
@@ -192,9 +206,12 @@ fn open_clip(text: Tensors) -> Tensors {
             Some((format!("transformer.resblocks.{layers}.{rest}"), tensor.affine(0.0, f64::NAN).unwrap()))
         })
         .collect();
-    out.extend(copies);
+    if !whole {
+        out.extend(copies);
+    }
     let width = out["positional_embedding"].dims()[1];
-    out.insert("text_projection".into(), Tensor::ones((width, width), DType::F32, &Device::Cpu).unwrap());
+    let ones = || Tensor::ones((width, width), DType::F32, &Device::Cpu).unwrap();
+    out.insert("text_projection".into(), projection.unwrap_or_else(ones));
     out.insert("logit_scale".into(), Tensor::new(1f32, &Device::Cpu).unwrap());
     out
 }

@@ -61,9 +61,27 @@ pub(super) fn parse(key: &str) -> Key {
     found.map_or(Key::Unknown, |(format, module, part)| Key::Unet { format, module, part })
 }
 
-/// The key of a layer's tensor in kohya's files, without `.lora_down.weight`, `.lora_up.weight` or `.alpha`.
-pub(super) fn kohya_name(module: &str) -> String {
-    format!("lora_unet_{}", module.replace('.', "_"))
+/// The key of a layer's tensor in kohya's files, without `.lora_down.weight`, `.lora_up.weight` or `.alpha`. For Stable
+/// Diffusion XL kohya's scripts keep the `original` layout's names.
+pub(super) fn kohya_name(module: &str, original: bool) -> String {
+    let name = if original { to_original(module) } else { None };
+    format!("lora_unet_{}", name.as_deref().unwrap_or(module).replace('.', "_"))
+}
+
+/// `down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`: [`from_original`] for a transformer's layers.
+fn to_original(module: &str) -> Option<String> {
+    if let Some(layer) = module.strip_prefix("mid_block.attentions.0.") {
+        return Some(format!("middle_block.1.{layer}"));
+    }
+    let (side, rest) = module.split_once("_blocks.")?;
+    let (block, rest) = rest.split_once(".attentions.")?;
+    let (number, layer) = rest.split_once('.')?;
+    let index = 3 * block.parse::<usize>().ok()? + number.parse::<usize>().ok()?;
+    match side {
+        "down" => Some(format!("input_blocks.{}.1.{layer}", index + 1)),
+        "up" => Some(format!("output_blocks.{index}.1.{layer}")),
+        _ => None,
+    }
 }
 
 /// The endings that name a factor; the first two are peft's.
@@ -276,6 +294,31 @@ mod tests {
             let key = format!("lora_unet_{name}.lora_down.weight");
             assert_eq!(parse(&key), Key::Unet { format: Kohya, module: module.into(), part: A }, "{key}");
         }
+    }
+
+    #[test]
+    fn kohyas_names_for_xl_are_the_original_ones() {
+        for (module, name) in [
+            (
+                "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q",
+                "input_blocks_4_1_transformer_blocks_1_attn1_to_q",
+            ),
+            ("down_blocks.2.attentions.1.proj_in", "input_blocks_8_1_proj_in"),
+            (
+                "mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0",
+                "middle_block_1_transformer_blocks_9_attn2_to_out_0",
+            ),
+            (
+                "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.2",
+                "output_blocks_2_1_transformer_blocks_0_ff_net_2",
+            ),
+            ("up_blocks.1.attentions.0.proj_out", "output_blocks_3_1_proj_out"),
+        ] {
+            assert_eq!(kohya_name(module, true), format!("lora_unet_{name}"));
+            let key = format!("lora_unet_{name}.lora_down.weight");
+            assert_eq!(parse(&key), Key::Unet { format: Kohya, module: module.into(), part: A });
+        }
+        assert_eq!(kohya_name("mid_block.attentions.0.proj_in", false), "lora_unet_mid_block_attentions_0_proj_in");
     }
 
     #[test]

@@ -36,7 +36,7 @@ use crate::files::{Header, pickle};
 use crate::ops::is_finite;
 use keys::{Key, Part};
 use lora_config::AlphaRule;
-pub use write::{KohyaHeader, save, save_diffusers, save_kohya, save_peft};
+pub use write::{Generation, KohyaHeader, save, save_diffusers, save_kohya, save_peft};
 
 /// Where diffusers looks for the `LoraConfig` in a safetensors header.
 const CONFIG_KEY: &str = "lora_adapter_metadata";

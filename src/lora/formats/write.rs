@@ -81,17 +81,27 @@ pub fn save_peft(
     write().with_context(|| format!("writing the adapter folder {}", folder.display()))
 }
 
+/// A generation of Stable Diffusion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Generation {
+    V1,
+    V2,
+    Xl,
+}
+
 /// What the header of a kohya file says of the base model and of its making.
 #[derive(Clone, Debug, Default)]
 pub struct KohyaHeader {
     /// What users call the adapter.
     pub title: String,
-    /// Stable Diffusion 2.x and not 1.x; absent: neither is known.
-    pub v2: Option<bool>,
+    /// Absent: not known.
+    pub generation: Option<Generation>,
     /// v-prediction and not epsilon; absent: not known.
     pub v_prediction: Option<bool>,
     /// Height and width in pixels.
     pub resolution: Option<(usize, usize)>,
+    /// As diffusers counts; kohya's scripts count one more.
+    pub clip_skip: Option<usize>,
 }
 
 /// Writes what kohya's scripts, AUTOMATIC1111 and ComfyUI read, with the `ss_*` and `modelspec.*` strings that sd-scripts
@@ -121,17 +131,33 @@ pub fn save_kohya(
             set("ss_seed", seed.clone());
         }
         set("modelspec.sai_model_spec", "1.0.0".into());
-        set("modelspec.implementation", "diffusers".into()); // sd-scripts' word for LoRAs of Stable Diffusion 1.x and 2.x
+        // sd-scripts' words for LoRAs
+        set(
+            "modelspec.implementation",
+            match about.generation {
+                Some(Generation::Xl) => "https://github.com/Stability-AI/generative-models".into(),
+                _ => "diffusers".into(),
+            },
+        );
+        if let Some(skipped) = about.clip_skip {
+            set("ss_clip_skip", (skipped + 1).to_string());
+        }
         set("modelspec.title", about.title.clone());
-        if let Some(v2) = about.v2 {
-            set("ss_v2", if v2 { "True" } else { "False" }.into());
+        if let Some(generation) = about.generation {
+            set("ss_v2", if generation == Generation::V2 { "True" } else { "False" }.into());
             let v = if about.v_prediction == Some(true) { "_v" } else { "" };
-            set("ss_base_model_version", format!("sd_v{}{v}", if v2 { 2 } else { 1 }));
-            let architecture = match (v2, about.v_prediction) {
-                (false, _) => Some("stable-diffusion-v1/lora"),
-                (true, Some(true)) => Some("stable-diffusion-v2-768-v/lora"),
-                (true, Some(false)) => Some("stable-diffusion-v2-512/lora"),
-                (true, None) => None,
+            let version = match generation {
+                Generation::V1 => format!("sd_v1{v}"),
+                Generation::V2 => format!("sd_v2{v}"),
+                Generation::Xl => "sdxl_base_v1-0".into(),
+            };
+            set("ss_base_model_version", version);
+            let architecture = match (generation, about.v_prediction) {
+                (Generation::V1, _) => Some("stable-diffusion-v1/lora"),
+                (Generation::V2, Some(true)) => Some("stable-diffusion-v2-768-v/lora"),
+                (Generation::V2, Some(false)) => Some("stable-diffusion-v2-512/lora"),
+                (Generation::V2, None) => None,
+                (Generation::Xl, _) => Some("stable-diffusion-xl-v1-base/lora"),
             };
             architecture.map(|architecture| set("modelspec.architecture", architecture.into()));
         }
@@ -144,7 +170,7 @@ pub fn save_kohya(
         }
         let mut tensors = Vec::with_capacity(3 * adapters.factors().len());
         for factor in adapters.factors() {
-            let name = keys::kohya_name(&factor.module);
+            let name = keys::kohya_name(&factor.module, about.generation == Some(Generation::Xl));
             let (a, b) = stored(factor)?;
             tensors.push((format!("{name}.alpha"), Tensor::new(factor.alpha as f32, a.device())?));
             tensors.push((format!("{name}.lora_down.weight"), a));

@@ -35,6 +35,11 @@ pub(super) fn vision(w: &Weights, layers: usize) -> Result<Vec<Renamed>> {
     Ok(names)
 }
 
+/// The text tower's projection, a matrix (C, D), as the linear layer that transformers has.
+pub(in crate::models) fn text_projection() -> Renamed {
+    Renamed { transposed: true, ..whole("text_projection", "text_projection.weight") }
+}
+
 /// Both projections, which open_clip stores as matrices (C, D) and not as linear layers.
 pub(super) fn projections() -> [Renamed; 2] {
     [whole("text_projection", "text_projection"), whole("visual.proj", "visual_projection")]
@@ -68,7 +73,7 @@ fn blocks(w: &Weights, from: &str, to: &str, layers: usize) -> Result<Vec<Rename
 }
 
 fn whole(from: &str, to: &str) -> Renamed {
-    Renamed { from: from.to_owned(), to: to.to_owned(), shape: None, rows: None }
+    Renamed { from: from.to_owned(), to: to.to_owned(), ..Default::default() }
 }
 
 /// A layer's weight and bias.

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 
+pub(crate) use remote::{bare, is_loopback, root_certs_of_environment};
 use repository::{Hub, check_link};
 
 use super::Weights;
@@ -29,6 +30,8 @@ pub struct Source {
     root: Root,
     /// `""` or `"unet/"`.
     prefix: String,
+    /// What is read as the folder `vae`, where that is another than the model's own.
+    vae: Option<Arc<Source>>,
 }
 
 #[derive(Clone, Debug)]
@@ -57,7 +60,11 @@ impl Source {
         } else {
             return Err(no_such_path(spec, "folder"));
         };
-        Ok(Self { root, prefix: String::new() })
+        Ok(Self::at(root))
+    }
+
+    fn at(root: Root) -> Self {
+        Self { root, prefix: String::new(), vae: None }
     }
 
     /// The pipeline of `[model]`: a folder, a hub id, or a single file (a path, or `owner/name:file` on the hub).
@@ -66,12 +73,29 @@ impl Source {
     /// As [`Source::open`]; for a single file, when it is no whole model; for others, when `[model]` has keys that are for
     /// single files.
     pub fn pipeline(model: &ModelConfig) -> Result<Self> {
-        let on_hub = model.path.split_once(':').is_some_and(|(repo, file)| {
-            parse_hub_id(repo).is_some() && [".safetensors", ".ckpt", ".pt"].iter().any(|end| file.ends_with(end))
-        });
-        if Path::new(&model.path).is_file() || on_hub {
+        let pipeline = Self::own_pipeline(model)?;
+        let Some(vae) = &model.vae else { return Ok(pipeline) };
+        let vae = pipeline.another_vae(vae).context("model.vae")?;
+        Ok(Self { vae: Some(Arc::new(vae)), ..pipeline })
+    }
+
+    /// A VAE's folder, or a pipeline's, or a file in the layout of diffusers or of the original code. A file has no config:
+    /// what its shapes do not tell is as in this pipeline.
+    fn another_vae(&self, spec: &str) -> Result<Self> {
+        if is_file(spec) {
+            let own = self.sub("vae").read_json("config.json")?;
+            let file = SingleFile::vae(&resolve_file(spec, "")?, own)?;
+            return Ok(Self::at(Root::File(Arc::new(file))).sub("vae"));
+        }
+        let folder = Self::open(spec)?;
+        let inner = folder.sub("vae");
+        Ok(if inner.find("config.json")?.is_some() { inner } else { folder })
+    }
+
+    fn own_pipeline(model: &ModelConfig) -> Result<Self> {
+        if is_file(&model.path) {
             let file = resolve_file(&model.path, "")?;
-            return Ok(Self { root: Root::File(Arc::new(SingleFile::open(&file, model)?)), prefix: String::new() });
+            return Ok(Self::at(Root::File(Arc::new(SingleFile::open(&file, model)?))));
         }
         let source = Self::open(&model.path)?;
         for (key, given) in [
@@ -99,7 +123,7 @@ impl Source {
     /// The tokenizer of a single file, which lies elsewhere, where this is its `tokenizer` folder.
     fn tokenizer_elsewhere(&self) -> Option<&Source> {
         match &self.root {
-            Root::File(file) if self.prefix == "tokenizer/" => Some(&file.tokenizer),
+            Root::File(file) if ["tokenizer/", "tokenizer_2/"].contains(&&*self.prefix) => file.tokenizer.as_ref(),
             _ => None,
         }
     }
@@ -108,14 +132,17 @@ impl Source {
     /// whose tokenizer may be 1.x's.
     pub fn pad_token(&self) -> Option<&'static str> {
         match &self.root {
-            Root::File(file) => file.pad_token(),
+            Root::File(file) => file.pad_token(self.prefix.trim_end_matches('/')),
             _ => None,
         }
     }
 
     /// The same source, one folder further in: `source.sub("unet")`.
     pub fn sub(&self, folder: &str) -> Self {
-        Self { root: self.root.clone(), prefix: format!("{}{}/", self.prefix, folder.trim_matches('/')) }
+        if let (Some(vae), "", "vae") = (&self.vae, &*self.prefix, folder) {
+            return Self::clone(vae);
+        }
+        Self { prefix: format!("{}{}/", self.prefix, folder.trim_matches('/')), ..self.clone() }
     }
 
     /// The local path of `file`, downloaded where needed; `None` when the source has no such file.
@@ -228,7 +255,7 @@ impl Source {
     pub fn label(&self) -> String {
         let folder = self.prefix.trim_end_matches('/');
         match &self.root {
-            Root::File(_) if self.prefix == "tokenizer/" => {
+            Root::File(_) if self.tokenizer_elsewhere().is_some() => {
                 self.tokenizer_elsewhere().map_or_else(String::new, Self::label)
             }
             Root::File(file) => file.label().to_owned(),
@@ -283,6 +310,14 @@ pub fn resolve_file(spec: &str, default_file: &str) -> Result<PathBuf> {
         return Err(no_such_path(spec, "file"));
     }
     Source::open(repo)?.require(file)
+}
+
+/// Whether this names a weight file, local or `owner/name:file` on the hub.
+fn is_file(spec: &str) -> bool {
+    let on_hub = spec.split_once(':').is_some_and(|(repo, file)| {
+        parse_hub_id(repo).is_some() && [".safetensors", ".ckpt", ".pt"].iter().any(|end| file.ends_with(end))
+    });
+    on_hub || Path::new(spec).is_file()
 }
 
 /// `owner/name[@revision]` as (id, revision). A name that ends like a weight file is a mistyped path, not an id.

@@ -5,11 +5,12 @@
 //! first_stage_model.*                the VAE
 //! cond_stage_model.transformer.*     the text encoder of 1.x (transformers' names)
 //! cond_stage_model.model.*           the text encoder of 2.x (open_clip's names); the last layer is not used
+//! conditioner.embedders.0.transformer.*, conditioner.embedders.1.model.*     both of XL, in these two layouts
 //! ```
 //!
 //! The file is shown as the folder that diffusers would have: the tensors under diffusers' names, its configs made from
-//! the shapes. What shapes do not tell is the same for all Stable Diffusion 1.x (8 heads) and 2.x (heads of 64 channels)
-//! models, or comes from `model.config`. A tokenizer is never in such a file.
+//! the shapes. What shapes do not tell is the same for all Stable Diffusion 1.x (8 heads), 2.x and XL (heads of 64
+//! channels) models, or comes from `model.config`. A tokenizer is never in such a file.
 
 mod names;
 mod prediction;
@@ -31,9 +32,20 @@ const UNET: &str = "model.diffusion_model";
 const VAE: &str = "first_stage_model";
 const CLIP: &str = "cond_stage_model.transformer";
 const OPEN_CLIP: &str = "cond_stage_model.model";
+const XL_CLIP: &str = "conditioner.embedders.0.transformer";
+const XL_OPEN_CLIP: &str = "conditioner.embedders.1.model";
 
 /// Where CLIP's tokenizer is published, which both generations use.
 const TOKENIZER: &str = "openai/clip-vit-large-patch14";
+
+/// What a file is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Generation {
+    V1,
+    V2,
+    Xl,
+}
+use Generation::{V1, V2, Xl};
 
 /// The parts of the file, as a folder would have them.
 pub(super) struct SingleFile {
@@ -42,9 +54,8 @@ pub(super) struct SingleFile {
     configs: HashMap<&'static str, Json>,
     /// By folder: `unet`.
     parts: HashMap<&'static str, Weights>,
-    pub(super) tokenizer: Source,
-    /// Whether the text encoder is open_clip's, whose prompts are padded with `!`.
-    v2: bool,
+    pub(super) tokenizer: Option<Source>,
+    generation: Generation,
 }
 
 impl fmt::Debug for SingleFile {
@@ -57,7 +68,7 @@ impl SingleFile {
     /// Reads the names and shapes of the file, and finds a tokenizer for it.
     ///
     /// # Errors
-    /// The file is no whole Stable Diffusion 1.x or 2.x model, or there is no tokenizer.
+    /// The file is no whole Stable Diffusion 1.x, 2.x or XL model, or there is no tokenizer.
     pub(super) fn open(path: &Path, model: &ModelConfig) -> Result<Self> {
         let label = path.display().to_string();
         if path.extension().is_some_and(|extension| extension == "ckpt") {
@@ -71,10 +82,15 @@ impl SingleFile {
         })?;
         let vae = vae_beside(path)?.unwrap_or_else(|| weights.pp(VAE));
         check_is_whole(&weights, &vae)?;
-        let v2 = has(&weights.pp(OPEN_CLIP));
+        let generation = match (has(&weights.pp(XL_OPEN_CLIP)), has(&weights.pp(OPEN_CLIP))) {
+            (true, _) => Xl,
+            (false, true) => V2,
+            (false, false) => V1,
+        };
+        let v2 = generation == V2;
         let folder = model.config.as_deref().map(Source::open).transpose().context("model.config")?;
 
-        let mut configs = recognise(&weights, &vae, v2)?;
+        let mut configs = recognise(&weights, &vae, generation)?;
         let prediction = prediction_type(path, &weights, v2)?;
         let guessed = prediction.unwrap_or(if v2 { "v_prediction" } else { "epsilon" });
         configs.insert("scheduler/scheduler_config.json", scheduler(guessed));
@@ -111,13 +127,52 @@ impl SingleFile {
         if folder.is_none()
             && let Some(unet) = configs.get_mut("unet/config.json")
         {
-            unet["sample_size"] = if v2 && v { 96 } else { 64 }.into();
+            let side = match generation {
+                Xl => 128,
+                V2 if v => 96,
+                _ => 64,
+            };
+            unet["sample_size"] = side.into();
             unet["upcast_attention"] = (v2 && v).into(); // needed in half precision only
         }
         complete(&configs, &label)?;
-        let parts = rename(&weights, &vae, v2, &configs)?;
+        let parts = rename(&weights, &vae, generation, &configs)?;
         let tokenizer = find_tokenizer(path, model, folder.as_ref())?;
-        Ok(Self { label, configs, parts, tokenizer, v2 })
+        Ok(Self { label, configs, parts, tokenizer: Some(tokenizer), generation })
+    }
+
+    /// The VAE in a file of its own, or in that of a whole model. `config` is another's, which counts where the shapes say
+    /// nothing: the scaling factor, the groups of the norms.
+    ///
+    /// # Errors
+    /// The file has no VAE.
+    pub(super) fn vae(path: &Path, config: Json) -> Result<Self> {
+        let (label, mut config) = (path.display().to_string(), config);
+        let weights = Weights::open_file(path)?;
+        let inner = weights.pp(VAE);
+        let weights = if has(&inner) { inner } else { weights };
+        let weights = if weights.contains("decoder.up.0.block.0.conv1.weight") {
+            let seen = vae_config(&weights)?;
+            for (key, seen) in seen.as_object().into_iter().flatten() {
+                if !["scaling_factor", "sample_size", "norm_num_groups"].contains(&key.as_str()) {
+                    config[key] = seen.clone();
+                }
+            }
+            weights.renamed(&vae_names(&weights)?)?
+        } else {
+            ensure!(
+                weights.contains("decoder.up_blocks.0.resnets.0.conv1.weight"),
+                "{label} has no VAE: neither `decoder.up.0.*` of the original layout nor `decoder.up_blocks.0.*` of diffusers"
+            );
+            weights
+        };
+        Ok(Self {
+            label,
+            configs: HashMap::from([("vae/config.json", config)]),
+            parts: HashMap::from([("vae", weights)]),
+            tokenizer: None,
+            generation: V1,
+        })
     }
 
     pub(super) fn label(&self) -> &str {
@@ -134,9 +189,9 @@ impl SingleFile {
         self.parts.get(folder)
     }
 
-    /// What prompts are padded with, where the tokenizer's own files do not count.
-    pub(super) fn pad_token(&self) -> Option<&'static str> {
-        self.v2.then_some("!")
+    /// What prompts are padded with in `tokenizer` or `tokenizer_2`, where the tokenizer's own files do not count.
+    pub(super) fn pad_token(&self, folder: &str) -> Option<&'static str> {
+        (self.generation == V2 || folder == "tokenizer_2").then_some("!")
     }
 }
 
@@ -154,12 +209,11 @@ fn check_is_whole(w: &Weights, vae: &Weights) -> Result<()> {
     if any("lora_A") || any("lora_down") || any("lora_unet_") || any("hada_w1_a") {
         bail!("{file} is a LoRA and no model: give it with --lora, and a model with --model");
     }
-    if any("conditioner.embedders")
-        || any("double_blocks")
-        || any("joint_blocks")
-        || unet.contains("label_emb.0.0.weight")
-    {
-        bail!("{file} is a model of another generation (Stable Diffusion XL or later); only 1.x and 2.x are supported");
+    let xl = has(&w.pp(XL_OPEN_CLIP));
+    if any("double_blocks") || any("joint_blocks") || (unet.contains("label_emb.0.0.weight") && !xl) {
+        bail!(
+            "{file} is a model of another generation, or a refiner of Stable Diffusion XL; only 1.x, 2.x and XL are supported"
+        );
     }
     if !unet.contains("input_blocks.0.0.weight") {
         let first = names.first().map_or("nothing", String::as_str);
@@ -178,7 +232,7 @@ fn check_is_whole(w: &Weights, vae: &Weights) -> Result<()> {
          name with `.vae.safetensors` at its end"
     );
     ensure!(
-        has(&w.pp(CLIP)) || has(&w.pp(OPEN_CLIP)),
+        has(&w.pp(CLIP)) || has(&w.pp(OPEN_CLIP)) || (xl && has(&w.pp(XL_CLIP))),
         "{file} has no text encoder (`cond_stage_model.*`): it is only a part of a model; take the whole checkpoint"
     );
     Ok(())
@@ -196,8 +250,8 @@ fn count(w: &Weights, pattern: impl Fn(usize) -> String) -> usize {
 }
 
 /// The configs as far as the shapes and the generation tell; a key that they do not tell is left out.
-fn recognise(w: &Weights, vae: &Weights, v2: bool) -> Result<HashMap<&'static str, Json>> {
-    let index = json!({
+fn recognise(w: &Weights, vae: &Weights, generation: Generation) -> Result<HashMap<&'static str, Json>> {
+    let mut index = json!({
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [null, null],
         "requires_safety_checker": false,
@@ -208,16 +262,41 @@ fn recognise(w: &Weights, vae: &Weights, v2: bool) -> Result<HashMap<&'static st
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     });
-    let text_encoder = if v2 { open_clip_config(&w.pp(OPEN_CLIP))? } else { clip_config(&names::clip_root(w, CLIP))? };
-    Ok(HashMap::from([
+    let text_encoder = match generation {
+        V1 => clip_config(&names::clip_root(w, CLIP))?,
+        V2 => open_clip_config(&w.pp(OPEN_CLIP), true)?,
+        Xl => clip_config(&names::clip_root(w, XL_CLIP))?,
+    };
+    let (mut unet, mut vae) = (unet_config(&w.pp(UNET), generation)?, vae_config(vae)?);
+    let mut configs = HashMap::new();
+    if generation == Xl {
+        let w = w.pp(XL_OPEN_CLIP);
+        let (mut second, features) = (open_clip_config(&w, false)?, axis(&w, "text_projection", 1)?);
+        second["architectures"] = json!(["CLIPTextModelWithProjection"]);
+        second["projection_dim"] = features.into();
+        configs.insert("text_encoder_2/config.json", second);
+        let all = unet["projection_class_embeddings_input_dim"].as_u64().unwrap_or_default() as usize;
+        unet["addition_time_embed_dim"] = (all.saturating_sub(features) / 6).into();
+        vae["scaling_factor"] = 0.13025.into();
+        vae["force_upcast"] = true.into();
+        index["_class_name"] = "StableDiffusionXLPipeline".into();
+        index["force_zeros_for_empty_prompt"] = true.into();
+        index["text_encoder_2"] = json!(["transformers", "CLIPTextModelWithProjection"]);
+        index["tokenizer_2"] = index["tokenizer"].clone();
+        for idle in ["safety_checker", "requires_safety_checker"] {
+            index.as_object_mut().map(|index| index.remove(idle));
+        }
+    }
+    configs.extend([
         ("model_index.json", index),
-        ("unet/config.json", unet_config(&w.pp(UNET), v2)?),
-        ("vae/config.json", vae_config(vae)?),
+        ("unet/config.json", unet),
+        ("vae/config.json", vae),
         ("text_encoder/config.json", text_encoder),
-    ]))
+    ]);
+    Ok(configs)
 }
 
-fn unet_config(w: &Weights, v2: bool) -> Result<Json> {
+fn unet_config(w: &Weights, generation: Generation) -> Result<Json> {
     // (channels, layers, transformer layers) of each block on the way down
     let mut blocks: Vec<(usize, usize, usize)> = Vec::new();
     let mut new_block = true;
@@ -240,11 +319,11 @@ fn unet_config(w: &Weights, v2: bool) -> Result<Json> {
     }
     let attending = blocks.iter().position(|block| block.2 > 0);
     let (Some(attending), Some(&(_, layers, _))) = (attending, blocks.first()) else {
-        bail!("{}: the UNet attends to no text: this is no Stable Diffusion 1.x or 2.x model", w.file());
+        bail!("{}: the UNet attends to no text: this is no Stable Diffusion 1.x, 2.x or XL model", w.file());
     };
     ensure!(
         blocks.iter().all(|block| block.1 == layers),
-        "{}: the UNet's blocks have different numbers of layers: this is no Stable Diffusion 1.x or 2.x model",
+        "{}: the UNet's blocks have different numbers of layers: this is no Stable Diffusion 1.x, 2.x or XL model",
         w.file()
     );
     let first: usize = 1 + attending * (layers + 1);
@@ -254,7 +333,9 @@ fn unet_config(w: &Weights, v2: bool) -> Result<Json> {
         blocks.iter().map(|block| if block.2 > 0 { with } else { without }.to_owned()).collect()
     };
     let up_block_types: Vec<String> = kinds("CrossAttnUpBlock2D", "UpBlock2D").into_iter().rev().collect();
-    let depth = blocks[attending].2;
+    // a block without attention says 1, as in diffusers' configs
+    let depths: Vec<usize> = blocks.iter().map(|block| block.2.max(1)).collect();
+    let depth = if generation == Xl { json!(depths) } else { json!(blocks[attending].2) };
     let mut config = json!({
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
@@ -278,11 +359,15 @@ fn unet_config(w: &Weights, v2: bool) -> Result<Json> {
         config["norm_num_groups"] = 32.into();
     }
     // diffusers calls the number of heads so
-    if !v2 && channels.iter().all(|c| c.is_multiple_of(8)) {
+    if generation == V1 && channels.iter().all(|c| c.is_multiple_of(8)) {
         config["attention_head_dim"] = 8.into();
     }
-    if v2 && channels.iter().all(|c| c.is_multiple_of(64)) {
+    if generation != V1 && channels.iter().all(|c| c.is_multiple_of(64)) {
         config["attention_head_dim"] = channels.iter().map(|c| c / 64).collect();
+    }
+    if generation == Xl {
+        config["addition_embed_type"] = "text_time".into();
+        config["projection_class_embeddings_input_dim"] = axis(w, "label_emb.0.0.weight", 1)?.into();
     }
     Ok(config)
 }
@@ -328,10 +413,10 @@ fn clip_config(w: &Weights) -> Result<Json> {
     )
 }
 
-fn open_clip_config(w: &Weights) -> Result<Json> {
+/// `cut`: without the last layer of a whole tower, which ends in a projection; Stable Diffusion 2.x reads the one before.
+fn open_clip_config(w: &Weights, cut: bool) -> Result<Json> {
     let all = count(w, |i| format!("transformer.resblocks.{i}.ln_1.weight"));
-    // a whole tower ends in a projection, and Stable Diffusion reads the layer before its last one
-    let layers = if w.contains("text_projection") { all.saturating_sub(1) } else { all };
+    let layers = if cut && w.contains("text_projection") { all.saturating_sub(1) } else { all };
     let mlp = axis(w, "transformer.resblocks.0.mlp.c_fc.weight", 0)?;
     text_config(w, "token_embedding.weight", "positional_embedding", layers, mlp, "gelu")
 }
@@ -409,10 +494,11 @@ fn complete(configs: &HashMap<&'static str, Json>, label: &str) -> Result<()> {
         ("unet/config.json", "norm_num_groups"),
         ("vae/config.json", "norm_num_groups"),
         ("text_encoder/config.json", "num_attention_heads"),
+        ("text_encoder_2/config.json", "num_attention_heads"),
     ] {
         ensure!(
-            configs.get(path).is_some_and(|config| !config[key].is_null()),
-            "{label} is not of Stable Diffusion 1.x's or 2.x's size, so its `{key}` ({path}) cannot be told from the shapes: \
+            configs.get(path).is_none_or(|config| !config[key].is_null()),
+            "{label} is not of Stable Diffusion 1.x's, 2.x's or XL's size, so its `{key}` ({path}) cannot be told from the shapes: \
              set model.config to a pipeline's folder or hub id with the configs of this model"
         );
     }
@@ -423,34 +509,47 @@ fn complete(configs: &HashMap<&'static str, Json>, label: &str) -> Result<()> {
 fn rename(
     w: &Weights,
     vae: &Weights,
-    v2: bool,
+    generation: Generation,
     configs: &HashMap<&'static str, Json>,
 ) -> Result<HashMap<&'static str, Weights>> {
     let number =
         |path: &str, key: &str| configs.get(path).and_then(|config| config[key].as_u64()).unwrap_or(1) as usize;
     // the file's own layers, which a wrong config does not rename
-    let unet_layers = unet_config(&w.pp(UNET), v2)?["layers_per_block"].as_u64().unwrap_or(2) as usize;
+    let unet_layers = unet_config(&w.pp(UNET), generation)?["layers_per_block"].as_u64().unwrap_or(2) as usize;
     let unet = names::all(&w.pp(UNET), |name| Some(names::unet(name, unet_layers)))?;
-    let levels = count(vae, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
-    let vae_names = names::all(vae, |name| names::vae(name, levels))?
-        .into_iter()
-        .map(|renamed| names::attention_as_linear(vae, renamed))
-        .collect::<Vec<_>>();
-    let layers = number("text_encoder/config.json", "num_hidden_layers");
-    let text_encoder = if v2 {
-        let w = w.pp(OPEN_CLIP);
-        w.renamed(&open_clip::text(&w, layers)?)?
-    } else {
-        let w = names::clip_root(w, CLIP);
+    let clip = |prefix: &str| {
+        let w = names::clip_root(w, prefix);
         let names = w.names().into_iter().filter(|name| !name.ends_with("position_ids"));
-        let renamed = |from: String| Renamed { to: format!("text_model.{from}"), from, shape: None, rows: None };
-        w.renamed(&names.map(renamed).collect::<Vec<_>>())?
+        let renamed = |from: String| Renamed { to: format!("text_model.{from}"), from, ..Default::default() };
+        w.renamed(&names.map(renamed).collect::<Vec<_>>())
     };
-    Ok(HashMap::from([
+    let open_clip = |prefix: &str, folder: &str| {
+        let w = w.pp(prefix);
+        let mut names = open_clip::text(&w, number(&format!("{folder}/config.json"), "num_hidden_layers"))?;
+        names.extend((generation == Xl).then(open_clip::text_projection));
+        w.renamed(&names)
+    };
+    let text_encoder = match generation {
+        V1 => clip(CLIP)?,
+        V2 => open_clip(OPEN_CLIP, "text_encoder")?,
+        Xl => clip(XL_CLIP)?,
+    };
+    let mut parts = HashMap::from([
         ("unet", w.pp(UNET).renamed(&unet)?),
-        ("vae", vae.renamed(&vae_names)?),
+        ("vae", vae.renamed(&vae_names(vae)?)?),
         ("text_encoder", text_encoder),
-    ]))
+    ]);
+    if generation == Xl {
+        parts.insert("text_encoder_2", open_clip(XL_OPEN_CLIP, "text_encoder_2")?);
+    }
+    Ok(parts)
+}
+
+/// diffusers' names of a VAE's tensors.
+fn vae_names(vae: &Weights) -> Result<Vec<Renamed>> {
+    let levels = count(vae, |i| format!("decoder.up.{i}.block.0.conv1.weight"));
+    let names = names::all(vae, |name| names::vae(name, levels))?;
+    Ok(names.into_iter().map(|renamed| names::attention_as_linear(vae, renamed)).collect())
 }
 
 /// The VAE in a file beside the model's, which counts before the one inside: `x.vae.safetensors` for `x.safetensors`, as in

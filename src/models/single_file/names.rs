@@ -13,9 +13,13 @@ pub(super) fn all(w: &Weights, rename: impl Fn(&str) -> Option<Option<String>>) 
     let known = w.names().into_iter().filter_map(|from| {
         let to = rename(&from)?;
         let to = to.with_context(|| {
-            format!("{}: `{}.{from}` is not known: this is no Stable Diffusion 1.x or 2.x model", w.file(), w.prefix())
+            format!(
+                "{}: `{}.{from}` is not known: this is no Stable Diffusion 1.x, 2.x or XL model",
+                w.file(),
+                w.prefix()
+            )
         });
-        Some(to.map(|to| Renamed { from, to, shape: None, rows: None }))
+        Some(to.map(|to| Renamed { from, to, ..Default::default() }))
     });
     known.collect()
 }
@@ -25,6 +29,8 @@ pub(super) fn unet(name: &str, layers: usize) -> Option<String> {
     let fixed = [
         ("time_embed.0.", "time_embedding.linear_1."),
         ("time_embed.2.", "time_embedding.linear_2."),
+        ("label_emb.0.0.", "add_embedding.linear_1."),
+        ("label_emb.0.2.", "add_embedding.linear_2."),
         ("input_blocks.0.0.", "conv_in."),
         ("out.0.", "conv_norm_out."),
         ("out.2.", "conv_out."),
@@ -151,6 +157,7 @@ mod tests {
     fn names_of_the_unet_follow_its_layers() {
         for (old, new) in [
             ("time_embed.2.bias", "time_embedding.linear_2.bias"),
+            ("label_emb.0.2.bias", "add_embedding.linear_2.bias"),
             ("input_blocks.0.0.weight", "conv_in.weight"),
             ("input_blocks.1.0.in_layers.0.weight", "down_blocks.0.resnets.0.norm1.weight"),
             ("input_blocks.2.1.proj_in.weight", "down_blocks.0.attentions.1.proj_in.weight"),
@@ -169,7 +176,7 @@ mod tests {
         ] {
             assert_eq!(unet(old, 2).as_deref(), Some(new), "{old}");
         }
-        for unknown in ["label_emb.0.0.weight", "input_blocks.1.3.weight", "input_blocks.x.0.weight", "out"] {
+        for unknown in ["label_emb.1.0.weight", "input_blocks.1.3.weight", "input_blocks.x.0.weight", "out"] {
             assert_eq!(unet(unknown, 2), None, "{unknown}");
         }
     }

@@ -17,7 +17,7 @@ use crate::ops::replay::Replay;
 /// What one evaluation's stages share.
 #[derive(Clone)]
 pub(super) struct Evaluation {
-    /// SiLU of the time embedding, (1, time_dim).
+    /// SiLU of the time embedding, (1, time_dim), or one for each image, (B, time_dim).
     pub time: Tensor,
     pub text: Text,
 }
@@ -27,6 +27,8 @@ pub(super) struct Evaluation {
 pub struct Text {
     /// Prompt embeddings, (B, tokens, D).
     pub(super) context: Tensor,
+    /// What is added to the time embedding, (B, time_dim); Stable Diffusion XL's.
+    pub(super) added: Option<Tensor>,
     /// The keys and values that each attention, by its module, makes of them under some adapters; empty where a gradient
     /// is to reach those adapters.
     pub(super) projected: Arc<HashMap<String, (Tensor, Tensor)>>,
@@ -41,13 +43,6 @@ pub(super) enum UnetStage {
     /// To the size of the next skip connection, then a convolution.
     Upsample(Conv2d),
     Out(GroupNorm, Conv2d),
-}
-
-impl Text {
-    /// Prompt embeddings (B, tokens, D), which every attention projects when it is evaluated.
-    pub(super) fn of(context: &Tensor) -> Self {
-        Self { context: context.clone(), projected: Arc::default(), replay: None }
-    }
 }
 
 impl Stage for UnetStage {
@@ -114,11 +109,11 @@ impl Resnet {
         })
     }
 
-    /// x (B, H, W, C); `time` is SiLU of the time embedding, (1, time_dim).
+    /// x (B, H, W, C); `time` is SiLU of the time embedding, (1, time_dim) or (B, time_dim).
     pub(crate) fn forward(&self, x: &Value, time: Option<&Tensor>) -> Result<Value> {
         let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
         if let (Some(proj), Some(time)) = (&self.time_emb_proj, time) {
-            let shift = proj.forward(&Value::constant(time))?.into_tensor().flatten_all()?;
+            let shift = proj.forward(&Value::constant(time))?.into_tensor();
             hidden = hidden.add_channels(&shift)?;
         }
         let hidden = self.norm2.forward(&hidden)?;

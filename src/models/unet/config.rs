@@ -29,6 +29,9 @@ impl PerBlock {
     }
 }
 
+/// Numbers that Stable Diffusion XL is told of a picture's size.
+pub(super) const SIZES: usize = 6;
+
 /// The keys that shape a `UNet2DConditionModel`, with diffusers' defaults.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
@@ -52,6 +55,12 @@ pub struct UnetConfig {
     pub flip_sin_to_cos: bool,
     pub freq_shift: f64,
     pub time_embedding_dim: Option<usize>,
+    /// `text_time`: Stable Diffusion XL's pooled text and sizes, added to the time embedding.
+    pub addition_embed_type: Option<String>,
+    /// Features of the sinusoids of each size.
+    pub addition_time_embed_dim: Option<usize>,
+    /// Of the pooled text and of the sinusoids of six sizes together.
+    pub projection_class_embeddings_input_dim: Option<usize>,
     /// Whether there is no middle block: `"mid_block_type": null`, which is not the same as no such key.
     #[serde(skip)]
     pub no_mid_block: bool,
@@ -87,6 +96,9 @@ impl Default for UnetConfig {
             flip_sin_to_cos: true,
             freq_shift: 0.0,
             time_embedding_dim: None,
+            addition_embed_type: None,
+            addition_time_embed_dim: None,
+            projection_class_embeddings_input_dim: None,
             no_mid_block: false,
             rest: serde_json::Map::new(),
         }
@@ -97,6 +109,26 @@ impl UnetConfig {
     /// Heads of the attention in block `block`, counted from the top of the way down.
     pub fn heads(&self, block: usize) -> usize {
         self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim).at(block).unwrap_or(1)
+    }
+
+    /// Features of what is added to the time embedding, and those of each size's sinusoids in it; nothing but in Stable
+    /// Diffusion XL.
+    ///
+    /// # Errors
+    /// The two are not given, or do not fit together.
+    pub fn added(&self) -> Result<Option<(usize, usize)>> {
+        if self.addition_embed_type.is_none() {
+            return Ok(None);
+        }
+        let (input, sinusoids) = (self.projection_class_embeddings_input_dim, self.addition_time_embed_dim);
+        match (input, sinusoids) {
+            (Some(input), Some(size)) if size > 0 && size.checked_mul(SIZES).is_some_and(|all| all < input) => {
+                Ok(Some((input, size)))
+            }
+            _ => bail!(
+                "unet/config.json: `projection_class_embeddings_input_dim` = {input:?} must be more than six times `addition_time_embed_dim` = {sinusoids:?}"
+            ),
+        }
     }
 
     /// diffusers before 0.9 wrote the default of its class, 32, for models of 64 x 64 latents; its later pipelines take 64
@@ -137,13 +169,16 @@ impl UnetConfig {
         if let Some(heads) = &self.num_attention_heads {
             heads.check(blocks, "num_attention_heads")?;
         }
+        match self.addition_embed_type.as_deref() {
+            None | Some("text_time") => {}
+            Some(other) => bail!("unet/config.json: `addition_embed_type` = {other} is not supported (only text_time)"),
+        }
         if (0..blocks).any(|block| self.heads(block) == 0) {
             bail!("unet/config.json: `attention_head_dim` (the number of heads) contains 0");
         }
         let plain = [
             ("_class_name", Json::from("UNet2DConditionModel")),
             ("act_fn", Json::from("silu")),
-            ("addition_embed_type", Json::Null),
             ("attention_type", Json::from("default")),
             ("center_input_sample", Json::from(false)),
             ("class_embed_type", Json::Null),
@@ -173,7 +208,7 @@ impl UnetConfig {
                 && !((supported.is_null() || supported == false) && all_false(found))
             {
                 bail!(
-                    "unet/config.json: `{key}` = {found} is not supported (only {supported}): this is not a Stable Diffusion 1.x or 2.x UNet"
+                    "unet/config.json: `{key}` = {found} is not supported (only {supported}): this is not the UNet of a Stable Diffusion 1.x, 2.x or XL model"
                 );
             }
         }

@@ -1,4 +1,4 @@
-//! `UNet2DConditionModel`: the noise prediction of Stable Diffusion 1.x and 2.x.
+//! `UNet2DConditionModel`: the noise prediction of Stable Diffusion 1.x, 2.x and XL.
 //!
 //! Rombach et al. 2022; the structure and every key are diffusers'. The weights are frozen; the adapters of the
 //! attention layers are an argument.
@@ -17,7 +17,7 @@ pub use config::{PerBlock, UnetConfig};
 
 use super::parameters::{conv2d, from_inside, group_norm, linear, to_inside};
 use super::staged::{Staged, Step, Trace};
-use super::{Source, Weights};
+use super::{PromptEmbeds, Source, Weights};
 use crate::config::Checkpointing;
 use crate::lora::{Adapters, Target};
 use crate::nn::lora::LoraGradients;
@@ -26,16 +26,20 @@ use crate::ops::activation::{Activation, activation_fwd};
 use crate::ops::conv2d::Images;
 use crate::ops::device::Compute;
 use crate::ops::replay::Replay;
+use crate::ops::sum::add;
 pub use blocks::Text;
 use blocks::{Evaluation, Transformer, UnetStage};
+use config::SIZES;
 
 /// A frozen UNet.
 pub struct Unet {
     config: UnetConfig,
     compute: Compute,
     time_embedding: [Linear; 2],
-    /// SiLU of the time embedding by timestep, as far as it was asked for; on a GPU only.
-    times: Mutex<HashMap<usize, Tensor>>,
+    /// Stable Diffusion XL's, of the pooled text and the sizes.
+    add_embedding: Option<[Linear; 2]>,
+    /// The time embedding by the timestep's bits, as far as it was asked for; on a GPU only.
+    times: Mutex<HashMap<u64, Tensor>>,
     stages: Staged<UnetStage>,
 }
 
@@ -60,11 +64,19 @@ impl Unet {
             linear(&w.pp("time_embedding.linear_1"), channels[0], time_dim, true)?,
             linear(&w.pp("time_embedding.linear_2"), time_dim, time_dim, true)?,
         ];
+        let add_embedding = match config.added()? {
+            Some((input, _)) => Some([
+                linear(&w.pp("add_embedding.linear_1"), input, time_dim, true)?,
+                linear(&w.pp("add_embedding.linear_2"), time_dim, time_dim, true)?,
+            ]),
+            None => None,
+        };
         let steps = build(&config, w, time_dim)?;
         Ok(Self {
             config,
             compute: w.compute().clone(),
             time_embedding,
+            add_embedding,
             times: Mutex::default(),
             stages: Staged { steps },
         })
@@ -94,25 +106,68 @@ impl Unet {
         targets
     }
 
-    /// The prediction: x (B, C, h, w) latents, one timestep for all, context (B, tokens, D) -> (B, C, h, w).
-    pub fn forward(&self, x: &Tensor, timestep: usize, context: &Tensor, adapters: &Adapters) -> Result<Tensor> {
-        self.forward_with(x, timestep, &Text::of(context), adapters)
+    /// The prediction: x (B, C, h, w) latents, one timestep for all, embeddings of B prompts -> (B, C, h, w).
+    pub fn forward(&self, x: &Tensor, timestep: f64, embeds: &PromptEmbeds, adapters: &Adapters) -> Result<Tensor> {
+        self.forward_with(x, timestep, &self.text(embeds)?, adapters)
     }
 
-    /// What the attentions make of prompt embeddings (B, tokens, D) under these adapters, for the steps of a chain.
-    pub fn project_text(&self, context: &Tensor, adapters: &Adapters) -> Result<Text> {
-        self.check_text(context)?;
-        let (context_value, lora) = (Value::constant(context), LoraValues::constant(adapters));
+    /// What the attentions make of prompt embeddings under these adapters, for the steps of a chain.
+    pub fn project_text(&self, embeds: &PromptEmbeds, adapters: &Adapters) -> Result<Text> {
+        let text = self.text(embeds)?;
+        let (context_value, lora) = (Value::constant(&text.context), LoraValues::constant(adapters));
         let transformers = self.stages.steps.iter().filter_map(|step| match &step.stage {
             UnetStage::Transformer(transformer) => Some(transformer),
             _ => None,
         });
         let projected = transformers.flat_map(|transformer| transformer.project(&context_value, &lora));
-        Ok(Text { projected: Arc::new(projected.collect::<Result<_>>()?), ..Text::of(context) })
+        Ok(Text { projected: Arc::new(projected.collect::<Result<_>>()?), ..text })
+    }
+
+    /// Prompt embeddings, which every attention projects when it is evaluated.
+    fn text(&self, embeds: &PromptEmbeds) -> Result<Text> {
+        let added = match (&self.add_embedding, &embeds.added) {
+            (None, None) => None,
+            (_, Some(added)) => Some(self.add_embedding(added)?),
+            (Some(_), None) => bail!(
+                "this UNet is told of the pooled text, which the text encoder does not give: they belong to different models"
+            ),
+        };
+        self.check_text(&embeds.hidden)?;
+        Ok(Text { context: embeds.hidden.clone(), added, projected: Arc::default(), replay: None })
+    }
+
+    /// What is added to the time embedding, (B, time_dim), of what [`Self::added`] gives.
+    ///
+    /// # Errors
+    /// This is no UNet of Stable Diffusion XL.
+    pub fn add_embedding(&self, added: &Tensor) -> Result<Tensor> {
+        two_layers(self.add_embedding.as_ref().context("this UNet is told of no pooled text and sizes")?, added)
+    }
+
+    /// What this UNet adds to the time embedding is made of: the pooled texts (B, P) beside the sinusoids of six sizes each,
+    /// (B, P + 6 S). Nothing but in Stable Diffusion XL.
+    ///
+    /// # Errors
+    /// As many sizes as texts are needed, and texts of the UNet's features.
+    pub fn added(&self, pooled: &Tensor, time_ids: &[[usize; SIZES]]) -> Result<Option<Tensor>> {
+        let Some((input, size)) = self.config.added()? else { return Ok(None) };
+        let (batch, features) = pooled.dims2()?;
+        if batch != time_ids.len() || features + SIZES * size != input {
+            bail!(
+                "the UNet takes pooled texts of {} features, got {batch} of {features} with {} lists of sizes: they belong to different models",
+                input - SIZES * size,
+                time_ids.len()
+            );
+        }
+        let UnetConfig { flip_sin_to_cos, freq_shift, .. } = self.config;
+        let sinusoid = |id: &usize| timestep_embedding(*id as f64, size, flip_sin_to_cos, freq_shift);
+        let sinusoids = time_ids.iter().flatten().map(sinusoid).collect::<Result<Vec<_>>>()?;
+        let sinusoids = self.compute.put(&Tensor::cat(&sinusoids, 0)?.reshape((batch, SIZES * size))?)?;
+        Ok(Some(Tensor::cat(&[pooled, &sinusoids], 1)?))
     }
 
     /// [`Self::forward`] with the text as [`Self::project_text`] gave it for the same adapters.
-    pub fn forward_with(&self, x: &Tensor, timestep: usize, text: &Text, adapters: &Adapters) -> Result<Tensor> {
+    pub fn forward_with(&self, x: &Tensor, timestep: f64, text: &Text, adapters: &Adapters) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, text)?;
         let x = to_inside(x, &self.compute)?;
         let y = match &text.replay {
@@ -127,7 +182,7 @@ impl Unet {
     ///
     /// # Errors
     /// The driver's.
-    pub fn capture(&self, x: &Tensor, timestep: usize, text: &Text, adapters: &Adapters) -> Result<Text> {
+    pub fn capture(&self, x: &Tensor, timestep: f64, text: &Text, adapters: &Adapters) -> Result<Text> {
         let evaluation = self.evaluation(x, timestep, text)?;
         let x = to_inside(x, &self.compute)?;
         let (b, h, w, _) = x.dims4()?;
@@ -144,12 +199,12 @@ impl Unet {
     pub fn trace<'a>(
         &'a self,
         x: &Tensor,
-        timestep: usize,
-        context: &Tensor,
+        timestep: f64,
+        embeds: &PromptEmbeds,
         adapters: &'a Adapters,
         checkpointing: Checkpointing,
     ) -> Result<UnetTrace<'a>> {
-        let evaluation = self.evaluation(x, timestep, &Text::of(context))?;
+        let evaluation = self.evaluation(x, timestep, &self.text(embeds)?)?;
         let trace = self
             .stages
             .trace(to_inside(x, &self.compute)?, &evaluation, adapters, checkpointing)
@@ -158,9 +213,10 @@ impl Unet {
         Ok(UnetTrace { trace, prediction, compute: &self.compute })
     }
 
-    /// The batch size of prompt embeddings that fit this UNet.
-    fn check_text(&self, context: &Tensor) -> Result<usize> {
-        let (batch, _, context_dim) = context.dims3()?;
+    /// # Errors
+    /// The hidden states are of another model.
+    fn check_text(&self, context: &Tensor) -> Result<()> {
+        let (_, _, context_dim) = context.dims3()?;
         if let PerBlock::One(expected) = self.config.cross_attention_dim
             && expected != context_dim
         {
@@ -168,47 +224,48 @@ impl Unet {
                 "the UNet attends to text of {expected} features, the text encoder gives {context_dim}: they belong to different models"
             );
         }
-        Ok(batch)
+        Ok(())
     }
 
-    fn evaluation(&self, x: &Tensor, timestep: usize, text: &Text) -> Result<Evaluation> {
+    fn evaluation(&self, x: &Tensor, timestep: f64, text: &Text) -> Result<Evaluation> {
         let (batch, channels, _, _) = x.dims4()?;
-        let context_batch = self.check_text(&text.context)?;
+        let context_batch = text.context.dims()[0];
         if channels != self.config.in_channels {
             bail!("the UNet takes latents of {} channels, got {channels}", self.config.in_channels);
         }
         if context_batch != batch {
             bail!("{batch} latents with {context_batch} prompt embeddings");
         }
-        Ok(Evaluation { time: self.time(timestep)?, text: text.clone() })
+        let mut time = self.time(timestep)?;
+        if let Some(added) = &text.added {
+            time = add(&Tensor::cat(&vec![time; batch], 0)?, added)?;
+        }
+        // every resnet applies SiLU to it before its own projection
+        Ok(Evaluation { time: activation_fwd(&time, Activation::Silu)?, text: text.clone() })
     }
 
-    /// SiLU of the time embedding, (1, time_dim). On a GPU it is kept: what is uploaded may wait for what was launched.
-    fn time(&self, timestep: usize) -> Result<Tensor> {
+    /// The time embedding, (1, time_dim). On a GPU it is kept: what is uploaded may wait for what was launched.
+    fn time(&self, timestep: f64) -> Result<Tensor> {
         if self.compute.device().is_cpu() {
             return self.embed_time(timestep);
         }
         let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(time) = times.get(&timestep) {
+        if let Some(time) = times.get(&timestep.to_bits()) {
             return Ok(time.clone());
         }
         let time = self.embed_time(timestep)?;
-        times.insert(timestep, time.clone());
+        times.insert(timestep.to_bits(), time.clone());
         Ok(time)
     }
 
-    fn embed_time(&self, timestep: usize) -> Result<Tensor> {
+    fn embed_time(&self, timestep: f64) -> Result<Tensor> {
         let embedding = timestep_embedding(
             timestep,
             self.config.block_out_channels[0],
             self.config.flip_sin_to_cos,
             self.config.freq_shift,
         )?;
-        let [first, second] = &self.time_embedding;
-        let hidden = first.forward(&Value::from(self.compute.put(&embedding)?))?.into_tensor();
-        let embedding = second.forward(&Value::from(activation_fwd(&hidden, Activation::Silu)?))?.into_tensor();
-        // every resnet applies SiLU to it before its own projection
-        Ok(activation_fwd(&embedding, Activation::Silu)?)
+        two_layers(&self.time_embedding, &self.compute.put(&embedding)?)
     }
 }
 
@@ -232,8 +289,14 @@ impl UnetTrace<'_> {
     }
 }
 
+/// `TimestepEmbedding`: linear, SiLU, linear.
+fn two_layers([first, second]: &[Linear; 2], x: &Tensor) -> Result<Tensor> {
+    let hidden = first.forward(&Value::constant(x))?.into_tensor();
+    Ok(second.forward(&Value::from(activation_fwd(&hidden, Activation::Silu)?))?.into_tensor())
+}
+
 /// Sinusoidal embedding of a timestep, (1, dim), in f32 as diffusers computes it (Vaswani et al. 2017).
-fn timestep_embedding(timestep: usize, dim: usize, flip_sin_to_cos: bool, freq_shift: f64) -> Result<Tensor> {
+fn timestep_embedding(timestep: f64, dim: usize, flip_sin_to_cos: bool, freq_shift: f64) -> Result<Tensor> {
     let half = dim / 2;
     let angle = |i: usize| {
         let exponent = -(10_000f64.ln() as f32) * i as f32 / (half as f64 - freq_shift) as f32;

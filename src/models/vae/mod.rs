@@ -5,7 +5,7 @@
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 use super::parameters::{conv2d, from_inside, group_norm, linear, to_inside};
@@ -38,6 +38,8 @@ pub struct VaeConfig {
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
     pub act_fn: String,
+    /// Whether f16 overflows in it, as it does in Stable Diffusion XL's own.
+    pub force_upcast: bool,
 }
 
 impl Default for VaeConfig {
@@ -56,6 +58,7 @@ impl Default for VaeConfig {
             use_post_quant_conv: true,
             mid_block_add_attention: true,
             act_fn: "silu".into(),
+            force_upcast: true,
         }
     }
 }
@@ -145,16 +148,26 @@ impl Vae {
         Self::new(config, &weights)
     }
 
+    /// What a VAE of Stable Diffusion XL computes in where the rest does in `compute`: not in f16, unless its config says
+    /// `force_upcast = false`.
+    ///
+    /// # Errors
+    /// There is no `config.json`, or it cannot be read.
+    pub(super) fn compute_of_xl(source: &Source, compute: &Compute) -> Result<Compute> {
+        let config: VaeConfig = source.read_json("config.json")?;
+        Ok(if compute.dtype() == DType::F16 && config.force_upcast { compute.in_f32() } else { compute.clone() })
+    }
+
     pub fn new(config: VaeConfig, w: &Weights) -> Result<Self> {
         if let Some(class) = config.class_name.as_deref().filter(|class| *class != "AutoencoderKL") {
-            bail!("vae/config.json: a {class} is not supported; Stable Diffusion 1.x and 2.x have an AutoencoderKL");
+            bail!("vae/config.json: a {class} is not supported; Stable Diffusion has an AutoencoderKL");
         }
         if config.act_fn != "silu"
             || config.latents_mean.is_some()
             || config.shift_factor.is_some_and(|shift| shift != 0.0)
         {
             bail!(
-                "vae/config.json: only the autoencoder of Stable Diffusion 1.x and 2.x is supported (act_fn silu, no latents_mean, no shift_factor)"
+                "vae/config.json: only the autoencoder of Stable Diffusion 1.x, 2.x and XL is supported (act_fn silu, no latents_mean, no shift_factor)"
             );
         }
         if let Some(other) = config.up_block_types.iter().find(|kind| *kind != "UpDecoderBlock2D") {

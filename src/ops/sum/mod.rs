@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! y = a + b                     d_a = d_b = d_y
-//! y[b, ..., c] = x + s[c]       d_x = d_y           s: one number a channel, frozen (the time embedding)
+//! y[b, ..., c] = x + s[c]       d_x = d_y           s: one number a channel, frozen (the time embedding); or s[b, c]
 //! ```
 
 #[cfg(feature = "cuda")]
@@ -28,8 +28,15 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     per_dtype!(a, add_cpu(a, b))
 }
 
-/// x (..., C) plus one number a channel, shift (C).
+/// x (..., C) plus one number a channel, shift (C) or (1, C); or, for x (B, ..., C), one of each image's own, shift (B, C).
 pub fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    if let (Some(&batch @ 2..), 2, true) = (x.dims().first(), shift.rank(), shift.dims()[0] > 1) {
+        if shift.dims()[0] != batch {
+            bail!("adding {:?} to the channels of {:?}", shift.dims(), x.dims());
+        }
+        let image = |i: usize| add_channels(&x.narrow(0, i, 1)?.contiguous()?, &shift.get(i)?.contiguous()?);
+        return Tensor::cat(&(0..batch).map(image).collect::<Result<Vec<_>>>()?, 0);
+    }
     if x.dims().last() != Some(&shift.elem_count()) {
         bail!("adding {:?} to the channels of {:?}", shift.dims(), x.dims());
     }
@@ -89,6 +96,13 @@ mod tests {
             |_, d| Ok(vec![d.clone(), d.clone()]),
             |x| &x[0] + &x[1],
         );
+        let shifts = Case::normal(&[2, 7], 4);
+        check(
+            &[Case::normal(&[2, 5, 7], 1)],
+            |x| add_channels(&x[0], &shifts.to_dtype(x[0].dtype())?),
+            |_, d| Ok(vec![d.clone()]),
+            |x| x[0].broadcast_add(&shifts.unsqueeze(1)?.to_dtype(x[0].dtype())?),
+        );
         let shift = Case::normal(&[7], 3);
         check(
             &[Case::normal(&[2, 5, 7], 1)],
@@ -102,5 +116,6 @@ mod tests {
     fn other_shapes_are_errors() {
         assert!(add(&Case::normal(&[2], 1), &Case::normal(&[3], 1)).is_err());
         assert!(add_channels(&Case::normal(&[2, 3], 1), &Case::normal(&[2], 1)).is_err());
+        assert!(add_channels(&Case::normal(&[2, 3], 1), &Case::normal(&[3, 3], 1)).is_err());
     }
 }

@@ -7,12 +7,17 @@ use std::path::{Path, PathBuf};
 use alignprop::config::{Config, OptimizerConfig, PromptsConfig};
 use alignprop::lora::formats;
 use alignprop::models::Source;
+use alignprop::models::sentence_pieces::SentencePieces;
 use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::models::word_pieces::WordPieces;
 use alignprop::optim::AdamW;
 use alignprop::pictures::{Rows, text_in_png};
-use alignprop::report::html::{Contents, page};
+use alignprop::report::Pairs;
+use alignprop::report::html::{Contents, Status, page};
 use alignprop::report::{Metrics, best, best_to_show};
 use alignprop::rewards::Rewards;
+use alignprop::training::adjoint_matching::Threshold;
+use alignprop::training::advantages::PromptStatistics;
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::loss_scale::LossScale;
 use anyhow::{Result, ensure};
@@ -128,6 +133,34 @@ pub fn config() -> Reader {
 
 const TEXTS: [&str; 3] = ["a photo of <x> cat, isn't it?", "<|endoftext|> ÉÀ \u{0} 12 <|startoftext|>", "! ! !!!"];
 
+/// BERT's vocabulary.
+pub fn word_pieces(folder: &Path) -> Reader {
+    Reader {
+        shape: Shape::Text,
+        seeds: vec![bytes_of("tiny-imagereward/vocab.txt")],
+        words: words("[UNK] ~ [CLS] ~ [SEP] ~ ## ~ ##s ~ \u{feff} ~ \r\n ~ \0"),
+        read: of_file(folder.join("vocab.txt"), |path| {
+            let pieces = WordPieces::load(path, &["[DEC]", "[ENC]"])?;
+            TEXTS.iter().try_for_each(|text| pieces.encode(text, 35).map(drop))
+        }),
+    }
+}
+
+/// SigLIP's tokenizer.
+pub fn sentence_pieces(folder: &Path) -> Reader {
+    let seed = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":{"type":"Metaspace","replacement":"_","prepend_scheme":"always","split":true},"post_processor":null,"decoder":null,"model":{"type":"Unigram","unk_id":1,"vocab":[["</s>",0.0],["<unk>",0.0],["_a",-1.0],["s",-2.0],["_",-4.0]],"byte_fallback":false}}"#;
+    let root = text(folder);
+    Reader {
+        shape: Shape::Json,
+        seeds: vec![seed.to_vec()],
+        words: words("BPE ~ WordPiece ~ merges ~ Replace ~ Precompiled ~ ByteLevel ~ Split ~ Sequence"),
+        read: of_file(folder.join("tokenizer.json"), move |_| {
+            let pieces = SentencePieces::load(&Source::open(&root)?, 8)?;
+            TEXTS.iter().try_for_each(|text| pieces.encode(text).map(drop))
+        }),
+    }
+}
+
 /// One file of a tokenizer.
 pub fn tokenizer(folder: &Path, set: &str, file: &str, shape: Shape) -> Reader {
     let from = format!("{set}/model/tokenizer");
@@ -227,7 +260,8 @@ pub fn metrics(folder: &Path) -> Reader {
                 config: &config,
                 config_file: &config_file,
                 metrics: &metrics,
-                grids: &[],
+                status: &Status::Training,
+                pairs: &Pairs::default(),
                 resident_peak: None,
             })?;
             metrics.rewind(metrics.last_step() / 2)?;
@@ -246,7 +280,8 @@ pub fn metrics(folder: &Path) -> Reader {
 pub fn checkpoint_state(folder: &Path) -> Reader {
     let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
     let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
-    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: LossScale::new(DType::F16) };
+    let (loss_scale, statistics) = (LossScale::new(DType::F16), PromptStatistics::default());
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale, statistics, matching: None };
     let root = state.save(folder, &HashMap::new()).unwrap();
     let file = root.join("state.json");
     Reader {
@@ -254,6 +289,28 @@ pub fn checkpoint_state(folder: &Path) -> Reader {
         seeds: vec![fs::read(&file).unwrap()],
         words: vec!["ema", "x"],
         read: of_file(file, move |_| Checkpoint::load(&root, &OptimizerConfig::default()).map(drop)),
+    }
+}
+
+/// The latest rewards of a checkpoint's prompts.
+pub fn checkpoint_statistics(folder: &Path) -> Reader {
+    let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
+    let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
+    let mut statistics = PromptStatistics::default();
+    let matching = Some(Threshold { steps: 3.0, value: 0.7 });
+    statistics.advantages(&["a cat", "a dog", "a cat"], &[1.0, -2.5, 3.0], 4, 2);
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: None, statistics, matching };
+    let root = state.save(folder, &HashMap::new()).unwrap();
+    let file = root.join("statistics.safetensors");
+    Reader {
+        shape: Shape::Safetensors,
+        seeds: vec![fs::read(&file).unwrap()],
+        words: words("rewards. ~ rewards.a cat ~ matching.threshold ~ __metadata__ ~ F64 ~ F32 ~ BF16 ~ [0] ~ [2,1]"),
+        read: of_file(file, move |_| {
+            let state = Checkpoint::load(&root, &OptimizerConfig::default())?;
+            state.statistics.clone().advantages(&["a cat"], &[1.0], 4, 2);
+            Ok(())
+        }),
     }
 }
 

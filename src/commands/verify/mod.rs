@@ -1,13 +1,18 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
-//! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
-//! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps. A `kind` in `reference.json`
-//! says that it is a set of something else: `score` (scores of picture files), `fit` (heads fitted on embeddings).
+//! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline
+//! (`model/`; `single.safetensors` may be the same as one file), reward models (`clip/`, `hps/`), `reference.json` and tensors: the
+//! parts of the pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
 
+mod bertscore;
 mod fit;
+mod image_reward;
+mod policy;
 mod score;
+mod siglip;
+mod yolos;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,8 +27,9 @@ use crate::config::{
 };
 use crate::diffusion::DdimSchedule;
 use crate::lora::{Adapters, formats};
-use crate::models::Pipeline;
 use crate::models::clip::PixelStatistics;
+use crate::models::tokenizer::ClipTokenizer;
+use crate::models::{Pipeline, PromptEmbeds, SizeConditioning};
 use crate::nn::lora::LoraGradients;
 use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
@@ -110,19 +116,25 @@ impl Bounds {
     }
 }
 
-/// What a `reference.json` is about; without a kind, of chains.
+/// What a `reference.json` is about.
 #[derive(Deserialize)]
 struct Kind {
     kind: Option<String>,
 }
 
-/// `reference.json`.
+/// `reference.json` of a pipeline.
 #[derive(Deserialize)]
 struct Reference {
     size: [usize; 2],
     steps: usize,
     lora_alpha: f64,
     prompts: Vec<String>,
+    /// Of Stable Diffusion XL: texts that are negative prompts in some cases, and others that are only tokenized.
+    #[serde(default)]
+    negative_prompts: Vec<String>,
+    #[serde(default)]
+    more_prompts: Vec<String>,
+    #[serde(default)]
     cases: BTreeMap<String, Case>,
     train3: Option<Train>,
 }
@@ -133,6 +145,8 @@ struct Case {
     guidance_scale: f64,
     #[serde(default)]
     guidance_rescale: f64,
+    /// One for each prompt; absent: none is given.
+    negative_prompts: Option<Vec<String>>,
     keep: Vec<bool>,
     reward: String,
     loss: f64,
@@ -150,6 +164,7 @@ struct Train {
     guidance_scale: f64,
     #[serde(default)]
     guidance_rescale: f64,
+    negative_prompts: Option<Vec<String>>,
     backprop_steps: usize,
 }
 
@@ -223,7 +238,6 @@ struct Distance {
 impl Distance {
     fn between(found: &Tensor, expected: &Tensor) -> Result<Self> {
         anyhow::ensure!(found.dims() == expected.dims(), "shape {:?} instead of {:?}", found.dims(), expected.dims());
-        let numbers = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
         let (found, expected) = (numbers(found)?, numbers(expected)?);
         Ok(Self {
             difference: found.iter().zip(&expected).map(|(x, y)| (x - y) * (x - y)).sum(),
@@ -315,32 +329,30 @@ const GRADIENTS: &str = "all LoRA gradients";
 fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static Bounds) -> Result<Report> {
     let text = std::fs::read_to_string(dir.join("reference.json"))
         .with_context(|| format!("{} holds no reference.json", dir.display()))?;
-    let reading = || format!("reading {}/reference.json", dir.display());
+    let place = || format!("reading {}/reference.json", dir.display());
     let head = head.map(Path::to_owned).or_else(|| find_head(dir));
-    match serde_json::from_str::<Kind>(&text).with_context(reading)?.kind.as_deref() {
-        None => {}
-        Some("score") => return score::compare(dir, &text, head.as_deref(), compute, bounds).with_context(reading),
-        Some("fit") => return fit::compare(dir, &text).with_context(reading),
-        Some(other) => bail!("{}: sets of the kind `{other}` are not known", dir.display()),
+    match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
+        None => Subject::load(dir, &text, head, compute, bounds)?.compare(),
+        Some("bertscore") => bertscore::compare(dir, &text, bounds),
+        Some("fit") => fit::compare(dir, &text).with_context(place),
+        Some("imagereward") => image_reward::compare(dir, &text, compute, bounds),
+        Some("policy") => policy::compare(&Subject::load(dir, &text, head, compute, bounds)?, &text),
+        Some("score") => score::compare(dir, &text, head.as_deref(), compute, bounds).with_context(place),
+        Some("siglip") => siglip::compare(dir, compute, bounds),
+        Some("yolos") => yolos::compare(dir, &text, compute, bounds),
+        Some(other) => {
+            bail!(
+                "{} is of kind `{other}`: none (a pipeline), bertscore, fit, imagereward, policy, score, siglip and yolos are known",
+                dir.display()
+            )
+        }
     }
-    let reference: Reference = serde_json::from_str(&text).with_context(reading)?;
-    let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
-    let subject = Subject { dir, reference, pipeline, head, compute, bounds };
-    let mut report = Report::default();
-    subject.parts(&mut report)?;
-    let start = formats::load(&dir.join("lora_start.safetensors"))?.adapters;
-    let start = subject.with_alpha(&start)?.to_device(compute.device())?;
-    if compute.dtype() != DType::F32 {
-        subject.one_evaluation(&start, &mut report)?;
-    }
-    report.in_chains = true;
-    for (name, case) in &subject.reference.cases {
-        subject.chain(name, case, &start, &mut report)?;
-    }
-    if let Some(train) = &subject.reference.train3 {
-        subject.train(train, &start, &mut report)?;
-    }
-    Ok(report)
+}
+
+/// The tensors of a set's file.
+fn tensors(dir: &Path, name: &str, compute: &Compute) -> Result<HashMap<String, Tensor>> {
+    let path = dir.join(name);
+    candle_core::safetensors::load(&path, compute.device()).with_context(|| format!("reading {}", path.display()))
 }
 
 fn find_head(dir: &Path) -> Option<PathBuf> {
@@ -359,11 +371,42 @@ struct Subject<'a> {
     bounds: &'static Bounds,
 }
 
-impl Subject<'_> {
-    fn tensors(&self, name: &str) -> Result<std::collections::HashMap<String, Tensor>> {
-        let path = self.dir.join(name);
-        candle_core::safetensors::load(&path, self.compute.device())
-            .with_context(|| format!("reading {}", path.display()))
+impl<'a> Subject<'a> {
+    fn load(
+        dir: &'a Path,
+        text: &str,
+        head: Option<PathBuf>,
+        compute: &'a Compute,
+        bounds: &'static Bounds,
+    ) -> Result<Self> {
+        let reference =
+            serde_json::from_str(text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
+        let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
+        Ok(Self { dir, reference, pipeline, head, compute, bounds })
+    }
+
+    /// The pipeline, its rewards and the gradients of its chains.
+    fn compare(&self) -> Result<Report> {
+        let mut report = Report::default();
+        self.parts(&mut report)?;
+        self.single_file(&mut report)?;
+        let start = formats::load(&self.dir.join("lora_start.safetensors"))?.adapters;
+        let start = self.with_alpha(&start)?.to_device(self.compute.device())?;
+        if self.compute.dtype() != DType::F32 {
+            self.one_evaluation(&start, &mut report)?;
+        }
+        report.in_chains = true;
+        for (name, case) in &self.reference.cases {
+            self.chain(name, case, &start, &mut report)?;
+        }
+        if let Some(train) = &self.reference.train3 {
+            self.train(train, &start, &mut report)?;
+        }
+        Ok(report)
+    }
+
+    fn tensors(&self, name: &str) -> Result<HashMap<String, Tensor>> {
+        tensors(self.dir, name, self.compute)
     }
 
     fn with_alpha(&self, adapters: &Adapters) -> Result<Adapters> {
@@ -410,24 +453,33 @@ impl Subject<'_> {
         Rewards::load_on(&config, &self.pipeline.tokenizer, self.compute).map(Some)
     }
 
-    fn conditioning(&self, guidance_scale: f64, guidance_rescale: f64) -> Result<Conditioning> {
-        let prompts = &self.reference.prompts;
-        let prompt_embeds = self.pipeline.encode_prompts(prompts)?;
-        let negative_prompt_embeds = self.pipeline.encode_prompts(&vec![String::new(); prompts.len()])?;
+    /// `negative`: of each prompt; `None`: none is given.
+    fn conditioning(&self, guidance_scale: f64, rescale: f64, negative: Option<&[String]>) -> Result<Conditioning> {
+        let (prompts, size) = (&self.reference.prompts, self.size());
+        let prompt_embeds = self.pipeline.encode_prompts_for(prompts, &size)?;
+        let negative_prompt_embeds = match negative {
+            Some(texts) => self.pipeline.encode_prompts_for(texts, &size)?,
+            None => self.pipeline.encode_negative_prompt(None, &size)?.first(prompts.len())?,
+        };
         let conditioning = Conditioning::new(prompt_embeds, negative_prompt_embeds, guidance_scale, self.compute);
-        Ok(conditioning.rescaled(guidance_rescale))
+        Ok(conditioning.rescaled(rescale))
+    }
+
+    fn size(&self) -> SizeConditioning {
+        let [height, width] = self.reference.size;
+        SizeConditioning::of(height, width)
     }
 
     fn prompts(&self) -> Vec<Prompt> {
         self.reference.prompts.iter().map(|text| Prompt::from(text.as_str())).collect()
     }
 
-    fn denoiser<'a>(&'a self, adapters: &'a Adapters, conditioning: &Conditioning) -> Denoiser<'a> {
+    fn denoiser<'b>(&'b self, adapters: &'b Adapters, conditioning: &Conditioning) -> Denoiser<'b> {
         let checkpointing = Checkpointing::Step;
         Denoiser { unet: &self.pipeline.unet, adapters, conditioning: conditioning.clone(), checkpointing }
     }
 
-    fn critic<'a>(&'a self, rewards: &'a Rewards) -> Critic<'a> {
+    fn critic<'b>(&'b self, rewards: &'b Rewards) -> Critic<'b> {
         Critic { vae: &self.pipeline.vae, rewards, checkpointing: Checkpointing::Step }
     }
 
@@ -449,28 +501,33 @@ impl Subject<'_> {
             let ids: Vec<f64> = ids.into_iter().flatten().map(f64::from).collect();
             report.push("tokenizer", name, unequal(&ids, part(name)?)?, 0.0);
         }
-        let conditioning = self.conditioning(1.0, 0.0)?;
+        if let Some((second, _)) = &self.pipeline.second {
+            self.ids_of_xl(second, &part, report)?;
+        }
+        let conditioning = self.conditioning(1.0, 0.0, None)?;
+        if self.pipeline.second.is_some() {
+            self.texts_of_xl(&conditioning, &part, report)?;
+        }
         report.compare(
             "text encoder",
             "text_embeds",
-            &conditioning.prompt_embeds,
+            &conditioning.prompt_embeds.hidden,
             part("text_embeds")?,
             self.bounds.parts,
         )?;
         report.compare(
             "text encoder",
             "uncond_embeds",
-            &conditioning.negative_prompt_embeds,
+            &conditioning.negative_prompt_embeds.hidden,
             part("uncond_embeds")?,
             self.bounds.parts,
         )?;
 
         let schedule = DdimSchedule::load(source, self.reference.steps, 0.0)?;
-        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep as f64).collect();
+        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep).collect();
         report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
 
-        let t =
-            part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0] as usize;
+        let t = timestep(part("unet_t")?)?;
         let (x, dy) = (part("unet_x")?, part("unet_dy")?);
         let none = Adapters::default();
         let y = unet.forward(x, t, &conditioning.prompt_embeds, &none)?;
@@ -535,6 +592,89 @@ impl Subject<'_> {
         Ok(())
     }
 
+    /// The ids of both tokenizers of Stable Diffusion XL.
+    fn ids_of_xl<'p>(
+        &self,
+        second: &ClipTokenizer,
+        part: &impl Fn(&str) -> Result<&'p Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let Reference { prompts, negative_prompts, more_prompts, .. } = &self.reference;
+        let empty = vec![String::new(); prompts.len()];
+        let lists = [("input_ids", prompts), ("uncond_ids", &empty), ("negative_ids", negative_prompts)];
+        for (name, texts) in lists.into_iter().chain([("more_ids", more_prompts)]) {
+            for (tokenizer, end) in [(&*self.pipeline.tokenizer, ""), (second, "_2")] {
+                let ids = texts.iter().map(|text| tokenizer.encode(text)).collect::<Result<Vec<_>>>()?;
+                let ids: Vec<f64> = ids.into_iter().flatten().map(f64::from).collect();
+                let name = format!("{name}{end}");
+                report.push("tokenizers", &*name, unequal(&ids, part(&name)?)?, 0.0);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the UNet of Stable Diffusion XL is told of texts and sizes.
+    fn texts_of_xl<'p>(
+        &self,
+        conditioning: &Conditioning,
+        part: &impl Fn(&str) -> Result<&'p Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let (unet, bound, prompts) = (&self.pipeline.unet, self.bounds.parts, &self.reference.prompts);
+        let encode = |texts: &[String]| self.pipeline.encode_prompts_for(texts, &self.size());
+        let others = [
+            ("negative", encode(&self.reference.negative_prompts)?),
+            ("empty", encode(&vec![String::new(); prompts.len()])?),
+        ];
+        let known = [("uncond", &conditioning.negative_prompt_embeds)].into_iter();
+        for (name, embeds) in known.chain(others.iter().map(|(name, embeds)| (*name, embeds))) {
+            let expected = part(&format!("{name}_embeds"))?;
+            report.compare("text encoders", &format!("{name}_embeds"), &embeds.hidden, expected, bound)?;
+            let (pooled, expected) = (pooled(embeds, expected_features(part)?)?, part(&format!("{name}_pooled"))?);
+            report.compare("text encoders", &format!("{name}_pooled"), &pooled, expected, bound)?;
+        }
+        let embeds = &conditioning.prompt_embeds;
+        let pooled = pooled(embeds, expected_features(part)?)?;
+        report.compare("text encoders", "pooled_embeds", &pooled, part("pooled_embeds")?, bound)?;
+        let sizes = |name: &str| -> Result<Vec<[usize; 6]>> {
+            let rows = part(name)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+            rows.iter().map(|row| Ok(<[f64; 6]>::try_from(&row[..])?.map(|size| size as usize))).collect()
+        };
+        let none = Adapters::default();
+        let (x, t) = (part("unet_x")?, timestep(part("unet_t")?)?);
+        let of = |embeds: &PromptEmbeds| unet.forward(x, t, embeds, &none);
+        let other = PromptEmbeds { added: unet.added(&pooled, &sizes("other_time_ids")?)?, ..embeds.clone() };
+        for (start, embeds) in [("", embeds), ("other_", &other)] {
+            let added = embeds.added.as_ref().context("the UNet is told of no sizes")?;
+            let name = format!("{start}added_input");
+            report.compare("UNet", &name, added, part(&name)?, bound)?;
+            let name = format!("{start}added_embedding");
+            report.compare("UNet", &name, &unet.add_embedding(added)?, part(&name)?, bound)?;
+        }
+        report.compare("UNet", "other_unet_y", &of(&other)?, part("other_unet_y")?, bound)?;
+        let of_zeros = of(&conditioning.negative_prompt_embeds)?;
+        report.compare("UNet", "uncond_unet_y", &of_zeros, part("uncond_unet_y")?, bound)
+    }
+
+    /// The same pipeline as one file in the original layout, where the set has it.
+    fn single_file(&self, report: &mut Report) -> Result<()> {
+        let path = self.dir.join("single.safetensors");
+        if !path.is_file() {
+            return Ok(());
+        }
+        let folder = self.dir.join("model").to_string_lossy().into_owned();
+        let model = ModelConfig { config: Some(folder), ..ModelConfig::at(path.to_string_lossy()) };
+        let pipeline = Pipeline::load_on(&model, self.compute)?;
+        let parts = self.tensors("parts.safetensors")?;
+        let part = |name: &str| parts.get(name).with_context(|| format!("parts.safetensors has no `{name}`"));
+        let (case, bound) = ("single file", self.bounds.parts);
+        let embeds = pipeline.encode_prompts_for(&self.reference.prompts, &self.size())?;
+        report.compare(case, "text_embeds", &embeds.hidden, part("text_embeds")?, bound)?;
+        let y = pipeline.unet.forward(part("unet_x")?, timestep(part("unet_t")?)?, &embeds, &Adapters::default())?;
+        report.compare(case, "unet_y", &y, part("unet_y")?, bound)?;
+        report.compare(case, "vae_image", &pipeline.vae.decode(part("vae_z")?)?, part("vae_image")?, bound)
+    }
+
     /// The gradients of a whole chain.
     fn chain(&self, name: &str, case: &Case, start: &Adapters, report: &mut Report) -> Result<()> {
         let Some(rewards) = self.rewards(&case.reward, 10.0)? else {
@@ -554,7 +694,9 @@ impl Subject<'_> {
         );
         let schedule = DdimSchedule::load(&self.pipeline.source, steps, case.eta)?;
         let plan = Plan::with_mask(&schedule, &case.keep, batch);
-        let denoiser = self.denoiser(start, &self.conditioning(case.guidance_scale, case.guidance_rescale)?);
+        let negative = case.negative_prompts.as_deref();
+        let conditioning = self.conditioning(case.guidance_scale, case.guidance_rescale, negative)?;
+        let denoiser = self.denoiser(start, &conditioning);
         self.pipeline.latent_shape(self.reference.size[0], self.reference.size[1])?;
 
         let mut tally = Tally::scaled(start, self.loss_scale());
@@ -585,14 +727,26 @@ impl Subject<'_> {
         let loss = credit.scores.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() / batch as f64;
         report.push(name, "loss", (loss / case.loss - 1.0).abs(), self.bounds.parts);
 
+        self.compare_gradients(name, start, &gradients, &expected, report)
+    }
+
+    /// Compares the gradients of adapters with the tensors `grad.*` of a file.
+    fn compare_gradients(
+        &self,
+        case: &str,
+        adapters: &Adapters,
+        gradients: &[Tensor],
+        expected: &HashMap<String, Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
         let mut distances = Vec::with_capacity(gradients.len());
-        for ((tensor, _), gradient) in start.named_tensors().iter().zip(&gradients) {
+        for ((tensor, _), gradient) in adapters.named_tensors().iter().zip(gradients) {
             let expected = expected
                 .get(&format!("grad.{tensor}"))
-                .with_context(|| format!("chain_{name}.safetensors has no `grad.{tensor}`"))?;
+                .with_context(|| format!("the tensors of {case} have no `grad.{tensor}`"))?;
             distances.push((tensor.clone(), Distance::between(gradient, expected)?));
         }
-        self.gradients(name, &distances, report);
+        self.gradients(case, &distances, report);
         Ok(())
     }
 
@@ -614,13 +768,14 @@ impl Subject<'_> {
     fn one_evaluation(&self, start: &Adapters, report: &mut Report) -> Result<()> {
         let parts = self.tensors("parts.safetensors")?;
         let part = |name: &str| parts.get(name).with_context(|| format!("parts.safetensors has no `{name}`"));
-        let t = part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
+        let t = timestep(part("unet_t")?)?;
         let gradients = |pipeline: &Pipeline| -> Result<Vec<Tensor>> {
             let device = pipeline.unet.compute().device();
             let (x, dy) = (part("unet_x")?.to_device(device)?, part("unet_dy")?.to_device(device)?);
-            let (context, adapters) = (pipeline.encode_prompts(&self.reference.prompts)?, start.to_device(device)?);
+            let context = pipeline.encode_prompts_for(&self.reference.prompts, &self.size())?;
+            let adapters = start.to_device(device)?;
             let mut sum = LoraGradients::new(&adapters);
-            pipeline.unet.trace(&x, t as usize, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
+            pipeline.unet.trace(&x, t, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
             sum.finish(&adapters)
         };
         let reference = Pipeline::load(&ModelConfig::at(self.dir.join("model").to_string_lossy()))?;
@@ -645,7 +800,8 @@ impl Subject<'_> {
         let schedule = DdimSchedule::load(&self.pipeline.source, steps, train.eta)?;
         let keep: Vec<bool> = (0..steps).map(|i| i + train.backprop_steps >= steps).collect();
         let plan = Plan::with_mask(&schedule, &keep, batch);
-        let conditioning = self.conditioning(train.guidance_scale, train.guidance_rescale)?;
+        let negative = train.negative_prompts.as_deref();
+        let conditioning = self.conditioning(train.guidance_scale, train.guidance_rescale, negative)?;
         let (critic, prompts) = (self.critic(&rewards), self.prompts());
 
         let mut adapters = start.clone();
@@ -701,9 +857,34 @@ fn largest<'a>(values: impl Iterator<Item = (f64, &'a String)>) -> (f64, &'a str
     values.fold((0.0, ""), |worst, (value, name)| if value > worst.0 || value.is_nan() { (value, name) } else { worst })
 }
 
+/// A tensor's numbers, on the host.
+fn numbers(x: &Tensor) -> Result<Vec<f64>> {
+    Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+/// The largest difference of two entries, or the first that is none.
+fn farthest(found: &[f64], expected: &[f64]) -> f64 {
+    let apart = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
+    apart.fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most })
+}
+
+/// Features of the pooled texts of a set.
+fn expected_features<'p>(part: &impl Fn(&str) -> Result<&'p Tensor>) -> Result<usize> {
+    Ok(part("pooled_embeds")?.dims2()?.1)
+}
+
+/// The pooled texts among what the UNet is told.
+fn pooled(embeds: &PromptEmbeds, features: usize) -> Result<Tensor> {
+    Ok(embeds.added.as_ref().context("the text encoders give no pooled texts")?.narrow(1, 0, features)?)
+}
+
+fn timestep(recorded: &Tensor) -> Result<f64> {
+    Ok(recorded.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0])
+}
+
 /// How many entries differ.
 fn unequal(found: &[f64], expected: &Tensor) -> Result<f64> {
-    let expected = expected.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let expected = numbers(expected)?;
     let differing = found.iter().zip(&expected).filter(|(x, y)| x != y).count();
     Ok((differing + found.len().abs_diff(expected.len())) as f64)
 }

@@ -79,9 +79,11 @@ impl VlmBertscore {
                 chat.answers(images, &questions)
             }
             Describer::Captioner { captioner, max_tokens } => {
-                let (_, _, height, width) = images.tensor().dims4()?;
-                let describe =
-                    |row: usize| captioner.describe(to_bytes(&images.tensor().get(row)?)?, width, height, *max_tokens);
+                let describe = |row: usize| {
+                    let image = images.image(row)?;
+                    let (_, height, width) = image.dims3()?;
+                    captioner.describe(to_bytes(&image)?, width, height, *max_tokens)
+                };
                 (0..prompts.len()).map(describe).collect()
             }
         }

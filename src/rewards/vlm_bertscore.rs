@@ -79,11 +79,10 @@ impl VlmBertscore {
                 chat.answers(images, &questions)
             }
             Describer::Captioner { captioner, max_tokens } => {
-                let describe = |row: usize| {
-                    let image = images.image(row)?;
-                    let (_, height, width) = image.dims3()?;
-                    captioner.describe(to_bytes(&image)?, width, height, *max_tokens)
-                };
+                let images = images.tensor()?;
+                let (_, _, height, width) = images.dims4()?;
+                let describe =
+                    |row: usize| captioner.describe(to_bytes(&images.get(row)?)?, width, height, *max_tokens);
                 (0..prompts.len()).map(describe).collect()
             }
         }

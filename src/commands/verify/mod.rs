@@ -332,7 +332,7 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
     let place = || format!("reading {}/reference.json", dir.display());
     let head = head.map(Path::to_owned).or_else(|| find_head(dir));
     match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
-        None => Subject::load(dir, &text, head, compute, bounds)?.compare(),
+        None | Some("sdxl") => Subject::load(dir, &text, head, compute, bounds)?.compare(),
         Some("bertscore") => bertscore::compare(dir, &text, bounds),
         Some("fit") => fit::compare(dir, &text).with_context(place),
         Some("imagereward") => image_reward::compare(dir, &text, compute, bounds),
@@ -342,7 +342,7 @@ fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static 
         Some("yolos") => yolos::compare(dir, &text, compute, bounds),
         Some(other) => {
             bail!(
-                "{} is of kind `{other}`: none (a pipeline), bertscore, fit, imagereward, policy, score, siglip and yolos are known",
+                "{} is of kind `{other}`: none or sdxl (a pipeline), bertscore, fit, imagereward, policy, score, siglip and yolos are known",
                 dir.display()
             )
         }

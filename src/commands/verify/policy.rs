@@ -259,12 +259,12 @@ impl<'a> Set<'a> {
         let expected = subject.tensors("trajectory.safetensors")?;
         let part = |name: &str| expected.get(name).with_context(|| format!("trajectory.safetensors has no `{name}`"));
         let (wider, parts) = (subject.bounds.parts / super::CPU.parts, subject.bounds.parts);
-        let conditioning = subject.conditioning(reference.guidance_scale, 0.0)?;
-        report.compare("text encoder", "text_embeds", &conditioning.prompt_embeds, part("text_embeds")?, parts)?;
+        let conditioning = subject.conditioning(reference.guidance_scale, 0.0, None)?;
+        report.compare("text encoder", "text_embeds", &conditioning.prompt_embeds.hidden, part("text_embeds")?, parts)?;
         report.compare(
             "text encoder",
             "uncond_embeds",
-            &conditioning.negative_prompt_embeds,
+            &conditioning.negative_prompt_embeds.hidden,
             part("uncond_embeds")?,
             parts,
         )?;
@@ -339,7 +339,7 @@ impl<'a> Set<'a> {
     }
 
     fn denoiser<'b>(&'b self, adapters: &'b Adapters) -> Result<Denoiser<'b>> {
-        Ok(self.subject.denoiser(adapters, &self.subject.conditioning(self.guidance_scale, 0.0)?))
+        Ok(self.subject.denoiser(adapters, &self.subject.conditioning(self.guidance_scale, 0.0, None)?))
     }
 
     /// μ of each step at the recorded x_t, (T, B, C, h, w), and the log-density of the recorded x_{t-1} of each sample.
@@ -469,7 +469,7 @@ impl<'a> Set<'a> {
         let (x_t, targets) = schedule.noised(&timesteps, input("x_0")?, input("noise")?)?;
         report.compare("rwr", "x_t", &x_t, input("x_t")?, parts)?;
         let adapters = self.adapters(&case.adapter)?;
-        let denoiser = self.subject.denoiser(adapters, &self.subject.conditioning(case.guidance_scale, 0.0)?);
+        let denoiser = self.subject.denoiser(adapters, &self.subject.conditioning(case.guidance_scale, 0.0, None)?);
         for (name, expected, keys) in [("rwr_all", &case.all, None), ("rwr_prompt", &case.prompt, Some(&case.prompts))]
         {
             let weights = match keys {
@@ -504,7 +504,7 @@ impl<'a> Set<'a> {
         let plan = Plan::with_mask(&schedule, &keep, case.samples);
         let adapters = self.adapters(&case.adapter)?;
         let rows = Tensor::arange(0, case.samples as u32, subject.compute.device())?;
-        let conditioning = subject.conditioning(case.guidance_scale, 0.0)?.select(&rows)?;
+        let conditioning = subject.conditioning(case.guidance_scale, 0.0, None)?.select(&rows)?;
         let denoiser = subject.denoiser(adapters, &conditioning);
         let prompts = &subject.prompts()[..case.samples];
         for (name, RsaCase { reward, rho, loss }) in &case.cases {

@@ -24,6 +24,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Score pictures that exist with any rewards
     Score(ScoreArgs),
+    /// Choose between pictures in a browser on this machine; or find out blindly which of two folders is better
+    Rate(RateArgs),
     /// Learn a reward of your own from opinions of pictures: a head on a CLIP's image tower
     Fit(FitArgs),
     /// Average LoRAs into one, or mix them with the base model
@@ -311,6 +313,37 @@ pub enum ScoreFormat {
     Csv,
     /// An object on each line
     Jsonl,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop rate pictures -o choices.jsonl
+  alignprop rate --compare with-lora without -o blind.jsonl
+
+It prints an address with a random token; the page there takes the keys left, right, down (equal), s (skip) and u (undo). Nobody else can
+reach it, and it shows nothing but the pictures that are named here. Choices are JSON lines, which `fit --choices` reads; a file
+that is there is gone on with. With --compare the sides are random, and who has won is said when all pairs were seen.")]
+pub struct RateArgs {
+    /// Pictures (PNG, JPEG, WebP), folders of them, or lists, as for score
+    #[arg(value_name = "PICTURES", required_unless_present = "compare")]
+    pub pictures: Vec<PathBuf>,
+
+    /// Two folders with pictures of the same names, of the same prompts and noise: a blind test
+    #[arg(long, value_names = ["A", "B"], num_args = 2, conflicts_with = "pictures")]
+    pub compare: Vec<PathBuf>,
+
+    /// The file of the choices
+    #[arg(short, long, value_name = "FILE", default_value = "choices.jsonl")]
+    pub output: PathBuf,
+
+    /// Decides which pairs are shown, and on which sides
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// The port on 127.0.0.1; 0 is any that is free
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub port: u16,
 }
 
 #[derive(Args, Debug)]
@@ -797,7 +830,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 40);
+        assert_eq!(count, 42);
     }
 
     #[test]

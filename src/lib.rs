@@ -18,6 +18,7 @@
 //! report       metrics, the best of them, charts, a run's page, pictures, TensorBoard's event files
 //! sampling     the UNet with adapters and prompts, the denoising chain, images of prompts
 //! rewards      scores and differentiable rewards, CLIP heads, text-image cosines, preprocessing
+//! rate         choices between pictures: which pairs are shown, what is chosen, the server of the page
 //! pictures     pictures that exist: files and lists of them, their prompts, their pixels
 //! fit          linear heads from people's opinions of pictures
 //! diffusion    DDIM schedule, guidance, counted noise
@@ -54,6 +55,7 @@ pub mod nn;
 pub mod ops;
 pub mod optim;
 pub mod pictures;
+pub mod rate;
 pub mod report;
 pub mod rewards;
 pub mod sampling;

@@ -6,6 +6,7 @@ pub mod export;
 pub mod fit;
 pub mod manual;
 pub mod presets;
+pub mod rate;
 pub mod runs;
 pub mod sample;
 pub mod score;
@@ -25,6 +26,7 @@ pub fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Train(args) => train::run(&args).map(|()| true),
         Command::Eval(args) => eval::run(&args).map(|()| true),
+        Command::Rate(args) => rate::run(&args).map(|()| true),
         Command::Fit(args) => fit::run(&args).map(|()| true),
         Command::Score(args) => score::run(&args).map(|()| true),
         Command::Soup(args) => soup::run(&args).map(|()| true),

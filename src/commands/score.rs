@@ -57,7 +57,8 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
     let readers = rewards.that_read_prompts();
 
     let columns: Vec<&str> = if readers.is_empty() { names.clone() } else { [&["prompt"], &names[..]].concat() };
-    let print = Printer { format: args.format, columns: [&["file"], &columns[..]].concat() };
+    let print =
+        Printer { format: args.format, columns: [&["file"], &columns[..]].concat(), prompts: !readers.is_empty() };
     let at_once = sorted.is_none() && args.format != ScoreFormat::Table;
     if at_once {
         print.heading()?;
@@ -110,12 +111,12 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
     Ok(())
 }
 
-/// A picture and its prompt, where the rewards `readers` want one.
+/// A picture and its prompt, which must be there where the rewards `readers` want one; others may be told of it too.
 fn read(picture: &Picture, prompt: Option<&str>, readers: &[&str]) -> Result<(RgbImage, Option<String>)> {
     let file = picture.file.display();
     let prompt = match (prompt, readers) {
-        (_, []) => None,
         (Some(prompt), _) => Some(prompt.to_owned()),
+        (None, []) => pictures::prompt_of(picture).ok().flatten(),
         (None, _) => pictures::prompt_of(picture).with_context(|| format!("reading the prompt of {file}"))?,
     };
     ensure!(
@@ -203,9 +204,16 @@ fn write_embeddings(names: &[&str], scored: &[Scored], path: &Path) -> Result<()
 struct Printer<'a> {
     format: ScoreFormat,
     columns: Vec<&'a str>,
+    prompts: bool,
 }
 
 impl Printer<'_> {
+    /// What comes before the scores.
+    fn words<'r>(&self, row: &'r Scored) -> impl Iterator<Item = &'r String> + use<'r> {
+        let prompts = self.prompts;
+        std::iter::once(&row.file).chain(row.prompt.as_ref().filter(move |_| prompts))
+    }
+
     fn heading(&self) -> Result<()> {
         if self.format == ScoreFormat::Csv {
             self.csv(&self.columns)?;
@@ -216,10 +224,10 @@ impl Printer<'_> {
     fn row(&self, row: &Scored) -> Result<()> {
         if self.format == ScoreFormat::Csv {
             let scores: Vec<String> = row.scores.iter().map(f64::to_string).collect();
-            let words = std::iter::once(&row.file).chain(&row.prompt).chain(&scores);
+            let words = self.words(row).chain(&scores);
             return self.csv(&words.collect::<Vec<_>>());
         }
-        let words = std::iter::once(&row.file).chain(&row.prompt).map(|text| Json::from(&**text));
+        let words = self.words(row).map(|text| Json::from(&**text));
         let values = words.chain(row.scores.iter().map(|score| Json::from(*score)));
         let row: Map<String, Json> = self.columns.iter().map(|name| (*name).to_owned()).zip(values).collect();
         say!("{}", Json::Object(row));
@@ -242,7 +250,7 @@ impl Printer<'_> {
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_header(&self.columns);
         for row in scored {
-            let words = std::iter::once(&row.file).chain(&row.prompt).map(shown);
+            let words = self.words(row).map(shown);
             table.add_row(words.chain(row.scores.iter().map(|score| format!("{score:.4}"))).collect::<Vec<_>>());
         }
         say!("{table}");

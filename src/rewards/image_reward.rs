@@ -84,6 +84,10 @@ impl Score for ImageJudge {
     fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
         Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
     }
+
+    fn reads_prompts(&self) -> bool {
+        true
+    }
 }
 
 impl Differentiable for ImageJudge {

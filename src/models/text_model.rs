@@ -24,7 +24,7 @@ pub struct TextModel {
 }
 
 enum Encoder {
-    Bert(bert::BertModel),
+    Bert(Box<bert::BertModel>),
     Deberta(Box<Deberta>),
 }
 
@@ -55,7 +55,7 @@ impl TextModel {
         let encoder = match kind {
             "bert" => {
                 let config = serde_json::from_value(config).context("config.json")?;
-                Encoder::Bert(bert::BertModel::load(var_builder(&weights), &config)?)
+                Encoder::Bert(Box::new(bert::BertModel::load(var_builder(&weights), &config)?))
             }
             _ => Encoder::Deberta(Box::new(Deberta::load(&weights, config)?)),
         };

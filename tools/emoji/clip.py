@@ -214,7 +214,7 @@ def dense_loss(heads, patches, targets, labels):
 def global_loss(heads, pooled, scenes_labels, counts):
     """Style, background, and how many there are of each kind."""
     label = torch.from_numpy(scenes_labels.astype(np.int64))
-    loss = 0.2 * F.cross_entropy(heads["style"](pooled), label[:, 0]) + 0.2 * F.cross_entropy(heads["background"](pooled), label[:, 5])
+    loss = 0.2 * F.cross_entropy(heads["style"](pooled), label[:, 0]) + 0.2 * F.cross_entropy(heads["background"](pooled), label[:, 5], ignore_index=-1)
     return loss + 8 * F.cross_entropy(heads["counts"](pooled).view(-1, COUNTS), torch.from_numpy(counts).flatten())
 
 
@@ -267,6 +267,22 @@ def alike(groups, labels, rng, size):
     return rng.permutation(np.concatenate([rng.permutation(near)[:size * 3 // 4], rng.permutation(own)]))[:size] if len(near) < size else rng.permutation(near)[:size]
 
 
+def batch(scenes, index, fresh, half, art, scaled, rng):
+    """These scenes, the last `fresh` of them replaced by new ones on backgrounds that no caption names (-1 in their labels). Without
+    them the models learn which animals never come with which background, and miss just the ones that are held out."""
+    out = data.Scenes(*(np.array(f[index]) for f in scenes))
+    for j in range(len(index) - fresh, len(index)):
+        label = data.draw(rng, False)
+        while data.half(label) != half:
+            label = data.draw(rng, False)
+        side = int(rng.integers(1, 5))
+        behind = F.interpolate(torch.from_numpy(rng.random((1, 3, side, side))), size=data.SIZE, mode="bilinear")[0].permute(1, 2, 0).numpy() * 255
+        out.pictures[j], out.boxes[j] = data.compose(label, art, scaled, rng, behind)
+        out.labels[j] = label._replace(background=-1)
+        out.classes[j] = ([k for k, n in label.parts for _ in range(n)] + [-1] * data.MOST)[:data.MOST]
+    return out
+
+
 def contrastive(model, images, labels, tokenizer, rng, hard):
     """Both directions of the contrastive loss, where several captions may be true of a picture; `hard`: and, for each picture, a
     caption that differs in one thing."""
@@ -275,6 +291,7 @@ def contrastive(model, images, labels, tokenizer, rng, hard):
     if hard:
         stated += [change(l, rng) for l in stated]
         says = np.concatenate([says, says | True])
+    says[:, 1] &= np.array([l.background for l in stated]) >= 0
     scores = model.logit_scale.exp().clamp(max=60) * images @ text_features(model, encode(tokenizer, captions(stated, says))).T
     true = torch.from_numpy(match(stated, says, labels)).T  # (pictures, captions)
     scores = scores.masked_fill(true < 0, -1e4)
@@ -296,7 +313,7 @@ def train(folder, kind, minutes, log):
     training = Training(folder, kind, m["steps"], m["seed"], minutes, both, average, muon=muon, adam=adam)
     mine = np.flatnonzero(scenes.half == m["half"])
     groups = [g for s in range(len(data.STYLES)) for b in range(len(data.BACKGROUNDS)) if len(g := mine[(scenes.labels[mine, 0] == s) & (scenes.labels[mine, 5] == b)])]
-    counts, begin, sums, single = scenes.counts(), time.time(), [], singles(test.labels)[:300]
+    art, scaled, begin, sums, single = data.artwork(folder), {}, time.time(), [], singles(test.labels)[:300]
     own = mine[singles(scenes.labels[mine])[:300]]
 
     def report():
@@ -312,15 +329,16 @@ def train(folder, kind, minutes, log):
     for step, rng in training:
         hard = rng.random() < 0.5
         i = rng.choice(mine, BATCH, replace=False) if hard else alike(groups, scenes.labels, rng, BATCH)
-        x = augment(to_float(scenes.pictures[i]), rng)
+        some = batch(scenes, i, BATCH // 2 if hard else 0, m["half"], art, scaled, rng)
+        x = augment(to_float(some.pictures), rng)
         out = model.vision_model(pixel_values=normalise(x), output_hidden_states=True)
         images = F.normalize(model.visual_projection(out.pooler_output), dim=-1)
-        targets = dense_targets(torch.from_numpy(scenes.boxes[i]), torch.from_numpy(scenes.classes[i].astype(np.int64)))
+        targets = dense_targets(torch.from_numpy(some.boxes), torch.from_numpy(some.classes.astype(np.int64)))
         # the layer before the last one knows the animals, too, so that the last one can gather them
-        shown = [dense_loss(heads, model.vision_model.post_layernorm(h[:, 1:]), targets, scenes.labels[i]) for h in out.hidden_states[-2:]]
-        losses = [contrastive(model, images, scenes.labels[i], tokenizer, rng, hard),
+        shown = [dense_loss(heads, model.vision_model.post_layernorm(h[:, 1:]), targets, some.labels) for h in out.hidden_states[-2:]]
+        losses = [contrastive(model, images, some.labels, tokenizer, rng, hard),
                   sum(shown) / 2,
-                  global_loss(heads, out.pooler_output, scenes.labels[i], counts[i].astype(np.int64))]
+                  global_loss(heads, out.pooler_output, some.labels, some.counts())]
         both.zero_grad()
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 2.0)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 import data
-from common import LENGTH, Average, Training, averaged, encode, load_tokenizer, rate, set_rate, to_float, trained
+from common import LENGTH, Average, Muon, Training, averaged, encode, load_tokenizer, rate, set_rate, to_float, trained
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MODELS = {  # half: of the combinations, 0 for A and 1 for B
-    "clip": dict(half=0, seed=2, steps=1600, width=128, layers=4, heads=4, act="quick_gelu", text=(128, 4, 4), projection=128),
-    "judge": dict(half=1, seed=3, steps=1600, width=96, layers=6, heads=3, act="gelu", text=(96, 3, 4), projection=96),
+    "clip": dict(half=0, seed=2, steps=2400, width=128, layers=4, heads=4, act="quick_gelu", text=(128, 4, 4), projection=128),
+    "judge": dict(half=1, seed=3, steps=2000, width=96, layers=6, heads=3, act="gelu", text=(96, 3, 4), projection=96),
 }
 PATCH, GRID = 8, data.SIZE // 8
 BATCH, MUON, ADAM = 32, 4e-3, 1e-3  # and peak learning rates
@@ -67,34 +67,12 @@ def attentions(vision):
     return [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in (layer.self_attn for layer in vision.encoder.layers)]
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal, for matrices (Jordan et al., 2024), scaled to the size of Adam's steps (Liu et al., 2502.16982)."""
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.05):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(m, group["momentum"])
-                wide = x.shape[0] <= x.shape[1]
-                x = x if wide else x.T
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):
-                    a = x @ x.T
-                    x = 3.4445 * x + torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315) @ x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(x if wide else x.T, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
-
-
 def optimizers(module, hidden):
     """Muon for the matrices under the names that `hidden` accepts, AdamW for the rest."""
     muon, decay, rest = [], [], []
     for name, p in module.named_parameters():
         (rest if p.ndim < 2 else muon if hidden(name) else decay).append(p)
-    return [Muon(muon, MUON), torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], ADAM, betas=(0.9, 0.98))]
+    return [Muon(muon, MUON, weight_decay=0.05), torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], ADAM, betas=(0.9, 0.98))]
 
 
 def step_all(optimizers, step, steps):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 import data
-from common import LENGTH, Average, Muon, Training, averaged, encode, load_tokenizer, rate, set_rate, to_float, trained
+from common import LENGTH, Average, Muon, Training, averaged, encode, load_tokenizer, rate, save_arrays, set_rate, to_float, to_uint8, trained
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MODELS = {  # half: of the combinations, 0 for A and 1 for B
@@ -20,6 +20,7 @@ MODELS = {  # half: of the combinations, 0 for A and 1 for B
 }
 PATCH, GRID = 8, data.SIZE // 8
 BATCH, MUON, ADAM = 32, 4e-3, 1e-3  # and peak learning rates
+RECONSTRUCTIONS = 1500  # of scenes of each half
 KINDS, COUNTS = len(data.KINDS), data.MOST + 1
 
 
@@ -245,10 +246,36 @@ def alike(groups, labels, rng, size):
     return rng.permutation(np.concatenate([rng.permutation(near)[:size * 3 // 4], rng.permutation(own)]))[:size] if len(near) < size else rng.permutation(near)[:size]
 
 
-def batch(scenes, index, fresh, half, art, scaled, rng):
-    """These scenes, the last `fresh` of them replaced by new ones on backgrounds that no caption names (-1 in their labels). Without
-    them the models learn which animals never come with which background, and miss just the ones that are held out."""
+def reconstructions(folder, half):
+    """(indices of scenes of this half, pictures): what the autoencoder makes of them, by way of noisy latents. None as long as it is not trained."""
+    path = os.path.join(folder, f"reconstructions-{half}.npz")
+    if trained(folder, "vae") < 1:
+        return None
+    if not os.path.exists(path):
+        import vae
+        model, scenes, rng = vae.load(folder), data.load(folder), np.random.default_rng([5, half])
+        torch.manual_seed(5)
+        index, out = np.sort(rng.choice(np.flatnonzero(scenes.half == half), RECONSTRUCTIONS, replace=False)), []
+        with torch.no_grad():
+            for part in np.array_split(index, RECONSTRUCTIONS // 50):
+                mean = model.encode(to_float(scenes.pictures[part])).latent_dist.mean
+                noise = torch.from_numpy(rng.uniform(0, 0.35, (len(part), 1, 1, 1)).astype(np.float32)) / model.config.scaling_factor
+                out.append(to_uint8(model.decode(mean + noise * torch.randn(mean.shape)).sample))
+        save_arrays(path, index=index, pictures=np.concatenate(out))
+    with np.load(path) as z:
+        return z["index"], z["pictures"]
+
+
+def batch(scenes, index, fresh, half, art, scaled, rng, coded=None):
+    """These scenes, a quarter of them replaced by reconstructions where there are any, and the last `fresh` of them by new ones on
+    backgrounds that no caption names (-1 in their labels). Without those the models learn which animals never come with which
+    background, and miss just the ones that are held out."""
+    redrawn = rng.integers(0, RECONSTRUCTIONS, len(index) // 4)
+    if coded:
+        index = np.concatenate([coded[0][redrawn], index[len(redrawn):]])
     out = data.Scenes(*(np.array(f[index]) for f in scenes))
+    if coded:
+        out.pictures[:len(redrawn)] = coded[1][redrawn]
     for j in range(len(index) - fresh, len(index)):
         label = data.draw(rng, False)
         while data.half(label) != half:
@@ -291,7 +318,7 @@ def train(folder, kind, minutes, log):
     training = Training(folder, kind, m["steps"], m["seed"], minutes, both, average, muon=muon, adam=adam)
     mine = np.flatnonzero(scenes.half == m["half"])
     groups = [g for s in range(len(data.STYLES)) for b in range(len(data.BACKGROUNDS)) if len(g := mine[(scenes.labels[mine, 0] == s) & (scenes.labels[mine, 5] == b)])]
-    art, scaled, begin, sums, single = data.artwork(folder), {}, time.time(), [], singles(test.labels)[:300]
+    coded, art, scaled, begin, sums, single = reconstructions(folder, m["half"]), data.artwork(folder), {}, time.time(), [], singles(test.labels)[:300]
     own = mine[singles(scenes.labels[mine])[:300]]
 
     def report():
@@ -307,7 +334,7 @@ def train(folder, kind, minutes, log):
     for step, rng in training:
         hard = rng.random() < 0.5
         i = rng.choice(mine, BATCH, replace=False) if hard else alike(groups, scenes.labels, rng, BATCH)
-        some = batch(scenes, i, BATCH // 2 if hard else 0, m["half"], art, scaled, rng)
+        some = batch(scenes, i, BATCH // 2 if hard else 0, m["half"], art, scaled, rng, coded if hard else None)
         x = augment(to_float(some.pictures), rng)
         out = model.vision_model(pixel_values=normalise(x), output_hidden_states=True)
         images = F.normalize(model.visual_projection(out.pooler_output), dim=-1)

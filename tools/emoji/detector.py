@@ -126,7 +126,7 @@ def train(folder, kind, minutes, log):
     torch.manual_seed(m["seed"])
     scenes, test = data.load(folder), data.load_held_out(folder)
     half, art, scaled = clip.MODELS[m["start"]]["half"], data.artwork(folder), {}
-    mine = np.flatnonzero(scenes.half == half)
+    mine, coded = np.flatnonzero(scenes.half == half), clip.reconstructions(folder, half)
     both = with_head(kind)
     take_over(both, clip.load(folder, m["start"], heads=True)[0], to_float(scenes.pictures[mine[:256]]))
     muon, adam = clip.optimizers(both, lambda name: ".encoder." in name or ".layers.0" in name or ".layers.1" in name)
@@ -144,7 +144,7 @@ def train(folder, kind, minutes, log):
 
     for step, rng in training:
         i = rng.choice(mine, clip.BATCH, replace=False)
-        some = clip.batch(scenes, i, clip.BATCH // 4, half, art, scaled, rng)
+        some = clip.batch(scenes, i, clip.BATCH // 4, half, art, scaled, rng, coded)
         true_boxes, classes = torch.from_numpy(some.boxes), torch.from_numpy(some.classes.astype(np.int64))
         logits, boxes, patches = forward(both, clip.augment(to_float(some.pictures), rng))
         losses = [*loss(logits, boxes, true_boxes, classes, PULL * max(0.0, 1 - 2 * training.share)), clip.dense(patches, clip.dense_targets(true_boxes, classes))]

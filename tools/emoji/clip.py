@@ -193,7 +193,7 @@ def dense_loss(heads, patches, targets, labels):
 def global_loss(heads, pooled, scenes_labels, counts):
     """Style, background, and how many there are of each kind."""
     label = torch.from_numpy(scenes_labels.astype(np.int64))
-    loss = 0.2 * F.cross_entropy(heads["style"](pooled), label[:, 0]) + 0.2 * F.cross_entropy(heads["background"](pooled), label[:, 5], ignore_index=-1)
+    loss = 0.5 * F.cross_entropy(heads["style"](pooled), label[:, 0]) + 0.2 * F.cross_entropy(heads["background"](pooled), label[:, 5], ignore_index=-1)
     return loss + 8 * F.cross_entropy(heads["counts"](pooled).view(-1, COUNTS), torch.from_numpy(counts).flatten())
 
 

@@ -350,7 +350,7 @@ def train(folder, kind, minutes, log):
         step_all((muon, adam), step, training.steps)
         average.update(both)
         sums.append([l.item() for l in losses])
-        if step % 100 == 99:
+        if step % 100 == 99 and step + 1 < training.steps:
             report()
     if sums:
         report()

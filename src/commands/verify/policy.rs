@@ -260,7 +260,13 @@ impl<'a> Set<'a> {
         let part = |name: &str| expected.get(name).with_context(|| format!("trajectory.safetensors has no `{name}`"));
         let (wider, parts) = (subject.bounds.parts / super::CPU.parts, subject.bounds.parts);
         let conditioning = subject.conditioning(reference.guidance_scale, 0.0, None)?;
-        report.compare("text encoder", "text_embeds", &conditioning.prompt_embeds.hidden, part("text_embeds")?, parts)?;
+        report.compare(
+            "text encoder",
+            "text_embeds",
+            &conditioning.prompt_embeds.hidden,
+            part("text_embeds")?,
+            parts,
+        )?;
         report.compare(
             "text encoder",
             "uncond_embeds",

@@ -13,6 +13,7 @@ use tokenizers::Tokenizer;
 
 use super::borrowed::var_builder;
 use super::clip::PixelStatistics;
+use super::text_model::read_tokenizer;
 use super::{Source, Weights};
 
 /// A `BlipForConditionalGeneration` with its tokenizer.
@@ -137,9 +138,7 @@ impl Captioner {
         let Some(file) = source.find("tokenizer.json")? else {
             return Err(source.missing("a tokenizer (`tokenizer.json`)"));
         };
-        let tokenizer = Tokenizer::from_file(&file)
-            .map_err(|e| anyhow!(e))
-            .with_context(|| format!("reading {}", file.display()))?;
+        let tokenizer = read_tokenizer(&file)?;
         let weights = Weights::open(source, "model", None)?;
         let (positions, bos, eos) = (text.max_position_embeddings, text.bos_token_id, text.sep_token_id);
         let config = blip::Config {

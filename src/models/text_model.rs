@@ -7,6 +7,7 @@ use candle_core::{Device, Module, Tensor};
 use candle_nn::{Conv1d, Conv1dConfig, LayerNorm, VarBuilder, conv1d, layer_norm};
 use candle_transformers::models::{bert, debertav2};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value as Json;
 use tokenizers::{Tokenizer, TruncationParams};
 
@@ -101,8 +102,7 @@ fn tokenizer(source: &Source, positions: usize) -> Result<Tokenizer> {
             source.label()
         );
     };
-    let mut tokenizer =
-        Tokenizer::from_file(&file).map_err(|e| anyhow!(e)).with_context(|| format!("reading {}", file.display()))?;
+    let mut tokenizer = read_tokenizer(&file)?;
     let limits = match source.find("tokenizer_config.json")? {
         Some(_) => source.read_json("tokenizer_config.json")?,
         None => Limits::default(),
@@ -113,6 +113,18 @@ fn tokenizer(source: &Source, positions: usize) -> Result<Tokenizer> {
     tokenizer.with_padding(None);
     tokenizer.with_truncation(Some(TruncationParams { max_length, ..Default::default() })).map_err(|e| anyhow!(e))?;
     Ok(tokenizer)
+}
+
+/// # Errors
+/// It cannot be read, or is no tokenizer.
+pub(super) fn read_tokenizer(file: &Path) -> Result<Tokenizer> {
+    let read = || -> Result<Tokenizer> {
+        let bytes = std::fs::read(file)?;
+        // of a text that is no JSON the tokenizers crate panics
+        serde_json::from_slice::<IgnoredAny>(&bytes)?;
+        Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!(e))
+    };
+    read().with_context(|| format!("reading {}", file.display()))
 }
 
 /// What candle-transformers would divide by or allocate without looking.

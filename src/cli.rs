@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use toml::Value;
 
-use crate::config::{Checkpointing, Precision, REWARD_KINDS, parse_device};
+use crate::config::{Checkpointing, Precision, Preprocess, REWARD_KINDS, SamplerKind, parse_device};
 
 /// Align Stable Diffusion with differentiable rewards: LoRA training by backpropagation through the denoising chain.
 #[derive(Parser, Debug)]
@@ -22,6 +22,10 @@ pub enum Command {
     Train(TrainArgs),
     /// Score a checkpoint beside the base model, on the same prompts and noise
     Eval(EvalArgs),
+    /// Score pictures that exist with any rewards
+    Score(ScoreArgs),
+    /// Learn a reward of your own from opinions of pictures: a head on a CLIP's image tower
+    Fit(FitArgs),
     /// Average LoRAs into one, or mix them with the base model
     Soup(SoupArgs),
     /// Write a LoRA for another program, or a whole model with the LoRA folded in
@@ -73,6 +77,24 @@ impl DeviceArgs {
     fn given(&self) -> [Given; 2] {
         let device = self.device.as_deref().map(Value::from);
         [("run.device", device), ("run.precision", self.precision.map(name))]
+    }
+}
+
+/// How images are denoised, instead of what the config's `[sampler]` says.
+#[derive(Args, Debug)]
+pub struct SolverArgs {
+    /// How images are denoised; instead of sampler.kind
+    #[arg(long, value_name = "KIND")]
+    pub sampler: Option<SamplerKind>,
+
+    /// Noise levels as Karras et al. space them, for another sampler than ddim; as sampler.karras = true
+    #[arg(long)]
+    pub karras: bool,
+}
+
+impl SolverArgs {
+    fn given(&self) -> [Given; 2] {
+        [("sampler.kind", self.sampler.map(name)), ("sampler.karras", self.karras.then(|| true.into()))]
     }
 }
 
@@ -137,6 +159,7 @@ Examples:
   alignprop eval --checkpoint runs/aesthetic
   alignprop eval --checkpoint runs/aesthetic --prompts held-out.txt --seeds 8 --out eval/held-out
   alignprop eval --checkpoint runs/aesthetic --lora-scale 0,0.25,0.5,1 --lora-start 700
+  alignprop eval --checkpoint runs/aesthetic --sampler dpmpp-2m --karras
   alignprop eval --checkpoint lora.safetensors --config hps --reward hps --lora-scale 0.5")]
 pub struct EvalArgs {
     /// A run folder (its last checkpoint, its config) or a LoRA file
@@ -177,6 +200,9 @@ pub struct EvalArgs {
     #[arg(long)]
     pub ema: bool,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// Folder for the images and the scores as JSON
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -193,7 +219,7 @@ impl EvalArgs {
     /// All settings of the command line, as `--set` takes them.
     pub fn settings(&self) -> Vec<String> {
         let rewards = ("run.reward_precision", self.reward_precision.map(name));
-        settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]).chain(self.solver.given()))
     }
 }
 
@@ -206,6 +232,159 @@ pub struct PresetArgs {
     /// The preset to print; without it, their list
     #[arg(value_name = "NAME")]
     pub name: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  alignprop score pictures --reward aesthetic --sort aesthetic
+  alignprop score a.png b.jpg --reward hps pickscore --prompt \"a cat\"
+  alignprop score list.csv --config configs/hps.toml --format jsonl --sheet sheet.png
+  alignprop score pictures --reward clip-score --embeddings vectors.safetensors
+
+A prompt is that of --prompt, else the list's, else that of a .txt file of the picture's name, else what AUTOMATIC1111 or
+ComfyUI wrote into a PNG. A picture that cannot be scored is named on stderr, and the others are scored.")]
+pub struct ScoreArgs {
+    /// Pictures (PNG, JPEG, WebP), folders of them, or lists (.csv, .tsv, .json, .jsonl) with a column `file`, relative to
+    /// the list, and perhaps `prompt`
+    #[arg(value_name = "PICTURES", required = true)]
+    pub pictures: Vec<PathBuf>,
+
+    /// Rewards to score with: of the config, or with their default models; without it, all of the config
+    #[arg(long, value_name = "KIND", num_args = 1.., value_parser = REWARD_KINDS)]
+    pub reward: Vec<String>,
+
+    /// What all pictures are to show; instead of each one's own prompt
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    /// Prepare the pictures as the config's rewards do in training; without it, as the packages do that the scores come from
+    #[arg(long)]
+    pub as_trained: bool,
+
+    /// How the scores are printed
+    #[arg(long, value_enum, default_value_t)]
+    pub format: ScoreFormat,
+
+    /// The highest of this reward first
+    #[arg(long, value_name = "KIND", value_parser = REWARD_KINDS)]
+    pub sort: Option<String>,
+
+    /// Write a picture of the best and the worst, by --sort or the first reward
+    #[arg(long, value_name = "FILE")]
+    pub sheet: Option<PathBuf>,
+
+    /// Write the towers' unit vectors of the pictures that were scored, as safetensors: a tensor for each reward that has one
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+
+    /// Pictures that a tower takes at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub batch: usize,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
+    /// Format of the towers; instead of run.reward_precision, and without both that of the rest
+    #[arg(long, value_name = "PRECISION")]
+    pub reward_precision: Option<Precision>,
+}
+
+impl ScoreArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        let rewards = ("run.reward_precision", self.reward_precision.map(name));
+        settings(&self.config.set, self.device.given().into_iter().chain([rewards]))
+    }
+}
+
+/// How `score` prints.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ScoreFormat {
+    /// For eyes
+    #[default]
+    Table,
+    /// For spreadsheets, and for `fit`
+    Csv,
+    /// An object on each line
+    Jsonl,
+}
+
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("opinions").required(true).args(["scores", "like", "choices"]))]
+#[command(after_help = "\
+Examples:
+  alignprop fit --like liked --dislike others -o mine.safetensors
+  alignprop fit --scores scores.csv -o mine.safetensors
+  alignprop fit --choices choices.jsonl --embeddings vectors.safetensors -o mine.safetensors
+
+Lists are .csv, .tsv, .json or .jsonl, with files relative to the list. It says how good such a head is on pictures that it has
+not seen, beside chance and beside the LAION head, and writes one file, which is the whole configuration of a reward:
+[reward.clip-head] head = \"mine.safetensors\".")]
+pub struct FitArgs {
+    /// A list with the columns `file` and `score`: ridge regression
+    #[arg(long, value_name = "LIST")]
+    pub scores: Option<PathBuf>,
+
+    /// The column of the scores
+    #[arg(long, value_name = "NAME", default_value = "score", requires = "scores")]
+    pub column: String,
+
+    /// Pictures, folders or lists of pictures that are liked: logistic regression
+    #[arg(long, value_name = "PICTURES", num_args = 1.., requires = "dislike")]
+    pub like: Vec<PathBuf>,
+
+    /// And of pictures that are not
+    #[arg(long, value_name = "PICTURES", num_args = 1.., requires = "like")]
+    pub dislike: Vec<PathBuf>,
+
+    /// A list with the columns `better` and `worse`, and perhaps `draw` (1: neither was better): Bradley and Terry's model
+    #[arg(long, value_name = "LIST")]
+    pub choices: Option<PathBuf>,
+
+    /// The CLIP whose image tower the head is on: a folder or a hub id
+    #[arg(long, value_name = "DIR_OR_ID", default_value = "openai/clip-vit-large-patch14")]
+    pub clip: String,
+
+    /// How pictures become the tower's input, in training too
+    #[arg(long, value_enum, default_value_t = Preprocess::ClipOfficial)]
+    pub preprocess: Preprocess,
+
+    /// Strength of the penalty on the weights; without it, the one that cross-validation finds
+    #[arg(long, value_name = "LAMBDA", value_parser = positive)]
+    pub lambda: Option<f64>,
+
+    /// Decides which pictures are measured on together
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// A file that keeps the pictures' vectors: those that are in it are not computed again
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+
+    /// Pictures that the tower takes at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub batch: usize,
+
+    /// The head to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    #[command(flatten)]
+    pub config: ConfigArgs,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+impl FitArgs {
+    /// All settings of the command line, as `--set` takes them.
+    pub fn settings(&self) -> Vec<String> {
+        settings(&self.config.set, self.device.given())
+    }
 }
 
 #[derive(Args, Debug)]
@@ -349,6 +528,9 @@ pub struct SampleArgs {
     #[arg(long, value_name = "G", value_parser = finite)]
     pub guidance_scale: Option<f64>,
 
+    #[command(flatten)]
+    pub solver: SolverArgs,
+
     /// DDIM noise, from 0 to 1; instead of sampler.eta
     #[arg(long, value_name = "ETA", value_parser = finite)]
     pub eta: Option<f64>,
@@ -390,7 +572,7 @@ impl SampleArgs {
             ("sampler.height", whole(self.height)),
             ("sampler.width", whole(self.width)),
         ];
-        settings(&self.config.set, given.into_iter().chain(self.device.given()))
+        settings(&self.config.set, given.into_iter().chain(self.solver.given()).chain(self.device.given()))
     }
 }
 
@@ -566,6 +748,13 @@ fn finite(text: &str) -> Result<f64, String> {
     number.filter(|number| number.is_finite()).ok_or_else(|| "is not a finite number".to_string())
 }
 
+fn positive(text: &str) -> Result<f64, String> {
+    let number: Option<f64> = text.parse().ok();
+    number
+        .filter(|number| number.is_finite() && *number > 0.0)
+        .ok_or_else(|| "is not a number, more than 0".to_string())
+}
+
 fn at_least_one(text: &str) -> Result<usize, String> {
     let number: Option<usize> = text.parse().ok();
     number.filter(|number| *number >= 1).ok_or_else(|| "is not a whole number, 1 or more".to_string())
@@ -595,7 +784,8 @@ mod tests {
         for command in Cli::command().get_subcommands() {
             let help = command.get_after_help().unwrap().to_string();
             for line in help.lines().filter(|line| line.starts_with("  alignprop")) {
-                // A quoted prompt as one word.
+                // what the shell does with the output aside, and a quoted prompt as one word
+                let (line, _) = line.split_once(" > ").unwrap_or((line, ""));
                 let line: String = line
                     .split('"')
                     .enumerate()
@@ -605,7 +795,7 @@ mod tests {
                 count += 1;
             }
         }
-        assert_eq!(count, 32);
+        assert_eq!(count, 40);
     }
 
     #[test]
@@ -671,7 +861,7 @@ mod tests {
             ("alignprop train --precision fp16", "a similar value exists: 'f16'"),
             (
                 "alignprop eval --checkpoint r --reward hpsv2",
-                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility]",
+                "[possible values: aesthetic, clip-head, hps, clip-score, pickscore, compressibility, incompressibility, image-reward, count, object, command, http, vlm]",
             ),
             ("alignprop eval --checkpoint r --seeds 0", "is not a whole number, 1 or more"),
             ("alignprop sample -o out.png", "--prompt <TEXT>..."),

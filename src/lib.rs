@@ -14,10 +14,12 @@
 //! ```text
 //! commands     train, eval, soup, export, sample, config, runs, verify, bench, ..: recipes, read from top to bottom
 //! cli          the command line
-//! training     the optimizer step, AlignProp, the run's loop and plan, truncation, checkpoint, run folder
+//! training     the optimizer step, AlignProp, DDPO and GRPO, the run's loop and plan, truncation, checkpoint, run folder
 //! report       metrics, the best of them, charts, a run's page, pictures, TensorBoard's event files
 //! sampling     the UNet with adapters and prompts, the denoising chain, images of prompts
 //! rewards      scores and differentiable rewards, CLIP heads, text-image cosines, preprocessing
+//! pictures     pictures that exist: files and lists of them, their prompts, their pixels
+//! fit          linear heads from people's opinions of pictures
 //! diffusion    DDIM schedule, guidance, counted noise
 //! models       hub, single files, weights, tokenizer, CLIP towers, UNet, VAE decoder, pipeline
 //! nn           the tape, layers over frozen weights, adapters as values
@@ -30,7 +32,7 @@
 //! terminal     the one door to stdout and stderr
 //! ```
 //!
-//! The loop is `Trainer::train` in `training/trainer.rs`, its step `training/alignprop.rs`. Contracts and decisions are in `docs/architecture.md`,
+//! The loop is `Trainer::train` in `training/trainer.rs`, its step `training/alignprop.rs` or `training/ddpo.rs`. Contracts and decisions are in `docs/architecture.md`,
 //! the backward passes in `docs/backward.md`.
 
 // a closed pipe must not end a training: see `terminal`
@@ -45,11 +47,13 @@ pub mod commands;
 pub mod config;
 pub mod diffusion;
 pub mod files;
+pub mod fit;
 pub mod lora;
 pub mod models;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod pictures;
 pub mod report;
 pub mod rewards;
 pub mod sampling;

@@ -667,6 +667,21 @@ fn a_seed_is_a_picture() {
 }
 
 #[test]
+fn samplers_draw_other_pictures_of_the_same_noise() {
+    let kinds = ["ddim", "euler", "euler-ancestral", "dpmpp-2m"];
+    let mut pictures: Vec<Vec<u8>> = kinds.iter().map(|kind| sample(&["--sampler", kind, "--steps", "4"])).collect();
+    pictures.extend(kinds[1..].iter().map(|kind| sample(&["--sampler", kind, "--karras", "--steps", "4"])));
+    for (i, picture) in pictures.iter().enumerate() {
+        assert!(!pictures[..i].contains(picture), "{i}");
+    }
+    assert!(pictures[0] == sample(&["--steps", "4"]));
+    let folder = tempfile::tempdir().unwrap();
+    let model = model("tiny-sd15");
+    let line = sample_line(&model, &["--karras"]);
+    assert_fails(folder.path(), &line, &["sampler.karras", "dpmpp-2m"]);
+}
+
+#[test]
 fn several_prompts_are_a_grid() {
     let folder = tempfile::tempdir().unwrap();
     let line = [
@@ -874,6 +889,9 @@ fn eval_sweeps_scales_and_gates_by_timestep() {
     assert_eq!(overall(&eval(&["--lora-start", "1000"], "full").0), overall(&plain));
     assert_eq!(overall(&eval(&["--lora-start", "0"], "none").0)["difference"]["mean"], 0.0);
     assert_ne!(overall(&eval(&["--lora-start", "500"], "half").0), overall(&plain));
+    let (euler, _) = eval(&["--sampler", "euler"], "euler");
+    assert_eq!((plain["sampler"].as_str(), euler["sampler"].as_str()), (Some("ddim"), Some("euler")));
+    assert_ne!(overall(&euler), overall(&plain));
 }
 
 #[test]

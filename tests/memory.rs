@@ -21,7 +21,7 @@ use alignprop::sampling::{Conditioning, Denoiser, Sampler};
 use alignprop::training::memory::Parts;
 use alignprop::training::step::{Critic, Tally, credit, differentiate, sample};
 use alignprop::training::trainer::begin;
-use alignprop::training::{AlignProp, Plan, RunPlan};
+use alignprop::training::{Plan, RunPlan, Setup};
 use candle_core::{DType, Device, Tensor};
 use support::{Experiment, fixture, text};
 
@@ -60,6 +60,7 @@ struct Chain {
     schedule: DdimSchedule,
     adapters: Adapters,
     noise: Noise,
+    prompt: Prompt,
 }
 
 impl Chain {
@@ -70,7 +71,7 @@ impl Chain {
         let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from);
         let normal = |i: usize, n: usize| noise.normal(Stream::LoraInit, 0, i as u64, n);
         let adapters = Adapters::init(&pipeline.unet.targets(), &targets, 2, 2.0, normal).unwrap();
-        Self { pipeline, schedule, adapters, noise }
+        Self { pipeline, schedule, adapters, noise, prompt: "a cat".into() }
     }
 
     fn prompts(count: usize) -> Vec<Prompt> {
@@ -93,7 +94,18 @@ impl Chain {
 
     fn parts<'a>(&'a self, rewards: &'a Rewards, latent_shape: (usize, usize, usize)) -> Parts<'a> {
         let (denoiser, vae) = (self.denoiser(1, Checkpointing::Step), &self.pipeline.vae);
-        Parts { denoiser, vae, rewards, timestep: 500, latent_shape, steps: STEPS }
+        let (differentiates_rewards, kept_latents, prompt) = (true, 0, &self.prompt);
+        Parts {
+            denoiser,
+            vae,
+            rewards,
+            prompt,
+            timestep: 500.0,
+            latent_shape,
+            steps: STEPS,
+            differentiates_rewards,
+            kept_latents,
+        }
     }
 
     /// The peak of the backward pass through the last `k` steps.
@@ -323,14 +335,14 @@ fn an_overflow_in_f16_repeats_the_backward_pass_alone() {
     let rewards = &Rewards::load_on(&config.reward, &sampler.pipeline.tokenizer, &compute).unwrap();
     let (prompts, noise) = (&config.prompts.load().unwrap(), Noise::new(1));
     let start = begin(config, sampler, &noise).unwrap();
-    let plan = &RunPlan::resolve(config, sampler, rewards, &start.adapters).unwrap();
-    let method = AlignProp { config, plan, sampler, rewards, prompts, noise };
+    let plan = &RunPlan::resolve(config, sampler, rewards, &prompts[0], &start.adapters).unwrap();
+    let setup = Setup { config, plan, sampler, rewards, prompts, noise };
     // the operations of a step that begins with this loss scale, and the scale that it ends with
     let step = |scale: f64| {
         let mut state = start.clone();
         state.loss_scale = serde_json::from_str(&format!("{{\"scale\": {scale:?}, \"good_steps\": 0}}")).unwrap();
         let before = flops();
-        method.step(&mut state, 1e-3, |_| ()).unwrap();
+        setup.step(&mut state, 1e-3, |_| ()).unwrap();
         ((flops() - before) as f64, state.loss_scale.unwrap().get())
     };
     let (without, scale) = step(65536.0);

@@ -14,6 +14,10 @@ tiny-sd15, tiny-sd21   one reference set each, the folders that `alignprop verif
     parts.safetensors        inputs, outputs and input gradients of each model alone
     chain_*.safetensors      rewards and LoRA gradients through the DDIM chain, one file per case of reference.json
     train3.safetensors       the LoRA factors after three optimizer steps
+tiny-yolos             a detector in the transformers layout (model/), what it sees in two images (parts.safetensors), and the distribution
+                       of counts of given logits (count.safetensors)
+tiny-imagereward       an ImageReward with the published keys, as pickle and safetensors, with its vocabulary and scores (parts.safetensors)
+tiny-siglip            a SigLIP in the transformers layout (model/) with its embeddings (parts.safetensors)
 lora/                  the adapter tiny-sd15/lora_start.safetensors in three file formats
 tokenizer_cases.json   prompts and their ids in both small tokenizers
 guidance_rescale.safetensors   guidance of two images with diffusers' rescale_noise_cfg, and its gradients, in f64
@@ -28,7 +32,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, SiglipConfig, SiglipModel, YolosConfig, YolosForObjectDetection
+from transformers import BertTokenizer
 
 MERGES = 600
 BOS, EOS = 512 + MERGES, 513 + MERGES  # 256 bytes, 256 bytes that end a word, the merges, two special tokens
@@ -312,6 +317,183 @@ def make_guidance_rescale(path):
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
 
 
+def count_log_probs(logits, label):
+    """log P(N = 0..Q) of the number N of tokens of a class, and the expected number."""
+    everything = torch.logsumexp(logits, -1)
+    p = logits[:, label] - everything
+    q = torch.logsumexp(torch.cat([logits[:, :label], logits[:, label + 1:]], 1), -1) - everything
+    rows = [torch.zeros((), dtype=logits.dtype)]
+    for i in range(len(p)):
+        rows = [rows[0] + q[i]] + [torch.logaddexp(rows[k] + q[i], rows[k - 1] + p[i]) for k in range(1, i + 1)] + [rows[i] + p[i]]
+    return torch.stack(rows), p.exp().sum()
+
+
+def make_yolos(out):
+    """A YOLOS of 4 detection tokens with position embeddings between its layers. The second image is resized to multiples of the patch."""
+    torch.manual_seed(7)
+    labels, patch, tokens = ["N/A", "cat", "dog", "fox", "N/A"], 8, 4
+    model = perturb(YolosForObjectDetection(YolosConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=[3 * patch, 4 * patch], patch_size=patch,
+        num_detection_tokens=tokens, use_mid_position_embeddings=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)})), gain=4)
+    for name, p in model.named_parameters():
+        if p.ndim > 2 and ("token" in name or "position" in name):
+            p.data = torch.randn_like(p) * 0.5
+    model.save_pretrained(f"{out}/model")
+    statistics = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    json.dump(dict(feature_extractor_type="YolosFeatureExtractor", **statistics), open(f"{out}/model/preprocessor_config.json", "w"), indent=2)
+    model, resized, parts, cases = model.double(), [2 * patch, 4 * patch], {}, []
+    mean, std = (torch.tensor(v).double().view(1, 3, 1, 1) for v in statistics.values())
+    for n, size in enumerate([(3 * patch, 3 * patch), (2 * patch + 5, 5 * patch - 3)]):
+        image = (torch.rand(1, 3, *size).double() * 2.4 - 1.2).requires_grad_(True)
+        x = (image / 2 + 0.5).clamp(0, 1)
+        if any(v % patch for v in size):
+            x = torchvision.transforms.functional.resize(x, resized, antialias=True)
+        pixels = (x - mean) / std
+        found = model(pixel_values=pixels)
+        logits = found.logits[0]
+        parts |= {f"image_{n}": image, f"pixels_{n}": pixels, f"logits_{n}": logits, f"boxes_{n}": found.pred_boxes[0]}
+        for label in (1, 3):
+            distribution, expected = count_log_probs(logits, label)
+            parts[f"log_probs_{n}_class{label}"] = distribution
+            (parts[f"dexpected_{n}_class{label}"],) = torch.autograd.grad(expected, image, retain_graph=True)
+            for count in (0, 2):
+                (parts[f"dreward_{n}_class{label}_n{count}"],) = torch.autograd.grad(distribution[count], image, retain_graph=True)
+                cases.append(dict(image=n, label=label, name=labels[label], n=count, reward=distribution[count].item(), expected=expected.item()))
+    save_f32(parts, f"{out}/parts.safetensors")
+    plain, alone = random(tokens, len(labels) + 1), {}
+    sure = plain.clone()
+    sure[:, -1] += 25; sure[0, 1] = 38; sure[1, 1] = -41
+    for name, logits in (("plain", plain), ("sure", sure)):
+        logits = logits.float().double().requires_grad_(True)
+        distribution, expected = count_log_probs(logits, 1)
+        alone |= {f"{name}_logits": logits, f"{name}_log_probs": distribution, f"{name}_expected": expected.reshape(1)}
+        (alone[f"{name}_dexpected"],) = torch.autograd.grad(expected, logits, retain_graph=True)
+        for count in (0, 1, tokens):
+            (alone[f"{name}_dlogits_n{count}"],) = torch.autograd.grad(distribution[count], logits, retain_graph=True)
+    save_f32(alone, f"{out}/count.safetensors")
+    json.dump(dict(kind="yolos", labels=labels, detection_tokens=tokens, cases=cases, count_label=1), open(f"{out}/reference.json", "w"), indent=1)
+
+
+class Heads(torch.nn.Module):
+    """Multi-head attention without its output projection."""
+
+    def __init__(self, width, source, heads, names):
+        super().__init__()
+        self.heads, self.names = heads, names
+        for name, inputs in zip(names, (width, source, source)):
+            setattr(self, name, torch.nn.Linear(inputs, width))
+
+    def forward(self, x, source):
+        split = lambda y: y.view(*y.shape[:2], self.heads, -1).transpose(1, 2)
+        q, k, v = (split(getattr(self, name)(y)) for name, y in zip(self.names, (x, source, source)))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def tree(**parts):
+    return torch.nn.ModuleDict(parts)
+
+
+class ImageReward(torch.nn.Module):
+    """ImageReward's modules under its names, with q, k and v of the ViT apart (they are put together where it is saved)."""
+
+    def __init__(self, side, patch, c, h, words, layers, heads, widths):
+        super().__init__()
+        L, N, P = torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Parameter
+        names = ("query", "key", "value")
+        attend = lambda source: tree(self=Heads(h, source, heads, names), output=tree(dense=L(h, h), LayerNorm=N(h, 1e-12)))
+        block = lambda: tree(norm1=N(c, 1e-6), attn=tree(qkv=Heads(c, c, c // 64, "qkv"), proj=L(c, c)), norm2=N(c, 1e-6), mlp=tree(fc1=L(c, 2 * c), fc2=L(2 * c, c)))
+        layer = lambda: tree(attention=attend(h), crossattention=attend(c), intermediate=tree(dense=L(h, 2 * h)), output=tree(dense=L(2 * h, h), LayerNorm=N(h, 1e-12)))
+        visual = tree(patch_embed=tree(proj=torch.nn.Conv2d(3, c, patch, patch)), blocks=torch.nn.ModuleList(block() for _ in range(layers[0])), norm=N(c, 1e-6))
+        visual.cls_token, visual.pos_embed = P(torch.randn(1, 1, c)), P(torch.randn(1, (side // patch) ** 2 + 1, c))
+        embeddings = tree(word_embeddings=torch.nn.Embedding(words, h), position_embeddings=torch.nn.Embedding(16, h), LayerNorm=N(h, 1e-12))
+        text = tree(embeddings=embeddings, encoder=tree(layer=torch.nn.ModuleList(layer() for _ in range(layers[1]))))
+        self.blip = tree(visual_encoder=visual, text_encoder=text)
+        none = torch.nn.Identity
+        linear = [L(*w) for w in zip((h, *widths), (*widths, 1))]
+        self.mlp = tree(layers=torch.nn.Sequential(linear[0], none(), linear[1], none(), linear[2], none(), linear[3], linear[4]))
+
+    def image(self, pixels):
+        v = self.blip["visual_encoder"]
+        x = v["patch_embed"]["proj"](pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([v.cls_token.expand(len(x), -1, -1), x], 1) + v.pos_embed
+        for block in v["blocks"]:
+            y = block["norm1"](x)
+            x = x + block["attn"]["proj"](block["attn"]["qkv"](y, y))
+            x = x + block["mlp"]["fc2"](F.gelu(block["mlp"]["fc1"](block["norm2"](x))))
+        return v["norm"](x)
+
+    def text(self, ids, image):
+        t = self.blip["text_encoder"]
+        e = t["embeddings"]
+        x = e["LayerNorm"](e["word_embeddings"](ids) + e["position_embeddings"].weight[: ids.shape[1]])
+        for layer in t["encoder"]["layer"]:
+            for part, source in ((layer["attention"], None), (layer["crossattention"], image)):
+                x = part["output"]["LayerNorm"](x + part["output"]["dense"](part["self"](x, x if source is None else source)))
+            x = layer["output"]["LayerNorm"](x + layer["output"]["dense"](F.gelu(layer["intermediate"]["dense"](x))))
+        return x
+
+    def forward(self, pixels, ids):
+        return (self.mlp["layers"](self.text(ids, self.image(pixels))[:, 0]).squeeze(1) - 0.16717362830052426) / 1.0333394966054072
+
+
+def make_image_reward(out):
+    """Two ViT blocks of one head of 64 channels, one text layer; the second image is resized and cropped."""
+    torch.manual_seed(13)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "red", "dog", "in", "the", "snow", "##s", ",", "!", "two", "fox", "##es", "cafe"]
+    os.makedirs(out, exist_ok=True)
+    open(f"{out}/vocab.txt", "w").write("".join(word + "\n" for word in words))
+    json.dump(dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, num_attention_heads=2, encoder_width=16), open(f"{out}/med_config.json", "w"), indent=2)
+    model = perturb(ImageReward(32, 16, 64, 16, len(words) + 2, (2, 1), 2, (24, 16, 8, 8)), gain=1.5).half()
+    tensors = {}
+    for key, value in model.state_dict().items():
+        block, projection, kind = key.rpartition(".attn.qkv.")[0], key.split(".")[-2], key.split(".")[-1]
+        if not block:
+            tensors[key] = value
+        elif projection == "q":
+            of = model.get_submodule(f"{block}.attn.qkv")
+            tensors[f"{block}.attn.qkv.{kind}"] = torch.cat([getattr(getattr(of, name), kind) for name in "qkv"])
+    save_file(tensors, f"{out}/model.safetensors")
+    torch.save(tensors, f"{out}/ImageReward.pt")
+    model = model.double()
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=True)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"}), tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    prompts = ["a cat", "Two red foxes, in the SNOW! [ENC] Caf\u00e9 wug"]
+    encoded = tokenizer(prompts, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+    ids, mask = encoded.input_ids, encoded.attention_mask
+    parts, sizes, scores = dict(input_ids=ids, attention_mask=mask), [(32, 32), (21, 40)], []
+    resize = torchvision.transforms.functional
+    for n, size in enumerate(sizes):
+        image = (torch.rand(1, 3, *size).double() * 2.4 - 1.2).requires_grad_(True)
+        x = resize.resize((image / 2 + 0.5).clamp(0, 1), 32, interpolation=torchvision.transforms.InterpolationMode.BICUBIC, antialias=True)
+        pixels = (resize.center_crop(x, 32) - torch.tensor(MEAN).double().view(1, 3, 1, 1)) / torch.tensor(STD).double().view(1, 3, 1, 1)
+        of = [model(pixels, ids[p : p + 1, : mask[p].sum()])[0] for p in range(len(prompts))]
+        scores.append(torch.stack(of))
+        parts |= {f"image_{n}": image, f"pixels_{n}": pixels}
+        (parts[f"dimage_{n}"],) = torch.autograd.grad(of[n], image, retain_graph=True)
+        (parts[f"dimage_{n}_prompt1"],) = torch.autograd.grad(of[1], image)
+        if n == 0:
+            tokens = model.image(pixels)
+            hidden = [F.pad(model.text(ids[p : p + 1, : mask[p].sum()], tokens), (0, 0, 0, 16 - mask[p].sum())) for p in range(len(prompts))]
+            parts |= {"visual_0": tokens, "hidden_0": torch.cat(hidden)}
+    save_f32(parts | dict(scores=torch.stack(scores)), f"{out}/parts.safetensors")
+    json.dump(dict(kind="imagereward", prompts=prompts, image_sizes=sizes), open(f"{out}/reference.json", "w"), indent=1)
+
+
+def make_siglip(out):
+    torch.manual_seed(17)
+    tower = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    model = perturb(SiglipModel(SiglipConfig(text_config=dict(tower, vocab_size=24, max_position_embeddings=6), vision_config=dict(tower, image_size=24, patch_size=8))), gain=2).half()
+    model.save_pretrained(f"{out}/model")
+    model = model.double()
+    pixels, ids = random(2, 3, 24, 24).requires_grad_(True), torch.randint(0, 24, (2, 6))
+    image, text = (x if torch.is_tensor(x) else x.pooler_output for x in (model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=ids)))
+    cosine = (unit_features(image) * unit_features(text)).sum(-1)
+    (d_pixels,) = torch.autograd.grad(cosine.sum(), pixels)
+    save_f32(dict(pixels=pixels, input_ids=ids, image_embeds=image, text_embeds=text, cosine=cosine, d_pixels=d_pixels), f"{out}/parts.safetensors")
+    json.dump(dict(kind="siglip"), open(f"{out}/reference.json", "w"), indent=1)
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("tokenizer")
@@ -329,6 +511,9 @@ def main():
         make_set(s, f"{a.out}/{name}", tokenizers[name])
     make_lora_files(f"{a.out}/tiny-sd15", f"{a.out}/lora")
     make_guidance_rescale(f"{a.out}/guidance_rescale.safetensors")
+    make_yolos(f"{a.out}/tiny-yolos")
+    make_image_reward(f"{a.out}/tiny-imagereward")
+    make_siglip(f"{a.out}/tiny-siglip")
     stored = {name: CLIPTokenizer.from_pretrained(f"{a.out}/{name}/model/tokenizer") for name in SETS}
     cases = [dict(prompt=p, **{name: t(p, padding="max_length", truncation=True, max_length=77).input_ids for name, t in stored.items()}) for p in TOKENIZER_PROMPTS]
     with open(f"{a.out}/tokenizer_cases.json", "w") as f:

@@ -286,9 +286,12 @@ impl Work {
             denoiser: self.denoiser(),
             vae: &self.subject.vae,
             rewards: &self.subject.rewards,
+            prompt: &Prompt::from(""),
             timestep: self.plan.steps[0].timestep,
             latent_shape: self.subject.latent_shape,
             steps: self.plan.steps.len(),
+            differentiates_rewards: true,
+            kept_latents: 0,
         };
         Ok(parts.estimate(&parts.measure(self.checkpointing)?, self.batch, self.stored_steps).total())
     }

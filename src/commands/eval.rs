@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::base_model;
 use super::experiment::{Checkpointed, checkpoint_of, compute_of};
 use crate::cli::EvalArgs;
-use crate::config::{PromptsConfig, shown};
+use crate::config::{PromptsConfig, SamplerKind, shown};
 use crate::files::{check_writable, write_bytes};
 use crate::lora::{Adapters, formats};
 use crate::report::pictures;
@@ -89,6 +89,7 @@ struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     lora_start: Option<usize>,
     model: String,
+    sampler: SamplerKind,
     seeds: usize,
     prompts: usize,
     rewards: Vec<RewardReport>,
@@ -126,6 +127,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     sampler.warn_of_cut(setting, &prompts)?;
     let tuned = sampler.fit_lora(lora, &adapters_path)?.adapters;
     let rewards = Rewards::load_on(&reward_config, &sampler.pipeline.tokenizer, &compute)?;
+    rewards.check(&prompts).with_context(|| format!("in {setting}"))?;
     // the base model, then each scale of the LoRA
     let mut variants = vec![Adapters::default()];
     variants.extend(args.lora_scale.iter().map(|scale| tuned.scaled(*scale)));
@@ -190,6 +192,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         lora_scale: args.lora_scale[args.lora_scale.len() - 1],
         lora_start: args.lora_start,
         model: config.model.path.clone(),
+        sampler: config.sampler.kind,
         seeds: args.seeds,
         prompts: prompts.len(),
         rewards: reports.collect(),

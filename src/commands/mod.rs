@@ -3,10 +3,12 @@
 pub mod bench;
 pub mod eval;
 pub mod export;
+pub mod fit;
 pub mod manual;
 pub mod presets;
 pub mod runs;
 pub mod sample;
+pub mod score;
 pub mod soup;
 pub mod train;
 pub mod verify;
@@ -23,6 +25,8 @@ pub fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Train(args) => train::run(&args).map(|()| true),
         Command::Eval(args) => eval::run(&args).map(|()| true),
+        Command::Fit(args) => fit::run(&args).map(|()| true),
+        Command::Score(args) => score::run(&args).map(|()| true),
         Command::Soup(args) => soup::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Sample(args) => sample::run(&args).map(|()| true),

@@ -8,19 +8,21 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::experiment::{EMBEDDED, compute_of, config_of};
 use crate::cli::TrainArgs;
-use crate::config::{Config, Prompt, shown, shown_lines};
+use crate::config::{AdjointMatchingConfig, Config, Method, Prompt, shown, shown_lines};
 use crate::diffusion::Noise;
 use crate::report::chart::short;
 use crate::report::{Change, Summary, summary};
 use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 use crate::training::checkpoint::Checkpoint;
-use crate::training::guard::Guard;
+use crate::training::ddpo::Chain;
+use crate::training::guard::{Guard, Objection};
 use crate::training::memory::{self, Meter};
+use crate::training::method::micro_batches;
 use crate::training::run_folder::{Run, RunFolder};
 use crate::training::signals::{Interrupt, Interrupted};
 use crate::training::trainer::{End, Trainer, Watch, begin, go_on};
-use crate::training::{AlignProp, MemoryPlan, PromptLists, RunPlan, Sources};
+use crate::training::{MemoryPlan, PromptLists, RunPlan, Setup, Sources};
 
 pub fn run(args: &TrainArgs) -> Result<()> {
     let mut config = read_config(args)?;
@@ -34,6 +36,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let sampler = Sampler::load(&config.model, &config.sampler, &compute)?;
     let tokenizer = &sampler.pipeline.tokenizer;
     let rewards = Rewards::load_on(&config.reward, tokenizer, &compute)?.with_caps(&config.regularization.reward_cap);
+    prompts.check(&rewards)?;
     let guard = Guard::load(config, prompts.guard(), tokenizer, &compute)?;
     let noise = Noise::new(config.run.seed);
     let state = match &args.resume {
@@ -42,7 +45,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     describe(config, &sampler, &rewards, &prompts.training, &state)?;
     prompts.warn_of_cut(&sampler)?;
-    let plan = &RunPlan::resolve(config, &sampler, &rewards, &state.adapters)?;
+    let plan = &RunPlan::resolve(config, &sampler, &rewards, &prompts.training[0], &state.adapters)?;
     if let Some(memory) = &plan.memory {
         note!("memory      {}", plan.describe_memory(memory));
         if !memory.fits {
@@ -62,11 +65,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     if args.resume.is_some() {
         run.rewind_metrics(state.step)?;
     }
-    let progress = progress_bar(plan, config.train.steps, state.step);
+    let progress = progress_bar(micro_batches(config, plan), config.train.steps, state.step);
     let meter = Meter::of(&compute);
     meter.reset_peak()?;
-    let method = AlignProp { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts.training, noise };
-    let mut trainer = Trainer { method, guard: guard.as_ref(), sample_prompts: prompts.samples(), run, state };
+    let setup = Setup { config, plan, sampler: &sampler, rewards: &rewards, prompts: &prompts.training, noise };
+    let mut trainer = Trainer { setup, guard: guard.as_ref(), sample_prompts: prompts.samples(), run, state };
     let steps = config.train.steps;
     let end = trainer.train(args.stop_at.unwrap_or(steps), &interrupt, &progress)?;
     progress.finish_and_clear();
@@ -78,9 +81,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             say!("stopped after step {step} of {steps}; go on with `{resume}`");
             return Ok(());
         }
-        End::Guard(objection) => {
-            say!("stopped after step {step} of {steps} by the guard: {objection}");
-            say!("to go on all the same: `{resume} --set guard.patience=0`");
+        End::Guard(Objection { reason, overrule }) => {
+            say!("stopped after step {step} of {steps} by the guard: {reason}");
+            say!("to go on all the same: `{resume} --set {overrule}`");
         }
         End::Signal(signal) => return Err(Interrupted { signal, step, steps, resume }.into()),
     }
@@ -135,7 +138,6 @@ fn describe(
     let (height, width) = sampler.image_size();
     let Config { train, sampler: sampling, .. } = config;
     let batch = train.batch_size * train.gradient_accumulation_steps;
-    let rule = toml::to_string(&config.truncation)?.trim().replace('\n', ", ");
     note!(
         "model       {} ({height}x{width}, {} DDIM steps, guidance {})",
         shown(&config.model.path),
@@ -157,14 +159,48 @@ fn describe(
         .map(|r| if r.weight == 1.0 { r.name.to_owned() } else { format!("{} x {}", r.weight, r.name) })
         .collect();
     note!("reward      {} on {} prompts", names.join(" + "), prompts.len());
-    note!("truncation  {rule}");
+    describe_method(config, sampler)?;
     note!("steps       {} of {batch} images, from step {}", train.steps, state.step);
     Ok(())
 }
 
+/// What is done with the rewards.
+fn describe_method(config: &Config, sampler: &Sampler) -> Result<()> {
+    let name = config.method.name();
+    if let Some(regression) = config.method.regression() {
+        note!("method      {name}, {} a step", counted(regression.updates * regression.inner_epochs, "update"));
+        return Ok(());
+    }
+    if let Method::AdjointMatching(AdjointMatchingConfig { lambda, steps, .. }) = &config.method {
+        note!("method      {name}, {steps} of {} denoising steps matched, lambda {lambda}", sampler.schedule.len());
+        return Ok(());
+    }
+    let Some(policy) = config.method.policy() else {
+        note!("truncation  {}", toml::to_string(&config.truncation)?.trim().replace('\n', ", "));
+        return Ok(());
+    };
+    // of the last round too: a window moves
+    Chain::of(&policy, &sampler.schedule, config.train.steps)?;
+    let chain = Chain::of(&policy, &sampler.schedule, 0)?;
+    let silent = sampler.schedule.steps().iter().filter(|step| step.noise == 0.0).count();
+    let silent = if silent > 0 { format!("; {silent} without noise, which have no density") } else { String::new() };
+    note!(
+        "method      {name}, {} of {} denoising steps trained, {} a step{silent}",
+        chain.trained.len(),
+        chain.steps.len(),
+        counted(policy.updates * policy.inner_epochs, "update")
+    );
+    Ok(())
+}
+
+/// `1 update`, `4 updates`.
+fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// A progress bar with one tick a micro-batch, so that the time left is smooth; drawn on a terminal only.
-fn progress_bar(plan: &RunPlan, steps: usize, done: usize) -> ProgressBar {
-    let per_step = plan.gradient_accumulation_steps as u64;
+fn progress_bar(per_step: usize, steps: usize, done: usize) -> ProgressBar {
+    let per_step = per_step as u64;
     let bar = ProgressBar::with_draw_target(Some(steps as u64 * per_step), ProgressDrawTarget::stderr());
     bar.set_position(done as u64 * per_step);
     bar.reset_eta();

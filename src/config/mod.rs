@@ -5,6 +5,7 @@
 //! checks the ranges. A path in a config is relative to the current directory, as in diffusers; a run's own
 //! config has whole paths (`paths`).
 
+mod method;
 mod paths;
 mod prompt_file;
 mod prompts;
@@ -19,9 +20,13 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::ops::activation::Activation;
+pub use method::{
+    AdjointMatchingConfig, AlignpropConfig, Baseline, DdpoConfig, Deviation, GrpoConfig, Method, Policy, Regression,
+    RwrConfig, RwrSparseConfig, Selection, WindowConfig,
+};
 pub use prompts::{Prompt, PromptsConfig};
 pub use read::{concerns, nearest};
-pub use text::{shell_word, shown, shown_lines};
+pub use text::{decode, shell_word, shown, shown_lines};
 pub use validate::parse_device;
 
 /// A table of the config: `field: type = default`, every key optional, an unknown key an error.
@@ -59,6 +64,7 @@ pub struct Config {
     pub model: ModelConfig,
     pub lora: LoraConfig,
     pub sampler: SamplerConfig,
+    pub method: Method,
     pub truncation: Truncation,
     pub reward: RewardsConfig,
     pub prompts: PromptsConfig,
@@ -174,6 +180,12 @@ impl LoraConfig {
 table! {
     /// `[sampler]`: how images are made, in training and in evaluation.
     pub struct SamplerConfig {
+        /// How the noise is taken away: `ddim`, or `euler`, `euler-ancestral`, `dpmpp-2m` as diffusers' EulerDiscrete,
+        /// EulerAncestralDiscrete and DPMSolverMultistep schedulers do it. Training goes with `ddim`; `sample` and `eval`
+        /// with all of them.
+        kind: SamplerKind = SamplerKind::Ddim,
+        /// Noise levels as Karras et al. 2022 space them, for the others than `ddim`. Absent: as the pipeline's scheduler says.
+        karras: Option<bool> = None,
         /// Denoising steps of one image; 1 or more. Time grows in proportion.
         num_inference_steps: usize = 50,
         /// Classifier-free guidance; 0 or more. 1 or less turns it off and halves the work.
@@ -182,7 +194,7 @@ table! {
         /// (not at all) to 1 (the guided prediction has the standard deviation of the prompt's). 0.7 is the paper's. Its
         /// gradient goes through the standard deviations.
         guidance_rescale: f64 = 0.0,
-        /// Noise of the DDIM step: from 0 (deterministic) to 1 (ancestral, as DDPM).
+        /// Noise of the DDIM step, for `ddim` alone: from 0 (deterministic) to 1 (ancestral, as DDPM).
         eta: f64 = 0.0,
         /// Image height in pixels. Absent: the size that the model was trained on.
         height: Option<usize> = None,
@@ -191,6 +203,23 @@ table! {
         /// What guidance moves away from.
         negative_prompt: String = String::new(),
     }
+}
+
+/// How images are denoised.
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum SamplerKind {
+    /// DDIM: what is trained
+    #[default]
+    Ddim,
+    /// Euler
+    Euler,
+    /// Euler ancestral, "Euler a": adds noise in each step
+    EulerAncestral,
+    /// DPM-Solver++ 2M
+    #[serde(rename = "dpmpp-2m")]
+    #[value(name = "dpmpp-2m")]
+    Dpmpp2m,
 }
 
 /// `[truncation]`: which denoising steps keep their gradient. `rule` names the variant, the other keys are its fields.
@@ -263,8 +292,21 @@ pub enum Per {
 }
 
 /// The kinds of reward, as `[reward.KIND]` and `--reward KIND` name them, in the order of [`RewardsConfig`].
-pub const REWARD_KINDS: [&str; 7] =
-    ["aesthetic", "clip-head", "hps", "clip-score", "pickscore", "compressibility", "incompressibility"];
+pub const REWARD_KINDS: [&str; 13] = [
+    "aesthetic",
+    "clip-head",
+    "hps",
+    "clip-score",
+    "pickscore",
+    "compressibility",
+    "incompressibility",
+    "image-reward",
+    "count",
+    "object",
+    "command",
+    "http",
+    "vlm",
+];
 
 /// `[reward.KIND]`: the rewards, each absent unless its table is there. Their weighted losses add up.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -277,6 +319,12 @@ pub struct RewardsConfig {
     pub pickscore: Option<PickscoreConfig>,
     pub compressibility: Option<CompressibilityConfig>,
     pub incompressibility: Option<CompressibilityConfig>,
+    pub image_reward: Option<ImageRewardConfig>,
+    pub count: Option<CountConfig>,
+    pub object: Option<ObjectConfig>,
+    pub command: Option<CommandConfig>,
+    pub http: Option<HttpConfig>,
+    pub vlm: Option<VlmConfig>,
 }
 
 impl RewardsConfig {
@@ -294,7 +342,23 @@ impl RewardsConfig {
             pickscore: pick(wanted("pickscore"), &self.pickscore),
             compressibility: pick(wanted("compressibility"), &self.compressibility),
             incompressibility: pick(wanted("incompressibility"), &self.incompressibility),
+            image_reward: pick(wanted("image-reward"), &self.image_reward),
+            count: pick(wanted("count"), &self.count),
+            object: pick(wanted("object"), &self.object),
+            command: pick(wanted("command"), &self.command),
+            http: pick(wanted("http"), &self.http),
+            vlm: pick(wanted("vlm"), &self.vlm),
         }
+    }
+
+    /// The same rewards with the preprocessings that their scores are published with.
+    pub fn as_published(mut self) -> Self {
+        let clip = Preprocess::ClipOfficial;
+        self.aesthetic.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self.hps.iter_mut().for_each(|reward| reward.preprocess = Preprocess::Hpsv2Official);
+        self.clip_score.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self.pickscore.iter_mut().for_each(|reward| reward.preprocess = clip);
+        self
     }
 
     /// The configured rewards: kind and weight, in the order of [`REWARD_KINDS`].
@@ -307,6 +371,12 @@ impl RewardsConfig {
             self.pickscore.as_ref().map(|reward| reward.weight),
             self.compressibility.as_ref().map(|reward| reward.weight),
             self.incompressibility.as_ref().map(|reward| reward.weight),
+            self.image_reward.as_ref().map(|reward| reward.weight),
+            self.count.as_ref().map(|reward| reward.weight),
+            self.object.as_ref().map(|reward| reward.weight),
+            self.command.as_ref().map(|reward| reward.weight),
+            self.http.as_ref().map(|reward| reward.weight),
+            self.vlm.as_ref().map(|reward| reward.weight),
         ];
         let kinds = REWARD_KINDS.into_iter().zip(weights);
         kinds.filter_map(|(kind, weight)| Some((kind, weight?))).collect()
@@ -330,18 +400,19 @@ table! {
 }
 
 table! {
-    /// `[reward.clip-head]`: any small network on CLIP's image embedding.
+    /// `[reward.clip-head]`: any small network on CLIP's image embedding. What `alignprop fit` writes says all but `head` itself.
     pub struct ClipHeadConfig {
         /// Factor of its loss; finite. 0: logged, not trained.
         weight: f64 = 1.0,
-        /// How the image becomes CLIP's input.
-        preprocess: Preprocess = Preprocess::Alignprop,
-        /// The CLIP that the head was trained on: a folder or a hub id.
-        clip: String = "openai/clip-vit-large-patch14".into(),
+        /// How the image becomes CLIP's input. Absent: as the head's file says, else `alignprop`.
+        preprocess: Option<Preprocess> = None,
+        /// The CLIP that the head was trained on: a folder or a hub id. Absent: as the head's file says, else
+        /// openai/clip-vit-large-patch14.
+        clip: Option<String> = None,
         /// The head's weights: a .pth or .safetensors file, or `owner/name:file`. Must be given.
         head: String = String::new(),
         /// The head's layers in order: `{ linear = "layers.0" }` (its name in the file), `{ activation = "relu" }`.
-        /// At least one is linear.
+        /// At least one is linear. Empty: as the head's file says.
         layers: Vec<HeadLayer> = Vec::new(),
         /// Scale the embedding to unit norm before the head.
         normalize: bool = true,
@@ -416,13 +487,159 @@ table! {
     }
 }
 
-/// How an image in [0, 1] becomes the square input of a reward model, 224 by 224 for most. Scores made differently do not compare.
+table! {
+    /// `[reward.image-reward]`: ImageReward, what people would think of an image for its prompt; scores are those of the
+    /// original, about -2 to 2.
+    pub struct ImageRewardConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A folder or a hub id, with the weights and, where it is not BERT-base, a `med_config.json`.
+        model: String = "THUDM/ImageReward".into(),
+        /// The weights inside `model` (a `.pt` or safetensors), or the path of a file, which needs no `model`.
+        file: String = "ImageReward.pt".into(),
+        /// The `vocab.txt` of bert-base-uncased: a file, or a folder or hub id that has one. Absent: the one beside the
+        /// weights, else google-bert/bert-base-uncased.
+        vocab: Option<String> = None,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation. (ReFL's relu(2 - score) is
+        /// a target of 2 with `regularization.reward_cap` at 2.)
+        target: Option<f64> = None,
+    }
+}
+
+table! {
+    /// `[reward.count]`: log P(N = n) for the number N of things that a detector sees and the number n that the prompt asks
+    /// for. Class and number are the prompt's fields `object` and `count`, else what its text says ("three cats"). The loss is
+    /// -score. Logged beside it: the expected count (`count-expected`) and the thresholded one (`count-detected`).
+    pub struct CountConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own. Either way both
+        /// sides become multiples of the detector's patch.
+        size: Option<usize> = None,
+        /// The probability above which `count-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+    }
+}
+
+table! {
+    /// `[reward.object]`: log P(N >= 1), whether a detector sees a thing of the class, or its opposite, log P(N = 0). The loss
+    /// is -score. Logged beside it: `object-expected` and `object-detected`, as for `[reward.count]`.
+    pub struct ObjectConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// A YOLOS detector in the layout of transformers: a folder or a hub id.
+        model: String = "hustvl/yolos-tiny".into(),
+        /// Pixels of the image's short side in front of the detector; 1 or more. Absent: the image's own.
+        size: Option<usize> = None,
+        /// The probability above which `object-detected` counts a thing; from 0 to 1.
+        threshold: f64 = 0.5,
+        /// The class, whatever the prompts say. Absent: the prompt's field `object`, else what its text names.
+        object: Option<String> = None,
+        /// Whether the object is to be absent: the score is log P(N = 0), as for removing a concept.
+        remove: bool = false,
+    }
+}
+
+table! {
+    /// `[reward.command]`: a program of the user's, which gets lines of JSON with pictures and prompts and answers with scores,
+    /// and with their gradients where it has some. docs/rewards.md has the lines and an example in PyTorch.
+    pub struct CommandConfig {
+        /// Factor of its loss; finite. 0: logged, not trained.
+        weight: f64 = 1.0,
+        /// The program and its arguments: `["python", "reward.py"]`. It is started once, in the current folder. Must be given.
+        program: Vec<String> = Vec::new(),
+        /// Whether it gets f32 tensors and returns gradients of its scores with respect to them: what AlignProp trains with.
+        /// Otherwise it gets PNG files and gives scores alone.
+        gradient: bool = false,
+        /// Compare, at the start, a returned gradient with a difference of two scores, and stop where they disagree.
+        check_gradient: bool = true,
+        /// The loss is |score - target|; finite. Absent: the loss is -score, plain maximisation.
+        target: Option<f64> = None,
+        /// Seconds that an answer may take; more than 0.
+        timeout: f64 = 120.0,
+        /// Seconds that the first answer of a started program may take, which may have a model to load; more than 0.
+        start_timeout: f64 = 1800.0,
+        /// How often the program is started again for one question, where it ended or was silent for too long.
+        restarts: usize = 1,
+    }
+}
+
+table! {
+    /// A server that scores ask: `[reward.http.server]`, `[reward.vlm.server]`. A failure that may pass (no connection, no answer in
+    /// time, half of one, status 429 or 500 and more) is tried again after a pause, which doubles.
+    pub struct ServerConfig {
+        /// Its address: `http://127.0.0.1:8000/score`, or `http://127.0.0.1:8000/v1/chat/completions`. Must be given.
+        url: String = String::new(),
+        /// The environment variable that holds a key, which is sent as `Authorization: Bearer ..`. Absent: none is sent.
+        key_env: Option<String> = None,
+        /// Seconds that an answer may take; more than 0.
+        timeout: f64 = 120.0,
+        /// How often a question is asked again.
+        retries: usize = 5,
+        /// Questions at a time; 1 or more. Training by gradients judges one picture after another, so it has one at a time.
+        concurrency: usize = 4,
+    }
+}
+
+table! {
+    /// `[reward.http]`: a server of the user's, which gets pictures and prompts and answers with scores. docs/rewards.md has the
+    /// lines and an example.
+    pub struct HttpConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        server: ServerConfig = ServerConfig::default(),
+        /// Pictures in one question; 1 or more.
+        batch: usize = 8,
+    }
+}
+
+table! {
+    /// `[reward.vlm]`: a vision-language model behind an OpenAI-compatible server (vLLM, llama.cpp, Ollama, ..) is asked a question
+    /// of each picture, and its answer becomes a number.
+    pub struct VlmConfig {
+        /// Factor of its loss; finite. It has no gradient, so with AlignProp 0: logged, not trained.
+        weight: f64 = 1.0,
+        server: ServerConfig = ServerConfig::default(),
+        /// The model's name on the server. Must be given.
+        model: String = String::new(),
+        /// What it is asked. `{prompt}` is the prompt, `{count}` the prompt's field `count`.
+        question: String = "Does this picture show \"{prompt}\"? Answer with yes or no alone.".into(),
+        /// How the answer becomes a number.
+        answer: VlmAnswer = VlmAnswer::YesNo,
+        /// For `answer = "words"`: what must occur; `{count}|{word}` is one of two. Fields as in `question`.
+        words: Vec<String> = Vec::new(),
+        /// The score of an answer without a number, or without yes and no; finite. Absent: such an answer is an error.
+        otherwise: Option<f64> = None,
+        /// The longest answer, in tokens; 1 or more. A model that thinks first needs more.
+        max_tokens: usize = 64,
+    }
+}
+
+/// How the answer of a [`VlmConfig`] becomes a score.
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum VlmAnswer {
+    /// The first number in it.
+    Number,
+    /// 1 for yes, 0 for no, whichever word comes first.
+    #[default]
+    YesNo,
+    /// The share of `words` that occur in it, as whole words in any case.
+    Words,
+}
+
+/// How an image in [0, 1] becomes the square input of a reward model, 224 by 224 for most. Scores made differently do not compare.
+#[derive(Serialize, Deserialize, clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preprocess {
     /// Short side to the tower's size, antialiased bilinear, then the centre: what AlignProp trains with.
     #[default]
     Alignprop,
+    /// Short side to the tower's size, bicubic, then the centre: what CLIP scores, PickScore and the LAION predictor are
+    /// published with.
+    ClipOfficial,
     /// Longest side to the tower's size, bicubic, zeros around: what HPSv2 reports its scores with.
     Hpsv2Official,
     /// Both sides to the tower's size, whatever the aspect ratio.
@@ -466,7 +683,7 @@ pub enum LrSchedule {
 table! {
     /// `[train]`: the loop. The global batch is `batch_size` x `gradient_accumulation_steps` images.
     pub struct TrainConfig {
-        /// Optimizer steps; 1 or more.
+        /// Optimizer steps; 1 or more. Of `ddpo`, `grpo` and `rwr`: rounds.
         steps: usize = 100,
         /// Images of one micro-batch; 1 or more. More is faster where memory allows.
         batch_size: usize = 1,
@@ -524,6 +741,8 @@ table! {
     pub struct RegularizationConfig {
         /// Weight of the mean squared difference of the noise predictions from the base model's, over the steps that
         /// keep their gradient (the KL term of DRaFT+); 0 or more. Each such step then evaluates the base model too.
+        /// With `ddpo` and `grpo` the weight of the KL divergence of each trained step from the base model's, a mean over the
+        /// latent's elements (Flow-GRPO).
         kl_weight: f64 = 0.0,
         /// Decay of an exponential moving average of the adapters, d in `average <- d average + (1 - d) adapters`;
         /// 0 or more and less than 1. 0: none. It is saved beside the adapters.
@@ -545,6 +764,9 @@ table! {
         /// Stop after so many evaluations in a row in which the training reward rose while the held-out score fell;
         /// 0: never.
         patience: usize = 3,
+        /// Stop where the training rewards are sharper than this on the guard's images: how much the loss rises where an image is moved
+        /// against them (RSA-FT's S1; by `method.rho`, or 0.01); more than 0. Absent: never.
+        max_sharpness: Option<f64> = None,
         /// The first prompts of the list to evaluate on; 1 or more.
         num_prompts: usize = 8,
         /// Images of each prompt; 1 or more, and 2 or more for a diversity.
@@ -642,6 +864,20 @@ mod tests {
     }
 
     #[test]
+    fn refl_has_its_published_settings_and_the_count_preset_is_whole() {
+        let Config { sampler, truncation, reward, regularization, optimizer, train, .. } = preset("refl.toml");
+        assert_eq!((sampler.num_inference_steps, sampler.guidance_scale, sampler.eta), (40, 1.0, 1.0));
+        assert_eq!(truncation, Truncation::Refl { lo: 30, hi: 39 });
+        assert_eq!(reward.weights(), [("image-reward", 1.0)]);
+        // relu(2 - score) / 1000
+        assert_eq!(reward.image_reward.unwrap().target, Some(2.0));
+        assert_eq!(regularization.reward_cap, [("image-reward".to_owned(), 2.0)].into());
+        assert_eq!((optimizer.weight_decay, optimizer.max_grad_norm, optimizer.loss_coeff), (0.01, 1.0, 0.001));
+        assert_eq!((train.steps, train.batch_size * train.gradient_accumulation_steps), (100, 64));
+        assert_eq!(preset("count.toml").reward.weights(), [("count", 1.0)]);
+    }
+
+    #[test]
     fn an_empty_file_is_the_defaults() {
         let mut defaults = Config::default();
         defaults.prompts.resolve();
@@ -704,7 +940,7 @@ mod tests {
     fn to_toml_has_its_tables_in_order() {
         let text = Config::parse("reward.hps = {}", "x.toml", &[]).unwrap().to_toml().unwrap();
         let tables: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
-        let order = "[model] [lora] [sampler] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
+        let order = "[model] [lora] [sampler] [method] [truncation] [reward.hps] [prompts] [optimizer] [train] [regularization] \
                      [regularization.reward_cap] [run] [guard] [guard.reward]";
         assert_eq!(tables.join(" "), order, "{text}");
         assert!(text.contains("betas = [0.9, 0.999]\n"), "{text}");

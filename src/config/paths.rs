@@ -43,9 +43,26 @@ impl Config {
         let mut names = vec![&mut self.model.path];
         names.extend([self.model.config.as_mut(), self.model.tokenizer.as_mut()].into_iter().flatten());
         for rewards in [&mut self.reward, &mut self.guard.reward] {
-            let RewardsConfig { aesthetic, clip_head, hps, clip_score, pickscore, .. } = rewards;
+            let RewardsConfig {
+                aesthetic,
+                clip_head,
+                hps,
+                clip_score,
+                pickscore,
+                image_reward,
+                count,
+                object,
+                command,
+                ..
+            } = rewards;
+            // of a command the files: its script, not a word that happens to be a folder's name, nor a program of `PATH`
+            let words = command.iter_mut().flat_map(|reward| reward.program.iter_mut().enumerate());
+            let is_file = |(place, word): &(usize, &mut String)| {
+                Path::new(word.as_str()).is_file() && (*place > 0 || word.contains(std::path::is_separator))
+            };
+            names.extend(words.filter(is_file).map(|(_, word)| word));
             names.extend(aesthetic.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
-            names.extend(clip_head.iter_mut().flat_map(|reward| [&mut reward.clip, &mut reward.head]));
+            names.extend(clip_head.iter_mut().flat_map(|reward| reward.clip.iter_mut().chain([&mut reward.head])));
             if let Some(reward) = hps {
                 names.extend([&mut reward.model, &mut reward.file]);
                 names.extend([reward.config.as_mut(), reward.tokenizer.as_mut()].into_iter().flatten());
@@ -58,6 +75,12 @@ impl Config {
                 names.push(&mut reward.model);
                 names.extend(reward.tokenizer.as_mut());
             }
+            if let Some(reward) = image_reward {
+                names.extend([&mut reward.model, &mut reward.file]);
+                names.extend(reward.vocab.as_mut());
+            }
+            names.extend(count.as_mut().map(|reward| &mut reward.model));
+            names.extend(object.as_mut().map(|reward| &mut reward.model));
         }
         names
     }
@@ -75,7 +98,8 @@ mod tests {
     fn local_files_get_whole_paths_and_names_of_repositories_stay() {
         // `src` is a folder beside this crate's Cargo.toml, where tests run
         let text = "model = { path = 'src', tokenizer = 'no/such' }\nlora.init_from = 'build.rs'\nprompts.file = 'LICENSE'\n\
-                    guard = { prompts.file = '/p', reward.hps.model = 'src/config' }\nreward.aesthetic.head = 'Cargo.toml'";
+                    guard = { prompts.file = '/p', reward.hps.model = 'src/config' }\nreward.aesthetic.head = 'Cargo.toml'\n\
+                    reward.command.program = ['LICENSE', 'build.rs', 'src', '--x']";
         let config = Config::parse(text, "test", &[]).unwrap().with_whole_paths().unwrap();
         let here = std::env::current_dir().unwrap();
         let at = |name: &str| here.join(name).into_os_string().into_string().unwrap();
@@ -87,5 +111,6 @@ mod tests {
         assert_eq!(config.guard.prompts.unwrap().file.as_deref(), Some(Path::new("/p")));
         assert_eq!(config.guard.reward.hps.unwrap().model, at("src/config"));
         assert_eq!(config.reward.aesthetic.unwrap().head, at("Cargo.toml"));
+        assert_eq!(config.reward.command.unwrap().program, ["LICENSE", &at("build.rs"), "src", "--x"]);
     }
 }

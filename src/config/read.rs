@@ -23,6 +23,24 @@ enum Origin {
 /// A key with the tables around it: `["optimizer", "lr"]`.
 type KeyPath = Vec<String>;
 
+/// A table whose keys depend on the variant that one of them names.
+struct Tagged {
+    section: &'static str,
+    /// The key that names the variant.
+    key: &'static str,
+    default: &'static str,
+}
+
+const TRUNCATION: Tagged = Tagged { section: "truncation", key: "rule", default: "uniform" };
+const METHOD: Tagged = Tagged { section: "method", key: "kind", default: "alignprop" };
+static TAGGED: [Tagged; 2] = [TRUNCATION, METHOD];
+
+impl Tagged {
+    fn path(&self) -> [String; 2] {
+        [self.section, self.key].map(String::from)
+    }
+}
+
 struct Source<'a> {
     /// What messages call the file.
     name: &'a str,
@@ -33,13 +51,15 @@ struct Source<'a> {
 /// Reads `text`, applies the overrides, and checks keys and types; the ranges are not checked yet.
 pub(super) fn read(text: &str, name: &str, overrides: &[String]) -> Result<Config> {
     let mut source = Source::new(text, name)?;
-    let old_rule = source.rule();
+    let old_tags = TAGGED.each_ref().map(|tagged| source.tag(tagged));
     for text in overrides {
         source.set(text)?;
     }
-    source.replace_rule(old_rule);
+    for (tagged, old) in TAGGED.iter().zip(&old_tags) {
+        source.replace_tag(tagged, old);
+        source.name_tag(tagged);
+    }
     source.replace_prompts();
-    source.name_rule();
     source.check()?;
     source.into_config()
 }
@@ -76,28 +96,35 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// The truncation rule as things stand, or the default's.
-    fn rule(&self) -> Value {
-        let given = self.table.get("truncation").and_then(|truncation| truncation.get("rule"));
-        given.cloned().unwrap_or_else(|| Value::from("uniform"))
+    /// The variant of a tagged table as things stand, or the default's.
+    fn tag(&self, tagged: &Tagged) -> Value {
+        let given = self.table.get(tagged.section).and_then(|section| section.get(tagged.key));
+        given.cloned().unwrap_or_else(|| Value::from(tagged.default))
     }
 
-    /// `[truncation]` without a rule is about the default rule.
-    fn name_rule(&mut self) {
-        let rule = self.rule();
-        if let Some(Value::Table(truncation)) = self.table.get_mut("truncation") {
-            truncation.entry("rule").or_insert(rule);
+    /// The tagged table that a path begins with, and its variant.
+    fn tag_of(&self, path: &[String]) -> Option<(&'static Tagged, Value)> {
+        let tagged = TAGGED.iter().find(|tagged| tagged.section == path[0])?;
+        Some((tagged, self.tag(tagged)))
+    }
+
+    /// A tagged table that names no variant is about the default's.
+    fn name_tag(&mut self, tagged: &Tagged) {
+        let tag = self.tag(tagged);
+        if let Some(Value::Table(section)) = self.table.get_mut(tagged.section) {
+            section.entry(tagged.key).or_insert(tag);
         }
     }
 
-    /// A rule given by `--set` replaces the file's: keys that only the old rule has go with it.
-    fn replace_rule(&mut self, old_rule: Value) {
-        if !self.is_set("truncation", "rule") {
+    /// A variant given by `--set` replaces the file's: keys that only the old one has go with it.
+    fn replace_tag(&mut self, tagged: &'static Tagged, old: &Value) {
+        if !self.is_set(tagged.section, tagged.key) {
             return;
         }
-        let new_rule = self.rule();
-        self.drop_file_keys("truncation", |key, value| {
-            key != "rule" && knows(&old_rule, key, value) && !knows(&new_rule, key, value)
+        let new = self.tag(tagged);
+        let knows = |tag: &Value, key: &str, value: &Value| knows(tagged, tag, key, value);
+        self.drop_file_keys(tagged.section, |key, value| {
+            key != tagged.key && knows(old, key, value) && !knows(&new, key, value)
         });
     }
 
@@ -126,13 +153,12 @@ impl<'a> Source<'a> {
     fn check(&mut self) -> Result<()> {
         let mut leaves = Vec::new();
         collect_leaves(&self.table, &mut Vec::new(), &mut leaves);
-        let rule = ["truncation", "rule"].map(String::from);
-        let rule_error = self.error_at(&rule);
         let mut complaints = Vec::new();
         for leaf in leaves {
             let Some(error) = self.error_at(&leaf) else { continue };
-            // A wrong rule is one complaint, not one for each key beside it.
-            if leaf != rule && rule_error.as_ref() == Some(&error) && leaf[0] == rule[0] {
+            // A wrong variant is one complaint, not one for each key beside it.
+            let tag = self.tag_of(&leaf).map(|(tagged, _)| tagged.path());
+            if tag.is_some_and(|tag| leaf != tag && self.error_at(&tag).as_ref() == Some(&error)) {
                 continue;
             }
             if !self.take_as_string(&leaf) {
@@ -154,7 +180,7 @@ impl<'a> Source<'a> {
     /// What serde says about one value alone. A missing key is no error of this value.
     fn error_at(&self, leaf: &[String]) -> Option<String> {
         let value = leaf[1..].iter().try_fold(self.table.get(&leaf[0])?, |value, key| value.get(key))?;
-        let error = only(leaf, value.clone(), &self.rule()).try_into::<Config>().err()?;
+        let error = only(leaf, value.clone(), self.tag_of(leaf)).try_into::<Config>().err()?;
         let message = error.message().to_string();
         (!message.starts_with("missing field")).then_some(message)
     }
@@ -164,7 +190,7 @@ impl<'a> Source<'a> {
         let Some(Origin::Set(text)) = self.origins.get(leaf) else { return false };
         let Some((_, value)) = text.split_once('=') else { return false };
         let value = Value::String(value.to_string());
-        if only(leaf, value.clone(), &self.rule()).try_into::<Config>().is_err() {
+        if only(leaf, value.clone(), self.tag_of(leaf)).try_into::<Config>().is_err() {
             return false;
         }
         insert(&mut self.table, leaf, value);
@@ -190,9 +216,9 @@ impl<'a> Source<'a> {
 
     fn complain_unknown(&self, leaf: &[String], unknown: &str, known: &[String]) -> String {
         // The first part of the path that fails as a table of its own; none: a key inside a list of tables.
-        let rule = self.rule();
+        let tag = self.tag_of(leaf);
         let fails = |depth: usize| {
-            let empty = only(&leaf[..=depth], Value::Table(Table::new()), &rule);
+            let empty = only(&leaf[..=depth], Value::Table(Table::new()), tag.clone());
             let error = empty.try_into::<Config>().err();
             leaf[depth] == unknown && error.is_some_and(|error| error.message().starts_with("unknown field"))
         };
@@ -205,13 +231,15 @@ impl<'a> Source<'a> {
             None => (format!("{}.{unknown}", leaf.join(".")), self.place(leaf)),
         };
         // A key at home in another section, exactly, before a key of this section that only looks like it.
-        let elsewhere = if leaf.len() <= 2 && leaf[0] != "truncation" { section_with(unknown) } else { None };
-        let hint = match (elsewhere, nearest(unknown, known)) {
-            (Some(section), _) => format!("did you mean `{section}.{unknown}`?"),
-            (None, Some(name)) => format!("did you mean `{name}`?"),
-            (None, None) if leaf[0] != "truncation" => format!("expected {}", one_of(known)),
-            (None, None) if known.is_empty() => format!("the rule {rule} takes no keys"),
-            (None, None) => format!("the rule {rule} takes {}", one_of(known)),
+        let elsewhere = if leaf.len() <= 2 && tag.is_none() { section_with(unknown) } else { None };
+        let hint = match (elsewhere, nearest(unknown, known), &tag) {
+            (Some(section), ..) => format!("did you mean `{section}.{unknown}`?"),
+            (None, Some(name), _) => format!("did you mean `{name}`?"),
+            (None, None, None) => format!("expected {}", one_of(known)),
+            (None, None, Some((Tagged { key, .. }, tag))) if known.is_empty() => {
+                format!("the {key} {tag} takes no keys")
+            }
+            (None, None, Some((Tagged { key, .. }, tag))) => format!("the {key} {tag} takes {}", one_of(known)),
         };
         format!("unknown key `{key}` ({place}); {hint}")
     }
@@ -219,12 +247,12 @@ impl<'a> Source<'a> {
     /// Only a truncation rule has keys that must be given; the rest has defaults.
     fn into_config(self) -> Result<Config> {
         self.table.clone().try_into().map_err(|error: toml::de::Error| {
-            let rule = ["truncation", "rule"].map(String::from);
+            let rule = TRUNCATION.path();
             match error.message().strip_prefix("missing field ") {
                 Some(key) => anyhow!(
                     "missing key `truncation.{}`: truncation.rule = {} ({}) needs it",
                     key.trim_matches('`'),
-                    self.rule(),
+                    self.tag(&TRUNCATION),
                     self.place(&rule)
                 ),
                 None => anyhow!("{}: {}", self.name, error.message()),
@@ -292,19 +320,19 @@ fn collect_leaves(table: &Table, path: &mut KeyPath, leaves: &mut Vec<KeyPath>) 
     }
 }
 
-/// A config with this one value, and with the rule that a key of `[truncation]` belongs to.
-fn only(path: &[String], value: Value, rule: &Value) -> Table {
+/// A config with this one value, and with the variant of the tagged table that it belongs to.
+fn only(path: &[String], value: Value, tag: Option<(&Tagged, Value)>) -> Table {
     let mut table = Table::new();
-    if path[0] == "truncation" && path.len() > 1 {
-        insert(&mut table, &["truncation", "rule"].map(String::from), rule.clone());
+    if let Some((tagged, tag)) = tag.filter(|_| path.len() > 1) {
+        insert(&mut table, &tagged.path(), tag);
     }
     insert(&mut table, path, value);
     table
 }
 
-/// Whether the truncation rule has this key.
-fn knows(rule: &Value, key: &str, value: &Value) -> bool {
-    let table = only(&["truncation", key].map(String::from), value.clone(), rule);
+/// Whether the variant `tag` has this key.
+fn knows(tagged: &Tagged, tag: &Value, key: &str, value: &Value) -> bool {
+    let table = only(&[tagged.section, key].map(String::from), value.clone(), Some((tagged, tag.clone())));
     let error = table.try_into::<Config>().err();
     error.is_none_or(|error| !error.message().starts_with("unknown field"))
 }
@@ -508,7 +536,7 @@ mod tests {
             ),
             (
                 "[reward.clip-head]\nlayers = [{ activation = 'rel' }]",
-                "bad value for `reward.clip-head.layers` (x.toml line 2): `rel`, expected `identity`, `relu`, `silu`, `gelu`, `quick_gelu`, `tanh`, `sigmoid`; did you mean `relu`?",
+                "bad value for `reward.clip-head.layers` (x.toml line 2): `rel`, expected `identity`, `relu`, `silu`, `gelu`, `quick_gelu`, `tanh`, `sigmoid`, `gelu_tanh`; did you mean `relu`?",
             ),
         ] {
             assert_error(text, &[], expected);

@@ -3,7 +3,10 @@
 use anyhow::{Result, anyhow, bail, ensure};
 
 /// Text in UTF-8 or, where its mark says so, in UTF-16; without marks, with `\n` at the ends of lines.
-pub(super) fn decode(bytes: &[u8]) -> Result<String> {
+///
+/// # Errors
+/// It is none; names the place.
+pub fn decode(bytes: &[u8]) -> Result<String> {
     let text = match bytes {
         [0xFF, 0xFE, rest @ ..] => utf16(rest, u16::from_le_bytes)?,
         [0xFE, 0xFF, rest @ ..] => utf16(rest, u16::from_be_bytes)?,

@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig, Truncation,
+    CheckpointingChoice, Config, GuardConfig, HeadLayer, REWARD_KINDS, RegularizationConfig, RewardsConfig,
+    SamplerKind, ServerConfig, Truncation, VlmAnswer,
 };
 
 /// Pixels of an image's side, adapters' rank, images of one optimizer step: what lies beyond is a typing error.
@@ -17,8 +18,20 @@ impl Config {
     /// Checks the ranges and what one table demands of another. What only the model knows (its image size, its
     /// layers) is checked where the model is loaded.
     pub fn validate(&self) -> Result<()> {
-        let Config { model, lora, sampler, truncation, reward, prompts, optimizer, train, regularization, run, guard } =
-            self;
+        let Config {
+            model,
+            lora,
+            sampler,
+            method,
+            truncation,
+            reward,
+            prompts,
+            optimizer,
+            train,
+            regularization,
+            run,
+            guard,
+        } = self;
 
         ensure!(!model.path.is_empty(), "model.path is empty: give a folder or a hub id");
         ensure!(model.variant.as_deref() != Some(""), "model.variant is empty: leave it out for the plain files");
@@ -53,6 +66,10 @@ impl Config {
         );
         let eta = sampler.eta;
         ensure!((0.0..=1.0).contains(&eta), "sampler.eta = {eta}: must be from 0 (DDIM) to 1 (DDPM)");
+        ensure!(
+            sampler.karras != Some(true) || sampler.kind != SamplerKind::Ddim,
+            "sampler.karras = true: that goes with another sampler.kind than \"ddim\": euler, euler-ancestral or dpmpp-2m"
+        );
         for (key, size) in [("sampler.height", sampler.height), ("sampler.width", sampler.width)] {
             ensure!(size != Some(0), "{key} = 0: give pixels, or leave it out for the model's own size");
             ensure!(size.is_none_or(|n| n <= MAX_SIDE), "{key} = {}: at most {MAX_SIDE} pixels", size.unwrap_or(0));
@@ -98,11 +115,17 @@ impl Config {
             train.steps
         );
 
+        method.validate(self)?;
         if let Some(budget) = train.memory_budget {
             more_than_zero("train.memory_budget", budget)?;
         }
         regularization.validate(reward)?;
         guard.validate()?;
+        ensure!(
+            guard.max_sharpness.is_none() || method.differentiates_rewards(),
+            "guard.max_sharpness with method.kind = \"{}\": sharpness is of the reward's gradient, which this method does not ask for",
+            method.name()
+        );
 
         ensure!(
             run.dir.as_ref().is_none_or(|dir| !dir.as_os_str().is_empty()),
@@ -118,8 +141,12 @@ impl Config {
         at_least_one("run.num_samples", run.num_samples)
     }
 
-    /// Training needs a reward to follow.
+    /// Training needs a reward to follow, and differentiates DDIM alone.
     pub fn require_trained(&self) -> Result<()> {
+        ensure!(
+            self.sampler.kind == SamplerKind::Ddim,
+            "sampler.kind: training goes with \"ddim\"; the others draw images in `sample` and `eval` (--sampler)"
+        );
         let weights = self.reward.weights();
         if weights.iter().any(|(_, weight)| *weight != 0.0) {
             return Ok(());
@@ -224,6 +251,9 @@ impl GuardConfig {
     fn validate(&self) -> Result<()> {
         at_least_one("guard.num_prompts", self.num_prompts)?;
         at_least_one("guard.seeds", self.seeds)?;
+        if let Some(sharpness) = self.max_sharpness {
+            ensure!(sharpness > 0.0, "guard.max_sharpness = {sharpness}: must be more than 0; inf never stops");
+        }
         if let Some(prompts) = &self.prompts {
             prompts.validate().context("in guard")?;
         }
@@ -243,10 +273,12 @@ impl RewardsConfig {
             targets.push(("aesthetic", aesthetic.target));
         }
         if let Some(clip_head) = &self.clip_head {
-            named.extend([("clip-head.clip", &clip_head.clip), ("clip-head.head", &clip_head.head)]);
+            named.push(("clip-head.head", &clip_head.head));
+            named.extend(clip_head.clip.iter().map(|clip| ("clip-head.clip", clip)));
             targets.push(("clip-head", clip_head.target));
             ensure!(
-                clip_head.layers.iter().any(|layer| matches!(layer, HeadLayer::Linear(_))),
+                clip_head.layers.is_empty()
+                    || clip_head.layers.iter().any(|layer| matches!(layer, HeadLayer::Linear(_))),
                 "reward.clip-head.layers has no linear layer: list the head's layers in order, for example \
                  [{{ linear = \"layers.0\" }}, {{ activation = \"relu\" }}, {{ linear = \"layers.2\" }}]"
             );
@@ -256,6 +288,53 @@ impl RewardsConfig {
         }
         named.extend(self.clip_score.iter().map(|reward| ("clip-score.model", &reward.model)));
         named.extend(self.pickscore.iter().map(|reward| ("pickscore.model", &reward.model)));
+        if let Some(reward) = &self.image_reward {
+            named.extend([("image-reward.model", &reward.model), ("image-reward.file", &reward.file)]);
+            targets.push(("image-reward", reward.target));
+        }
+        named.extend(self.object.iter().filter_map(|reward| Some(("object.object", reward.object.as_ref()?))));
+        let detectors = self
+            .count
+            .iter()
+            .map(|reward| ("count", &reward.model, reward.size, reward.threshold))
+            .chain(self.object.iter().map(|reward| ("object", &reward.model, reward.size, reward.threshold)));
+        for (kind, model, size, threshold) in detectors {
+            ensure!(!model.is_empty(), "reward.{kind}.model is empty: say where it is");
+            if let Some(size) = size {
+                ensure!(
+                    (1..=MAX_SIDE).contains(&size),
+                    "reward.{kind}.size = {size}: must be from 1 to {MAX_SIDE} pixels"
+                );
+            }
+            ensure!(
+                (0.0..=1.0).contains(&threshold),
+                "reward.{kind}.threshold = {threshold}: must be a probability, from 0 to 1; 0.5 is usual"
+            );
+        }
+        if let Some(command) = &self.command {
+            targets.push(("command", command.target));
+            ensure!(
+                command.program.first().is_some_and(|word| !word.is_empty()),
+                "reward.command.program is empty: name the program and its arguments, such as [\"python\", \"reward.py\"]"
+            );
+            seconds("reward.command.timeout", command.timeout)?;
+            seconds("reward.command.start_timeout", command.start_timeout)?;
+        }
+        if let Some(http) = &self.http {
+            http.server.validate("reward.http.server")?;
+            at_least_one("reward.http.batch", http.batch)?;
+        }
+        if let Some(vlm) = &self.vlm {
+            vlm.server.validate("reward.vlm.server")?;
+            named.push(("vlm.model", &vlm.model));
+            named.push(("vlm.question", &vlm.question));
+            at_least_one("reward.vlm.max_tokens", vlm.max_tokens)?;
+            ensure!(
+                (vlm.answer == VlmAnswer::Words) != vlm.words.is_empty(),
+                "reward.vlm.words: list what must occur in the answer with `answer = \"words\"`, and nothing with other answers"
+            );
+            ensure!(vlm.otherwise.is_none_or(f64::is_finite), "reward.vlm.otherwise must be a finite number");
+        }
         for (key, name) in named {
             ensure!(!name.is_empty(), "reward.{key} is empty: say where it is");
         }
@@ -280,17 +359,35 @@ pub fn parse_device(device: &str) -> Result<String, String> {
     }
 }
 
-fn at_least_one(key: &str, value: usize) -> Result<()> {
+impl ServerConfig {
+    fn validate(&self, key: &str) -> Result<()> {
+        ensure!(
+            !self.url.is_empty(),
+            "{key}.url is empty: give the address of the server, such as http://127.0.0.1:8000/"
+        );
+        ensure!(self.key_env.as_deref() != Some(""), "{key}.key_env is empty: name a variable, or leave it out");
+        seconds(&format!("{key}.timeout"), self.timeout)?;
+        at_least_one(&format!("{key}.concurrency"), self.concurrency)
+    }
+}
+
+/// A time that somebody would wait for.
+fn seconds(key: &str, value: f64) -> Result<()> {
+    ensure!(value > 0.0 && value <= 1e6, "{key} = {value}: must be seconds, more than 0 and at most a million");
+    Ok(())
+}
+
+pub(super) fn at_least_one(key: &str, value: usize) -> Result<()> {
     ensure!(value >= 1, "{key} = {value}: must be 1 or more");
     Ok(())
 }
 
-fn more_than_zero(key: &str, value: f64) -> Result<()> {
+pub(super) fn more_than_zero(key: &str, value: f64) -> Result<()> {
     ensure!(value > 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, more than 0");
     Ok(())
 }
 
-fn zero_or_more(key: &str, value: f64) -> Result<()> {
+pub(super) fn zero_or_more(key: &str, value: f64) -> Result<()> {
     ensure!(value >= 0.0 && value.is_finite(), "{key} = {value}: must be a finite number, 0 or more");
     Ok(())
 }
@@ -318,12 +415,39 @@ mod tests {
             ("sampler.guidance_rescale = nan", "sampler.guidance_rescale = NaN: must be from 0 (off) to 1"),
             ("sampler.eta = -0.1", "sampler.eta = -0.1: must be from 0"),
             ("sampler.eta = 1.1", "sampler.eta = 1.1: must be from 0"),
+            ("sampler.karras = true", "sampler.karras = true: that goes with another sampler.kind"),
             ("sampler.height = 0", "sampler.height = 0: give pixels"),
             ("reward.hps.weight = inf", "reward.hps.weight = inf: must be a finite number"),
             ("reward.hps.file = ''", "reward.hps.file is empty"),
             ("reward.aesthetic.target = nan", "reward.aesthetic.target must be a finite number"),
-            ("reward.clip-head.head = 'h.pth'", "reward.clip-head.layers has no linear layer"),
+            (
+                "reward.clip-head = { head = 'h', layers = [{ activation = 'relu' }] }",
+                "reward.clip-head.layers has no linear layer",
+            ),
             ("reward.clip-head.layers = [{ linear = '0' }]", "reward.clip-head.head is empty"),
+            ("reward.image-reward.file = ''", "reward.image-reward.file is empty"),
+            ("reward.image-reward.target = inf", "reward.image-reward.target must be a finite number"),
+            ("reward.count.size = 0", "reward.count.size = 0: must be from 1 to"),
+            ("reward.count.model = ''", "reward.count.model is empty"),
+            ("reward.object.threshold = 1.5", "reward.object.threshold = 1.5: must be a probability"),
+            ("reward.object.object = ''", "reward.object.object is empty"),
+            ("reward.command = {}", "reward.command.program is empty: name the program"),
+            ("reward.command = { program = ['a'], timeout = 0 }", "reward.command.timeout = 0: must be seconds"),
+            (
+                "reward.command = { program = ['a'], start_timeout = inf }",
+                "reward.command.start_timeout = inf: must be",
+            ),
+            ("reward.command = { program = ['a'], target = nan }", "reward.command.target must be a finite number"),
+            ("reward.http = {}", "reward.http.server.url is empty: give the address"),
+            ("reward.http = { server.url = 'http://a', batch = 0 }", "reward.http.batch = 0: must be 1 or more"),
+            (
+                "reward.http.server = { url = 'http://a', concurrency = 0 }",
+                "reward.http.server.concurrency = 0: must be",
+            ),
+            ("reward.http.server = { url = 'http://a', timeout = -1 }", "reward.http.server.timeout = -1: must be"),
+            ("reward.vlm.server.url = 'http://a'", "reward.vlm.model is empty"),
+            ("reward.vlm = { server.url = 'http://a', model = 'm', answer = 'words' }", "reward.vlm.words: list what"),
+            ("reward.vlm = { server.url = 'http://a', model = 'm', words = ['a'] }", "reward.vlm.words: list what"),
             ("prompts = { builtin = 'animals', file = 'p' }", "prompts.file and prompts.builtin are both given"),
             ("optimizer.lr = 0", "optimizer.lr = 0: must be a finite number, more than 0"),
             ("optimizer.betas = [0.9, 1.0]", "optimizer.betas = [0.9, 1]: each must be"),
@@ -344,6 +468,7 @@ mod tests {
                 "regularization.reward_cap.clip-score: the config has no such reward; it has hps",
             ),
             ("guard.seeds = 0", "guard.seeds = 0: must be 1 or more"),
+            ("guard.max_sharpness = 0", "guard.max_sharpness = 0: must be more than 0"),
             ("guard.num_prompts = 0", "guard.num_prompts = 0: must be 1 or more"),
             ("guard.reward.hps.file = ''", "in guard: reward.hps.file is empty"),
             ("guard.prompts.list = []", "in guard: prompts.list is empty"),
@@ -384,6 +509,7 @@ mod tests {
     fn training_needs_a_reward() {
         let error = |text| Config::parse(text, "x.toml", &[]).unwrap().require_trained().unwrap_err().to_string();
         assert!(error("").starts_with("the config has no reward to train: add a table [reward.KIND]"));
+        assert!(error("sampler.kind = 'dpmpp-2m'\nreward.hps = {}").starts_with("sampler.kind: training goes with"));
         assert_eq!(
             error("reward = { hps.weight = 0, pickscore.weight = 0.0 }"),
             "the weight of every reward (hps, pickscore) is 0, so nothing would be trained: set reward.hps.weight to 1"

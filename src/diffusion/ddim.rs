@@ -9,7 +9,7 @@
 //! ```
 
 use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 use crate::models::Source;
@@ -29,8 +29,15 @@ pub struct SchedulerConfig {
     pub set_alpha_to_one: bool,
     pub steps_offset: usize,
     pub prediction_type: String,
-    pub timestep_spacing: String,
+    /// Absent: the default of each scheduler's class.
+    pub timestep_spacing: Option<String>,
     pub rescale_betas_zero_snr: bool,
+    pub use_karras_sigmas: bool,
+    /// `zero`, or `sigma_min`: the noise level that Euler and DPM-Solver end at.
+    pub final_sigmas_type: String,
+    /// Everything else, to refuse what would change the computation of a solver.
+    #[serde(flatten)]
+    pub rest: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Default for SchedulerConfig {
@@ -46,8 +53,11 @@ impl Default for SchedulerConfig {
             set_alpha_to_one: true,
             steps_offset: 0,
             prediction_type: "epsilon".into(),
-            timestep_spacing: "leading".into(),
+            timestep_spacing: None,
             rescale_betas_zero_snr: false,
+            use_karras_sigmas: false,
+            final_sigmas_type: "zero".into(),
+            rest: serde_json::Map::new(),
         }
     }
 }
@@ -69,7 +79,7 @@ impl SchedulerConfig {
 
 /// What the UNet's output means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Prediction {
+pub(super) enum Prediction {
     Epsilon,
     V,
     Sample,
@@ -78,7 +88,8 @@ enum Prediction {
 /// One step of the chain: x_{t-1} = `sample` x_t + `model_output` out + `noise` z.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DdimStep {
-    pub timestep: usize,
+    /// What the UNet is told; a whole number in DDIM's own schedule.
+    pub timestep: f64,
     pub sample: f64,
     pub model_output: f64,
     /// σ, zero where eta is.
@@ -88,17 +99,63 @@ pub struct DdimStep {
 impl DdimStep {
     /// x_{t-1}; `noise` may be left out where σ is zero.
     pub fn apply(&self, x_t: &Tensor, model_output: &Tensor, noise: Option<&Tensor>) -> candle_core::Result<Tensor> {
-        let x = ((x_t * self.sample)? + (model_output * self.model_output)?)?;
+        let x = self.mean(x_t, model_output)?;
         match noise {
             Some(noise) if self.noise != 0.0 => x + (noise * self.noise)?,
             None if self.noise != 0.0 => candle_core::bail!("a DDIM step with eta > 0 needs its noise"),
             _ => Ok(x),
         }
     }
+
+    /// μ, x_{t-1} without its noise.
+    pub fn mean(&self, x_t: &Tensor, model_output: &Tensor) -> candle_core::Result<Tensor> {
+        (x_t * self.sample)? + (model_output * self.model_output)?
+    }
+
+    /// z = (x_{t-1} - μ) / σ, in f64: the noise that makes x_{t-1} of x_t. σ is not zero.
+    pub fn noise_of(&self, x_t: &Tensor, model_output: &Tensor, x_next: &Tensor) -> candle_core::Result<Tensor> {
+        let wide = |x: &Tensor| x.to_dtype(DType::F64);
+        (wide(x_next)? - self.mean(&wide(x_t)?, &wide(model_output)?)?)? / self.noise
+    }
+
+    /// log N(x_{t-1}; μ, σ²) from that noise z (B, C, h, w): the mean over an image's elements, as DDPO's code has it, (B) in f64.
+    pub fn log_prob(&self, z: &Tensor) -> candle_core::Result<Tensor> {
+        let constant = self.noise.ln() + 0.5 * std::f64::consts::TAU.ln();
+        z.sqr()?.flatten_from(1)?.mean(1)?.affine(-0.5, -constant)
+    }
 }
 
 /// More would be a damaged file; each timestep takes memory.
 const MAX_TRAIN_TIMESTEPS: usize = 1_000_000;
+
+impl SchedulerConfig {
+    /// Checks the keys that every sampler reads, and gives what the UNet's output means.
+    ///
+    /// # Errors
+    /// More inference than training steps, thresholding, a prediction that is not known.
+    pub(super) fn prediction(&self, num_inference_steps: usize) -> Result<Prediction> {
+        let train = self.num_train_timesteps;
+        if num_inference_steps == 0 || num_inference_steps > train {
+            bail!("sampler.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
+        }
+        if train > MAX_TRAIN_TIMESTEPS {
+            bail!(
+                "scheduler_config.json: num_train_timesteps = {train}: at most {MAX_TRAIN_TIMESTEPS}; Stable Diffusion has 1000"
+            );
+        }
+        if self.thresholding {
+            bail!("scheduler_config.json asks for thresholding, which latent diffusion does not use; set it to false");
+        }
+        match self.prediction_type.as_str() {
+            "epsilon" => Ok(Prediction::Epsilon),
+            "v_prediction" => Ok(Prediction::V),
+            "sample" => Ok(Prediction::Sample),
+            other => {
+                bail!("scheduler_config.json: prediction_type `{other}` is not known (epsilon, v_prediction, sample)")
+            }
+        }
+    }
+}
 
 /// A schedule of inference steps, from the noisiest on.
 #[derive(Clone, Debug)]
@@ -107,6 +164,8 @@ pub struct DdimSchedule {
     /// ᾱ of the training timesteps, rounded to f32 as PyTorch has them: 1 - ᾱ cancels near the end, and the rounding is
     /// part of what the model is sampled with.
     alphas_cumprod: Vec<f64>,
+    /// Of each step: the timestep, and ᾱ of the next one.
+    levels: Vec<(usize, f64)>,
     steps: Vec<DdimStep>,
 }
 
@@ -123,28 +182,10 @@ impl DdimSchedule {
     /// # Errors
     /// More inference than training steps, or a scheduler that samples differently (thresholding).
     pub fn new(config: &SchedulerConfig, num_inference_steps: usize, eta: f64) -> Result<Self> {
+        let prediction = config.prediction(num_inference_steps)?;
         let train = config.num_train_timesteps;
-        if num_inference_steps == 0 || num_inference_steps > train {
-            bail!("sampler.num_inference_steps = {num_inference_steps}: this scheduler has 1 to {train} steps");
-        }
-        if train > MAX_TRAIN_TIMESTEPS {
-            bail!(
-                "scheduler_config.json: num_train_timesteps = {train}: at most {MAX_TRAIN_TIMESTEPS}; Stable Diffusion has 1000"
-            );
-        }
-        if config.thresholding {
-            bail!("scheduler_config.json asks for thresholding, which latent diffusion does not use; set it to false");
-        }
-        let prediction = match config.prediction_type.as_str() {
-            "epsilon" => Prediction::Epsilon,
-            "v_prediction" => Prediction::V,
-            "sample" => Prediction::Sample,
-            other => {
-                bail!("scheduler_config.json: prediction_type `{other}` is not known (epsilon, v_prediction, sample)")
-            }
-        };
         let alphas_cumprod = alphas_cumprod(config)?;
-        let timesteps = timesteps(config, num_inference_steps)?;
+        let timesteps = ddim_timesteps(config, num_inference_steps)?;
         if prediction == Prediction::Epsilon && timesteps.iter().any(|t| alphas_cumprod[*t] < 1e-12) {
             bail!(
                 "scheduler_config.json: rescale_betas_zero_snr leaves no signal at timestep {}, from which epsilon prediction cannot tell the image; it goes with v_prediction",
@@ -153,14 +194,18 @@ impl DdimSchedule {
         }
         let last = if config.set_alpha_to_one { 1.0 } else { alphas_cumprod[0] };
         let stride = train / num_inference_steps;
-        let steps = timesteps
-            .into_iter()
-            .map(|timestep| {
-                let next = timestep.checked_sub(stride).map_or(last, |previous| alphas_cumprod[previous]);
-                step(prediction, timestep, alphas_cumprod[timestep], next, eta)
-            })
-            .collect();
-        Ok(Self { prediction, alphas_cumprod, steps })
+        let next = |timestep: usize| timestep.checked_sub(stride).map_or(last, |previous| alphas_cumprod[previous]);
+        let levels = timesteps.into_iter().map(|timestep| (timestep, next(timestep))).collect();
+        Ok(Self { prediction, alphas_cumprod, levels, steps: Vec::new() }.with_eta(eta))
+    }
+
+    /// The same steps with another amount of noise, from 0 (DDIM) to 1 (DDPM).
+    pub fn with_eta(self, eta: f64) -> Self {
+        let of = |(timestep, next): &(usize, f64)| {
+            step(self.prediction, *timestep as f64, self.alphas_cumprod[*timestep], *next, eta)
+        };
+        let steps = self.levels.iter().map(of).collect();
+        Self { steps, ..self }
     }
 
     pub fn steps(&self) -> &[DdimStep] {
@@ -175,38 +220,71 @@ impl DdimSchedule {
 
     /// Step `i` replaced by its prediction of x_0, where a chain may stop early.
     pub fn predicted_original(&self, i: usize) -> DdimStep {
-        let timestep = self.steps[i].timestep;
-        step(self.prediction, timestep, self.alphas_cumprod[timestep], 1.0, 0.0)
+        step(self.prediction, self.steps[i].timestep, self.alpha(i), 1.0, 0.0)
+    }
+
+    /// How many timesteps the model was trained on.
+    pub fn train_timesteps(&self) -> usize {
+        self.alphas_cumprod.len()
+    }
+
+    /// Images x_0 (B, C, h, w), each noised to a timestep of its own, and what the UNet should predict there.
+    ///
+    /// ```text
+    /// x_t = sqrt(ᾱ) x_0 + sqrt(1 - ᾱ) z        target: z, or v = sqrt(ᾱ) z - sqrt(1 - ᾱ) x_0, or x_0
+    /// ```
+    pub fn noised(&self, timesteps: &[usize], x_0: &Tensor, z: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        let of = |value: &dyn Fn(f64) -> f64| {
+            let values: Vec<f32> = timesteps.iter().map(|t| value(self.alphas_cumprod[*t]) as f32).collect();
+            Tensor::from_vec(values, (timesteps.len(), 1, 1, 1), x_0.device())
+        };
+        let (signal, spread) = (of(&|alpha| alpha.sqrt())?, of(&|alpha| (1.0 - alpha).sqrt())?);
+        let x_t = (x_0.broadcast_mul(&signal)? + z.broadcast_mul(&spread)?)?;
+        let target = match self.prediction {
+            Prediction::Epsilon => z.clone(),
+            Prediction::V => (z.broadcast_mul(&signal)? - x_0.broadcast_mul(&spread)?)?,
+            Prediction::Sample => x_0.clone(),
+        };
+        Ok((x_t, target))
     }
 
     /// (factor of x_0, factor of the noise) that make x_t at step `i`: sqrt(ᾱ), sqrt(1 - ᾱ).
     pub fn add_noise(&self, i: usize) -> (f64, f64) {
-        let alpha = self.alphas_cumprod[self.steps[i].timestep];
+        let alpha = self.alpha(i);
         (alpha.sqrt(), (1.0 - alpha).sqrt())
+    }
+
+    /// ᾱ at step `i`.
+    fn alpha(&self, i: usize) -> f64 {
+        self.alphas_cumprod[self.steps[i].timestep as usize]
+    }
+}
+
+/// x_0 and ε as `[x_t, out]` coefficients at ᾱ = `a`.
+pub(super) fn origin_and_noise(prediction: Prediction, a: f64) -> ([f64; 2], [f64; 2]) {
+    let (signal, spread) = (a.sqrt(), (1.0 - a).sqrt());
+    match prediction {
+        Prediction::Epsilon => ([1.0 / signal, -spread / signal], [0.0, 1.0]),
+        Prediction::V => ([signal, -spread], [spread, signal]),
+        Prediction::Sample => ([0.0, 1.0], [1.0 / spread, -signal / spread]),
     }
 }
 
 /// The coefficients of one step from ᾱ = `a` to ᾱ = `p`.
-fn step(prediction: Prediction, timestep: usize, a: f64, p: f64, eta: f64) -> DdimStep {
+pub(super) fn step(prediction: Prediction, timestep: f64, a: f64, p: f64, eta: f64) -> DdimStep {
     let sigma = if eta == 0.0 { 0.0 } else { eta * ((1.0 - p) / (1.0 - a) * (1.0 - a / p)).max(0.0).sqrt() };
     let direction = (1.0 - p - sigma * sigma).max(0.0).sqrt();
-    let (signal, spread) = (a.sqrt(), (1.0 - a).sqrt());
-    // x_0 = x0.0 x_t + x0.1 out, ε = eps.0 x_t + eps.1 out
-    let (x0, eps) = match prediction {
-        Prediction::Epsilon => ((1.0 / signal, -spread / signal), (0.0, 1.0)),
-        Prediction::V => ((signal, -spread), (spread, signal)),
-        Prediction::Sample => ((0.0, 1.0), (1.0 / spread, -signal / spread)),
-    };
+    let (x0, eps) = origin_and_noise(prediction, a);
     DdimStep {
         timestep,
-        sample: p.sqrt() * x0.0 + direction * eps.0,
-        model_output: p.sqrt() * x0.1 + direction * eps.1,
+        sample: p.sqrt() * x0[0] + direction * eps[0],
+        model_output: p.sqrt() * x0[1] + direction * eps[1],
         noise: sigma,
     }
 }
 
 /// ᾱ of every training timestep, with PyTorch's roundings: f32 betas, a product accumulated in f64, f32 results.
-fn alphas_cumprod(config: &SchedulerConfig) -> Result<Vec<f64>> {
+pub(super) fn alphas_cumprod(config: &SchedulerConfig) -> Result<Vec<f64>> {
     let n = config.num_train_timesteps;
     let betas: Vec<f32> = match (&config.trained_betas, config.beta_schedule.as_str()) {
         (Some(betas), _) if betas.len() == n => betas.iter().map(|b| *b as f32).collect(),
@@ -264,9 +342,9 @@ fn zero_terminal_snr(betas: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-fn timesteps(config: &SchedulerConfig, n: usize) -> Result<Vec<usize>> {
+pub(super) fn ddim_timesteps(config: &SchedulerConfig, n: usize) -> Result<Vec<usize>> {
     let train = config.num_train_timesteps;
-    let steps: Vec<usize> = match config.timestep_spacing.as_str() {
+    let steps: Vec<usize> = match config.timestep_spacing.as_deref().unwrap_or("leading") {
         "leading" => (0..n).rev().map(|i| i * (train / n) + config.steps_offset).collect(),
         "linspace" => {
             let last = (train - 1) as f64;
@@ -306,7 +384,8 @@ mod tests {
     #[test]
     fn timesteps_are_diffusers() {
         let at = |spacing: &str, n| {
-            timesteps(&SchedulerConfig { timestep_spacing: spacing.into(), ..stable_diffusion() }, n).unwrap()
+            ddim_timesteps(&SchedulerConfig { timestep_spacing: Some(spacing.into()), ..stable_diffusion() }, n)
+                .unwrap()
         };
         assert_eq!(at("leading", 5), [801, 601, 401, 201, 1]);
         assert_eq!(at("leading", 7), [853, 711, 569, 427, 285, 143, 1]);
@@ -343,6 +422,41 @@ mod tests {
     }
 
     #[test]
+    fn a_noised_image_and_its_target_give_the_image_back() {
+        for prediction_type in ["epsilon", "v_prediction", "sample"] {
+            let config = SchedulerConfig { prediction_type: prediction_type.into(), ..stable_diffusion() };
+            let schedule = DdimSchedule::new(&config, 10, 0.0).unwrap();
+            let normal = |seed| crate::ops::testing::Case::normal(&[2, 4, 3, 5], seed).to_dtype(DType::F32).unwrap();
+            let (x_0, z) = (normal(1), normal(2));
+            let timesteps = [3, 7].map(|i| schedule.steps()[i].timestep as usize);
+            let (x_t, target) = schedule.noised(&timesteps, &x_0, &z).unwrap();
+            for (row, i) in [3, 7].into_iter().enumerate() {
+                let row = |x: &Tensor| x.narrow(0, row, 1).unwrap();
+                let back = schedule.predicted_original(i).mean(&row(&x_t), &row(&target)).unwrap();
+                assert!(crate::ops::testing::relative_error(&back, &row(&x_0)) < 1e-4, "{prediction_type}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_density_of_a_step_is_that_of_its_noise() {
+        let schedule = DdimSchedule::new(&stable_diffusion(), 10, 0.0).unwrap().with_eta(1.0);
+        assert_eq!(schedule.steps(), DdimSchedule::new(&stable_diffusion(), 10, 1.0).unwrap().steps());
+        let step = schedule.steps()[4];
+        let normal = |seed: usize| crate::ops::testing::Case::normal(&[2, 4, 3, 5], seed as u64).to_dtype(DType::F64);
+        let [x, out, z] = [1, 2, 3].map(|seed| normal(seed).unwrap());
+        let next = step.apply(&x, &out, Some(&z)).unwrap();
+        let found = step.noise_of(&x, &out, &next).unwrap();
+        assert!(crate::ops::testing::relative_error(&found, &z) < 1e-12);
+        let densities = step.log_prob(&found).unwrap().to_vec1::<f64>().unwrap();
+        let rows = z.flatten_from(1).unwrap().to_vec2::<f64>().unwrap();
+        for (density, row) in densities.iter().zip(rows) {
+            let of = |z: &f64| ((-0.5 * z * z).exp() / (step.noise * std::f64::consts::TAU.sqrt())).ln();
+            assert!((density - row.iter().map(of).sum::<f64>() / row.len() as f64).abs() < 1e-12);
+        }
+    }
+
+    #[test]
     fn eta_one_keeps_the_variance() {
         let schedule = DdimSchedule::new(&stable_diffusion(), 10, 1.0).unwrap();
         for i in 0..9 {
@@ -361,14 +475,18 @@ mod tests {
             assert!(message.contains(part), "{message}");
         };
         refuse(SchedulerConfig { thresholding: true, ..stable_diffusion() }, 5, "thresholding");
-        refuse(SchedulerConfig { timestep_spacing: "trailing".into(), ..stable_diffusion() }, 61, "61 steps");
+        refuse(SchedulerConfig { timestep_spacing: Some("trailing".into()), ..stable_diffusion() }, 61, "61 steps");
         refuse(
-            SchedulerConfig { rescale_betas_zero_snr: true, timestep_spacing: "trailing".into(), ..stable_diffusion() },
+            SchedulerConfig {
+                rescale_betas_zero_snr: true,
+                timestep_spacing: Some("trailing".into()),
+                ..stable_diffusion()
+            },
             5,
             "v_prediction",
         );
         refuse(SchedulerConfig { prediction_type: "flow".into(), ..stable_diffusion() }, 5, "`flow`");
-        refuse(SchedulerConfig { timestep_spacing: "karras".into(), ..stable_diffusion() }, 5, "`karras`");
+        refuse(SchedulerConfig { timestep_spacing: Some("karras".into()), ..stable_diffusion() }, 5, "`karras`");
         refuse(stable_diffusion(), 1001, "1 to 1000");
     }
 
@@ -376,7 +494,7 @@ mod tests {
     fn zero_terminal_snr_ends_near_zero() {
         let config = SchedulerConfig {
             rescale_betas_zero_snr: true,
-            timestep_spacing: "trailing".into(),
+            timestep_spacing: Some("trailing".into()),
             prediction_type: "v_prediction".into(),
             ..stable_diffusion()
         };

@@ -27,6 +27,11 @@ pub enum Stream {
     Guard = 9,
     /// The noise of each DDIM step with eta > 0 of those.
     GuardVariance = 10,
+    /// The order of a round's images in training, and their steps (DDPO).
+    Shuffle = 11,
+    /// Where regression on finished images noises them to (RWR), and with what.
+    RegressionTimestep = 12,
+    RegressionNoise = 13,
 }
 
 /// One number for (optimizer step, place within it); a chain has fewer than 2¹⁶ steps. Part of the file format of a run.

@@ -6,6 +6,7 @@ use super::{LoraValues, Value};
 use crate::ops;
 use crate::ops::activation::{Activation, activation_bwd, activation_fwd};
 use crate::ops::attention::{Heads, attention_bwd_kept, attention_fwd_kept};
+use crate::ops::detections::{Question, detections_bwd, detections_fwd};
 use crate::ops::linear::{Adapter, adapted_fwd};
 
 /// A frozen linear layer; a 1x1 convolution is one too, channels-last.
@@ -120,6 +121,12 @@ pub fn jpeg_size(pixels: &Value) -> Result<Value> {
     let y = ops::jpeg_size::jpeg_size_fwd(pixels.tensor())?;
     let input = pixels.tensor().clone();
     Ok(Value::step([pixels], y, move |d| Ok([Some(ops::jpeg_size::jpeg_size_bwd(d, &input)?)])))
+}
+
+/// The answers (B) to one question an image, of a detector's logits (B, Q, C).
+pub fn detections(logits: &Value, questions: &[Question]) -> Result<Value> {
+    let (y, slopes) = detections_fwd(logits.tensor(), questions)?;
+    Ok(Value::step([logits], y, move |d| Ok([Some(detections_bwd(d, &slopes)?)])))
 }
 
 /// Scaled dot-product attention; q (B, N, C), k and v (B, M, C).

@@ -13,6 +13,7 @@ pub mod concat;
 pub mod conv2d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub mod detections;
 pub mod device;
 pub mod finite;
 pub(crate) mod frozen;

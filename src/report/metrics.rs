@@ -19,6 +19,20 @@ pub mod names {
     pub const GRAD_NORM: &str = "grad_norm";
     /// Mean distance of the batch's noise predictions from the base model's.
     pub const DISTANCE: &str = "distance";
+    /// Mean rise of the loss where the images are moved against the rewards (RSA-FT's S1).
+    pub const SHARPNESS: &str = "sharpness";
+    /// Of policy gradients: root mean square of the distance from 1 of the ratios of new to old density.
+    pub const RATIO_SPREAD: &str = "policy/ratio_spread";
+    /// Of policy gradients: the share of these ratios outside of the clip range.
+    pub const OUTSIDE_CLIP: &str = "policy/outside_clip";
+    /// Of reward-weighted regression: the weighted mean of its loss.
+    pub const REGRESSION_LOSS: &str = "regression/loss";
+    /// Of reward-weighted regression: the share of images that is learned from.
+    pub const REGRESSION_KEPT: &str = "regression/kept";
+    /// Of Adjoint Matching: its loss, of the steps below the threshold.
+    pub const MATCHING_LOSS: &str = "matching/loss";
+    /// Of Adjoint Matching: the share of the steps below the threshold.
+    pub const MATCHING_KEPT: &str = "matching/kept";
     /// The step's learning rate.
     pub const LR: &str = "lr";
     /// Differentiated denoising steps an image.
@@ -37,6 +51,8 @@ pub mod names {
     pub const GUARD_HELD_OUT: &str = "guard/held_out";
     /// Mean distance of the noise predictions from the base model's, on the guard's images.
     pub const GUARD_DISTANCE: &str = "guard/distance";
+    /// The same of the training rewards on the guard's images, where the guard looks at it.
+    pub const GUARD_SHARPNESS: &str = "guard/sharpness";
     /// Mean distance of the images of one prompt from each other.
     pub const GUARD_DIVERSITY: &str = "guard/diversity";
 

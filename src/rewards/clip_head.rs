@@ -3,18 +3,21 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
 
 use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{AestheticConfig, ClipHeadConfig, HeadLayer, Preprocess, Prompt};
 use crate::files::unwrapped;
-use crate::models::Weights;
 use crate::models::clip::Clip;
 use crate::models::hub::resolve_file;
+use crate::models::{Source, Weights};
 use crate::nn::layers::{activation, unit_norm};
 use crate::nn::{Linear, Value};
 use crate::ops::activation::Activation;
-use crate::ops::{Ledger, Number};
+use crate::ops::device::Compute;
+use crate::ops::{Ledger, Number, is_finite};
 
 /// A multilayer perceptron on the embedding of an image.
 struct ClipHead {
@@ -30,6 +33,16 @@ struct ClipHead {
 enum Layer {
     Linear(Linear),
     Activation(Activation),
+}
+
+/// (B, D) -> (B, 1).
+fn through(head: &[Layer], x: Value) -> Result<Value> {
+    head.iter().try_fold(x, |x, layer| {
+        Ok(match layer {
+            Layer::Linear(linear) => linear.forward(&x)?,
+            Layer::Activation(function) => activation(&x, *function)?,
+        })
+    })
 }
 
 impl Score for ClipHead {
@@ -48,14 +61,8 @@ impl Differentiable for ClipHead {
         if self.normalize {
             x = unit_norm(&x)?;
         }
-        for layer in &self.head {
-            x = match layer {
-                Layer::Linear(linear) => linear.forward(&x)?,
-                Layer::Activation(function) => activation(&x, *function)?,
-            };
-        }
         let batch = x.dims()[0];
-        Ok(x.reshape(batch)?)
+        Ok(through(&self.head, x)?.reshape(batch)?)
     }
 
     fn objective(&self) -> Objective {
@@ -127,20 +134,89 @@ pub(super) fn aesthetic_shapes(clip: Arc<Clip>, weights: &Weights, target: f64) 
     Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize: true, objective }))
 }
 
-/// Any head that the config describes.
+/// What a head's file says of itself, as JSON under [`HeadFile::KEY`] in its header.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct HeadFile {
+    /// The CLIP that it was fitted on: a folder or a hub id.
+    pub clip: String,
+    pub preprocess: Preprocess,
+    pub layers: Vec<HeadLayer>,
+}
+
+impl HeadFile {
+    pub const KEY: &str = "alignprop.head";
+
+    fn of(weights: &Weights) -> Result<Option<Self>> {
+        let said = weights.metadata().get(Self::KEY);
+        let read = |text: &String| {
+            serde_json::from_str(text).with_context(|| format!("{}: `{}` in its header", weights.file(), Self::KEY))
+        };
+        said.map(read).transpose()
+    }
+}
+
+/// Any head that the config, or its own file, describes.
 pub(super) fn clip_head(config: &ClipHeadConfig, towers: &mut Towers) -> Result<Judge> {
     ensure!(!config.head.is_empty(), "reward.clip-head.head is not set: name the file with the head's weights");
     let weights = Weights::open_file(&resolve_file(&config.head, "model.safetensors")?)?.on(&towers.compute.in_f32());
-    let clip = towers.get(&config.clip)?;
-    let head = head(&weights, &config.layers, clip.vision.embed_dim())?;
-    let preprocessor = Preprocessor::of(&clip, config.preprocess, towers.compute.device())?;
-    Ok(Judge::differentiable(ClipHead {
-        clip,
-        head,
-        preprocessor,
-        normalize: config.normalize,
-        objective: Objective::of(config.target),
-    }))
+    let said = HeadFile::of(&weights)?;
+    let layers = match (&*config.layers, &said) {
+        ([], Some(said)) => &said.layers,
+        _ => &config.layers,
+    };
+    ensure!(
+        !layers.is_empty(),
+        "reward.clip-head.layers is empty, and {} does not name its layers, as a file of `alignprop fit` does: list them in order, for \
+         example [{{ linear = \"layers.0\" }}, {{ activation = \"relu\" }}, {{ linear = \"layers.2\" }}]",
+        weights.file()
+    );
+    let clip = config.clip.as_deref().or(said.as_ref().map(|said| &*said.clip));
+    let clip = towers.get(clip.unwrap_or("openai/clip-vit-large-patch14"))?;
+    let head = head(&weights, layers, clip.vision.embed_dim())?;
+    let preprocess = config.preprocess.or(said.map(|said| said.preprocess)).unwrap_or_default();
+    let preprocessor = Preprocessor::of(&clip, preprocess, towers.compute.device())?;
+    let (normalize, objective) = (config.normalize, Objective::of(config.target));
+    Ok(Judge::differentiable(ClipHead { clip, head, preprocessor, normalize, objective }))
+}
+
+/// The vectors that heads read: of a CLIP's image tower, of unit norm.
+pub struct Embedder {
+    clip: Arc<Clip>,
+    preprocessor: Preprocessor,
+}
+
+impl Embedder {
+    /// `clip` is a folder or a hub id in transformers' layout.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn load(clip: &str, preprocess: Preprocess, compute: &Compute) -> Result<Self> {
+        let compute = &compute.for_rewards();
+        let clip = Arc::new(Clip::load_transformers(&Source::open(clip)?, false, compute)?);
+        Ok(Self { preprocessor: Preprocessor::of(&clip, preprocess, compute.device())?, clip })
+    }
+
+    /// Unit vectors (N, D) of N pictures, in f32 on the CPU.
+    ///
+    /// # Errors
+    /// A picture that cannot be prepared, or gives numbers that are not finite.
+    pub fn embed(&self, pictures: Vec<RgbImage>) -> Result<Tensor> {
+        let images = TapedImages::of_pictures(pictures, self.preprocessor.device());
+        let vectors = unit_norm(&images.features(&self.clip, &self.preprocessor)?)?.into_tensor();
+        ensure!(is_finite(&vectors)?, "its vector holds numbers that are not finite");
+        Ok(vectors.to_device(&Device::Cpu)?)
+    }
+}
+
+/// The published aesthetic head's scores of unit vectors (N, D) on the CPU.
+///
+/// # Errors
+/// The head cannot be read, or is for vectors of another width.
+pub fn aesthetic_scores(file: &str, embeddings: &Tensor) -> Result<Vec<f64>> {
+    let weights = Weights::open_file(&resolve_file(file, "aesthetic-model.pth")?)?;
+    let head = head(&weights, &linear_layers(&weights)?, embeddings.dims2()?.1)?;
+    let scores = through(&head, Value::constant(embeddings))?.into_tensor();
+    Ok(scores.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
 }
 
 /// The layers with their weights, from `features` inputs to one score.
@@ -173,8 +249,6 @@ fn head(weights: &Weights, layers: &[HeadLayer], mut features: usize) -> Result<
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
-
-    use candle_core::{DType, Device};
 
     use super::*;
 

@@ -24,19 +24,18 @@ struct Jpeg {
 
 impl Score for Jpeg {
     fn scores(&self, images: &TapedImages, _prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
-        let images = images.tensor();
         let score = |row: usize| {
             let per_kilobyte = self.per_kilobyte;
             let size = move |pixels: &Tensor| Ok(per_kilobyte * encode(pixels)?.len() as f64 / 1000.0);
-            ledger.counted(&to_pixels(&images.get(row)?)?, size)
+            ledger.counted(&to_pixels(&images.image(row)?)?, size)
         };
-        (0..images.dims4()?.0).map(score).collect()
+        (0..images.batch()?).map(score).collect()
     }
 }
 
 impl Differentiable for Jpeg {
     fn on_tape(&self, images: &TapedImages, _prompts: &[Prompt]) -> Result<Value> {
-        let bytes = jpeg_size(&activation(images.value(), Activation::UnitRange)?)?;
+        let bytes = jpeg_size(&activation(images.value()?, Activation::UnitRange)?)?;
         Ok(bytes.affine(self.per_kilobyte / 1000.0, 0.0)?)
     }
 

@@ -4,11 +4,21 @@
 //! [`Objective`] turns a score into a loss. Several rewards add their weighted losses, on one tape, and each one's scores are
 //! reported. A new one is one file here and one table in the config.
 
+mod bytes;
 mod clip_head;
+mod command;
+mod derivative;
+mod detector;
+mod http;
+mod image_reward;
 mod images;
 mod jpeg;
 mod preprocess;
+mod program;
+mod server;
+mod subject;
 mod text_image;
+mod vlm;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -24,6 +34,9 @@ use crate::nn::{Tape, Value};
 use crate::ops::device::Compute;
 use crate::ops::{Ledger, Number, Readings};
 
+pub use clip_head::{Embedder, HeadFile, aesthetic_scores};
+pub use detector::Detector;
+pub use image_reward::ImageJudge;
 pub use images::TapedImages;
 pub use jpeg::{jpeg_bytes, to_bytes};
 pub use preprocess::{Filter, Preprocessor, resize_matrix};
@@ -34,9 +47,27 @@ pub trait Score: Send + Sync {
     /// computed once: [`TapedImages::features`].
     fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>>;
 
+    /// Whether a prompt says all that the score asks of it.
+    ///
+    /// # Errors
+    /// Says what it does not.
+    fn check(&self, _prompt: &Prompt) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether it reads the prompts' texts.
+    fn reads_prompts(&self) -> bool {
+        false
+    }
+
     /// Embeddings (B, D) of the images, of unit norm; `None` where the score has none.
     fn embedding(&self, _images: &TapedImages) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// Whether another program or machine computes it: then it needs no memory here, and is not asked when memory is measured.
+    fn is_elsewhere(&self) -> bool {
+        false
     }
 }
 
@@ -124,9 +155,14 @@ impl Weighted {
         }
     }
 
+    /// A score without a gradient is maximised.
     fn loss(&self, score: f64) -> f64 {
         let capped = self.cap.map_or(score, |cap| score.min(cap));
-        self.trained().map_or(0.0, |reward| self.weight * reward.objective().loss(capped))
+        let objective = match &self.judge {
+            Judge::Differentiable(reward) => reward.objective(),
+            Judge::Score(_) => Objective::Maximize,
+        };
+        self.weight * objective.loss(capped)
     }
 
     /// d loss / d score of `reward`, of scores in f64, on their device.
@@ -158,6 +194,9 @@ impl Weighted {
 
 /// The rewards of an experiment.
 pub struct Rewards(Vec<Weighted>);
+
+/// Where the tokenizer comes from of a reward model that has none beside it.
+pub type Fallback<'a> = &'a dyn Fn() -> Result<Arc<ClipTokenizer>>;
 
 /// What the rewards say of one image, known when the ledger is read: one score for each reward, in order.
 #[derive(Clone)]
@@ -214,6 +253,25 @@ impl Judged {
     }
 }
 
+impl Judged {
+    /// The images moved against the rewards, as RSA-FT has it (arXiv 2603.21175): up the gradient of their own loss by `rho`, an L2
+    /// distance over an image in [0, 1], which is half its distance in [-1, 1]. An image without a gradient stays.
+    ///
+    /// ```text
+    /// y' = y + rho g / |g|       y = image / 2 + 1/2, g = d loss / d y
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Self::pull`].
+    pub fn moved_against(self, rho: f64) -> Result<Tensor> {
+        let images = self.images.tensor().clone();
+        let d_images = self.pull(1.0)?;
+        let norm = d_images.to_dtype(DType::F64)?.sqr()?.sum_keepdim([1, 2, 3])?.sqrt()?.maximum(1e-30)?;
+        let factor = norm.recip()?.affine(2.0 * rho, 0.0)?.to_dtype(d_images.dtype())?;
+        Ok((images + d_images.broadcast_mul(&factor)?)?)
+    }
+}
+
 impl IntoIterator for Rewards {
     type Item = Weighted;
     type IntoIter = std::vec::IntoIter<Weighted>;
@@ -240,6 +298,14 @@ impl Rewards {
     /// # Errors
     /// As there.
     pub fn load_on(config: &RewardsConfig, tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Self> {
+        Self::load_with(config, &|| Ok(tokenizer.clone()), compute)
+    }
+
+    /// As [`Self::load_on`], where there may be no pipeline: `tokenizer` is called where a reward has none of its own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_with(config: &RewardsConfig, tokenizer: Fallback, compute: &Compute) -> Result<Self> {
         let compute = &compute.for_rewards();
         let mut towers = Towers::new(config, compute);
         let mut rewards: Vec<Weighted> = Vec::new();
@@ -277,6 +343,30 @@ impl Rewards {
         if let Some(c) = &config.incompressibility {
             push("incompressibility", c.weight, Ok(jpeg::incompressibility()))?;
         }
+        if let Some(c) = &config.image_reward {
+            push("image-reward", c.weight, image_reward::image_reward(c, compute))?;
+        }
+        if let Some(c) = &config.count {
+            let detector = towers.detector("count", &c.model, c.size)?;
+            for (name, weight, judge) in detector::count(c, &detector) {
+                push(name, weight, Ok(judge))?;
+            }
+        }
+        if let Some(c) = &config.object {
+            let detector = towers.detector("object", &c.model, c.size)?;
+            for (name, weight, judge) in detector::object(c, &detector)? {
+                push(name, weight, Ok(judge))?;
+            }
+        }
+        if let Some(c) = &config.command {
+            push("command", c.weight, command::command(c))?;
+        }
+        if let Some(c) = &config.http {
+            push("http", c.weight, http::http(c))?;
+        }
+        if let Some(c) = &config.vlm {
+            push("vlm", c.weight, vlm::vlm(c))?;
+        }
         if rewards.is_empty() {
             bail!(
                 "no reward is configured: add a table such as [reward.aesthetic], or --set reward.aesthetic.target=10"
@@ -304,7 +394,7 @@ impl Rewards {
         self.0.iter()
     }
 
-    /// The weighted loss of the given scores.
+    /// The weighted loss of the given scores; one that is not trained has a weight of 0.
     pub fn loss(&self, scores: &[f64]) -> f64 {
         self.0.iter().zip(scores).map(|(r, score)| r.loss(*score)).sum()
     }
@@ -314,12 +404,27 @@ impl Rewards {
         self.0.iter().zip(scores).map(|(r, score)| r.weight * score).sum()
     }
 
+    /// Whether each prompt says all that the rewards ask of it.
+    ///
+    /// # Errors
+    /// Names the reward and the prompt.
+    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+        let check =
+            |r: &Weighted, prompt| r.judge.score().check(prompt).with_context(|| format!("the reward `{}`", r.name));
+        self.0.iter().try_for_each(|r| prompts.iter().try_for_each(|prompt| check(r, prompt)))
+    }
+
     /// Caps scores by their kinds: above its cap a score has no gradient.
     pub fn with_caps(mut self, caps: &BTreeMap<String, f64>) -> Self {
         for reward in &mut self.0 {
             reward.cap = caps.get(reward.name).copied();
         }
         self
+    }
+
+    /// The names of the rewards that read the prompts' texts.
+    pub fn that_read_prompts(&self) -> Vec<&'static str> {
+        self.0.iter().filter(|r| r.judge.score().reads_prompts()).map(|r| r.name).collect()
     }
 
     /// The first embedding that a reward has for images (B, 3, H, W).
@@ -339,14 +444,59 @@ impl Rewards {
     /// # Errors
     /// A score that is not finite.
     pub fn scores(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
-        as_many(images, prompts)?;
+        self.scores_of(&TapedImages::new(Value::constant(images)), prompts)
+    }
+
+    /// As [`Self::scores`], of images or of pictures from files.
+    ///
+    /// # Errors
+    /// As there, or a score does not judge pictures of several sizes at once.
+    pub fn scores_of(&self, images: &TapedImages, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
+        self.scores_by(images, prompts, |_| true)
+    }
+
+    /// [`Self::scores`] without what is computed elsewhere, as [`Self::judge_here`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn scores_here(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Vec<Vec<f64>>> {
         let images = TapedImages::new(Value::constant(images));
+        self.scores_by(&images, prompts, |r| !r.judge.score().is_elsewhere())
+    }
+
+    fn scores_by(
+        &self,
+        images: &TapedImages,
+        prompts: &[Prompt],
+        counts: impl Fn(&Weighted) -> bool,
+    ) -> Result<Vec<Vec<f64>>> {
+        let batch = images.batch()?;
+        ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
         let noted = |ledger: &mut Ledger| {
-            self.0.iter().map(|r| r.reported(&images, prompts, ledger)).collect::<Result<Vec<_>>>()
+            let rewards = self.0.iter().filter(|r| counts(r));
+            rewards.map(|r| r.reported(images, prompts, ledger)).collect::<Result<Vec<_>>>()
         };
         let (scores, readings) = Ledger::around(noted)?;
         let row = |image: usize| scores.iter().map(|reward| readings.get(reward[image])).collect();
         Ok((0..prompts.len()).map(row).collect())
+    }
+
+    /// How much an image's loss rises where it is moved against the rewards by `rho` ([`Judged::moved_against`]): RSA-FT's S1, for one
+    /// reward of weight 1 the fall of its score. Large where a score is high for reasons that the next picture does not share.
+    /// Waits for a GPU.
+    ///
+    /// # Errors
+    /// As [`Self::judge`].
+    pub fn sharpness(&self, image: &Tensor, prompt: &Prompt, rho: f64) -> Result<f64> {
+        let prompt = std::slice::from_ref(prompt);
+        let judged = |ledger: &mut Ledger| {
+            let judged = self.judge(image, prompt, ledger)?;
+            let plain = judged.scores()[0].clone();
+            let moved = self.judge(&judged.moved_against(rho)?, prompt, ledger)?;
+            Ok((plain, moved.scores()[0].clone()))
+        };
+        let ((plain, moved), readings) = Ledger::around(judged)?;
+        Ok(moved.loss(self, &readings) - plain.loss(self, &readings))
     }
 
     /// Scores of images (B, 3, H, W) in [-1, 1], recorded for [`Judged::pull`]. What is trained shares one tape; what is not
@@ -355,13 +505,32 @@ impl Rewards {
     /// # Errors
     /// A score that is not finite, here or when the ledger is read. A score without a gradient that has a weight.
     pub fn judge(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
-        as_many(images, prompts)?;
-        let batch = prompts.len();
+        self.judge_by(images, prompts, ledger, |_| true)
+    }
+
+    /// [`Self::judge`] without what is computed elsewhere ([`Score::is_elsewhere`]): for measuring what the others need.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn judge_here(&self, images: &Tensor, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Judged> {
+        self.judge_by(images, prompts, ledger, |r| !r.judge.score().is_elsewhere())
+    }
+
+    fn judge_by(
+        &self,
+        images: &Tensor,
+        prompts: &[Prompt],
+        ledger: &mut Ledger,
+        counts: impl Fn(&Weighted) -> bool,
+    ) -> Result<Judged> {
+        let batch = images.dims4()?.0;
+        ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
+        let rewards: Vec<&Weighted> = self.0.iter().filter(|r| counts(r)).collect();
         let (tape, mut trained) = (Tape::new(), Vec::new());
         let leaf = tape.leaf(images);
         let on_tape = TapedImages::new(leaf.clone());
-        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(self.0.len());
-        for r in &self.0 {
+        let mut differentiated: Vec<Option<Vec<Number>>> = Vec::with_capacity(rewards.len());
+        for r in &rewards {
             let Some(reward) = r.trained() else {
                 ensure!(
                     r.weight == 0.0,
@@ -387,7 +556,7 @@ impl Rewards {
         let constant = on_tape.off_tape();
         let mut scores: Vec<ImageScores> =
             (0..batch).map(|_| ImageScores { reported: Vec::new(), differentiated: Vec::new() }).collect();
-        for (r, differentiated) in self.0.iter().zip(differentiated) {
+        for (r, differentiated) in rewards.into_iter().zip(differentiated) {
             let reported = match &differentiated {
                 Some(numbers) if !r.trained().is_some_and(|reward| reward.is_stand_in()) => numbers.clone(),
                 _ => r.reported(&constant, prompts, ledger)?,
@@ -402,17 +571,13 @@ impl Rewards {
     }
 }
 
-fn as_many(images: &Tensor, prompts: &[Prompt]) -> Result<()> {
-    let batch = images.dims4()?.0;
-    ensure!(prompts.len() == batch, "{batch} images with {} prompts", prompts.len());
-    Ok(())
-}
-
-/// CLIP models by their path, so that two rewards on one model share its weights.
+/// CLIP models and detectors by their path, so that two rewards on one model share its weights.
 struct Towers {
     /// Whether some reward on this model reads text.
     with_text: Vec<String>,
     loaded: HashMap<String, Arc<Clip>>,
+    /// By their path and the size of their images.
+    detectors: HashMap<(String, Option<usize>), Arc<Detector>>,
     compute: Compute,
 }
 
@@ -420,7 +585,24 @@ impl Towers {
     fn new(config: &RewardsConfig, compute: &Compute) -> Self {
         let with_text =
             [config.clip_score.as_ref().map(|c| c.model.clone()), config.pickscore.as_ref().map(|c| c.model.clone())];
-        Self { with_text: with_text.into_iter().flatten().collect(), loaded: HashMap::new(), compute: compute.clone() }
+        Self {
+            with_text: with_text.into_iter().flatten().collect(),
+            loaded: HashMap::new(),
+            detectors: HashMap::new(),
+            compute: compute.clone(),
+        }
+    }
+
+    /// For the reward `name`.
+    fn detector(&mut self, name: &str, model: &str, size: Option<usize>) -> Result<Arc<Detector>> {
+        let key = (model.to_owned(), size);
+        if let Some(detector) = self.detectors.get(&key) {
+            return Ok(detector.clone());
+        }
+        let loaded = Detector::load(model, size, &self.compute);
+        let detector = Arc::new(loaded.with_context(|| format!("loading the reward `{name}`"))?);
+        self.detectors.insert(key, detector.clone());
+        Ok(detector)
     }
 
     fn get(&mut self, model: &str) -> Result<Arc<Clip>> {

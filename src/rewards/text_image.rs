@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-use super::{Differentiable, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
+use super::{Differentiable, Fallback, Judge, Objective, Preprocessor, Score, TapedImages, Towers};
 use crate::config::{HpsConfig, Preprocess, Prompt};
 use crate::models::clip::{Clip, OpenClipConfig, PixelStatistics};
 use crate::models::hub::resolve_file;
+use crate::models::sentence_pieces::SentencePieces;
 use crate::models::tokenizer::ClipTokenizer;
 use crate::models::{Source, Weights};
 use crate::nn::Value;
@@ -21,30 +22,42 @@ use crate::ops::{Ledger, Number};
 /// Cosine of image and prompt.
 struct TextImage {
     clip: Arc<Clip>,
-    tokenizer: Arc<ClipTokenizer>,
-    /// open_clip pads with zeros.
-    open_clip: bool,
+    words: Words,
     preprocessor: Preprocessor,
     /// Embeddings of the prompts seen so far: a run has few prompts and asks for each many times.
     embedded: Mutex<HashMap<String, Tensor>>,
 }
 
+/// A prompt's way to ids.
+enum Words {
+    Clip(Arc<ClipTokenizer>),
+    /// open_clip pads with zeros.
+    OpenClip(Arc<ClipTokenizer>),
+    Siglip(Box<SentencePieces>),
+}
+
+impl Words {
+    fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
+        match self {
+            Self::Clip(tokenizer) => tokenizer.encode(prompt),
+            Self::OpenClip(tokenizer) => tokenizer.encode_open_clip(prompt),
+            Self::Siglip(pieces) => pieces.encode(prompt),
+        }
+    }
+}
+
 impl TextImage {
-    fn new(
-        clip: Arc<Clip>,
-        tokenizer: Arc<ClipTokenizer>,
-        open_clip: bool,
-        preprocess: Preprocess,
-        compute: &Compute,
-    ) -> Result<Self> {
+    fn new(clip: Arc<Clip>, words: Words, preprocess: Preprocess, compute: &Compute) -> Result<Self> {
         let vocabulary = clip.text.as_ref().context("the model has no text tower")?.vocab_size();
-        ensure!(
-            tokenizer.vocab_size() == vocabulary,
-            "the reward model reads {vocabulary} token ids and the tokenizer has {}: set its `tokenizer` to a tokenizer.json of the reward model",
-            tokenizer.vocab_size()
-        );
+        if let Words::Clip(tokenizer) | Words::OpenClip(tokenizer) = &words {
+            ensure!(
+                tokenizer.vocab_size() == vocabulary,
+                "the reward model reads {vocabulary} token ids and the tokenizer has {}: set its `tokenizer` to a tokenizer.json of the reward model",
+                tokenizer.vocab_size()
+            );
+        }
         let preprocessor = Preprocessor::of(&clip, preprocess, compute.device())?;
-        Ok(Self { clip, tokenizer, open_clip, preprocessor, embedded: Mutex::default() })
+        Ok(Self { clip, words, preprocessor, embedded: Mutex::default() })
     }
 
     fn text(&self, prompt: &str) -> Result<Tensor> {
@@ -52,9 +65,7 @@ impl TextImage {
         if let Some(embedding) = embedded.get(prompt) {
             return Ok(embedding.clone());
         }
-        let ids =
-            if self.open_clip { self.tokenizer.encode_open_clip(prompt)? } else { self.tokenizer.encode(prompt)? };
-        let embedding = self.clip.text_embeds(&[ids])?;
+        let embedding = self.clip.text_embeds(&[self.words.encode(prompt)?])?;
         embedded.insert(prompt.to_owned(), embedding.clone());
         Ok(embedding)
     }
@@ -63,6 +74,10 @@ impl TextImage {
 impl Score for TextImage {
     fn scores(&self, images: &TapedImages, prompts: &[Prompt], ledger: &mut Ledger) -> Result<Vec<Number>> {
         Ok(ledger.numbers(self.on_tape(images, prompts)?.tensor())?)
+    }
+
+    fn reads_prompts(&self) -> bool {
+        true
     }
 
     fn embedding(&self, images: &TapedImages) -> Result<Option<Tensor>> {
@@ -91,8 +106,8 @@ fn row_dots(x: &Value, t: &Tensor) -> candle_core::Result<Value> {
 }
 
 /// HPSv2: an open_clip model, from a `.pt` with a `state_dict` or from safetensors.
-pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, compute: &Compute) -> Result<Judge> {
-    let (file, source) = hps_file(config)?;
+pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: Fallback, compute: &Compute) -> Result<Judge> {
+    let (file, source) = model_file(&config.model, &config.file)?;
     let weights = Weights::open_file(&file)?.on(compute);
     let architecture = match &config.config {
         Some(path) => Some(Path::new(path).to_owned()),
@@ -110,21 +125,18 @@ pub(super) fn hps(config: &HpsConfig, pipeline_tokenizer: &Arc<ClipTokenizer>, c
     let pixels = pixels.map_or_else(|| PixelStatistics::of_open_clip(&source), Ok)?;
     let clip = Arc::new(Clip::load_open_clip(&weights, &architecture, pixels)?);
     let tokenizer = tokenizer(config.tokenizer.as_deref(), None, pipeline_tokenizer)?;
-    Ok(Judge::differentiable(TextImage::new(clip, tokenizer, true, config.preprocess, compute)?))
+    Ok(Judge::differentiable(TextImage::new(clip, Words::OpenClip(tokenizer), config.preprocess, compute)?))
 }
 
 /// The weights, and what lies beside them: `file` in the folder or repository `model`, or alone where one of the two is a path.
-fn hps_file(config: &HpsConfig) -> Result<(PathBuf, Source)> {
+pub(super) fn model_file(model: &str, file: &str) -> Result<(PathBuf, Source)> {
     let is_path = |text: &str| Path::new(text).is_file() || text.starts_with(['/', '.', '~']);
-    let model = Path::new(&config.model);
-    let alone = if model.is_file() {
-        Some(&config.model)
-    } else {
-        Some(&config.file).filter(|file| !model.is_dir() && is_path(file))
-    };
+    let folder = Path::new(model);
+    let alone =
+        if folder.is_file() { Some(model) } else { Some(file).filter(|file| !folder.is_dir() && is_path(file)) };
     let Some(alone) = alone else {
-        let source = Source::open(&config.model)?;
-        return Ok((source.require(&config.file)?, source));
+        let source = Source::open(model)?;
+        return Ok((source.require(file)?, source));
     };
     let file = resolve_file(alone, "")?;
     let folder = Source::open(&folder_of(&file))?;
@@ -136,25 +148,27 @@ fn folder_of(file: &Path) -> String {
     folder.to_string_lossy().into_owned()
 }
 
-/// A transformers CLIPModel: CLIP score, PickScore.
+/// A transformers CLIPModel or SiglipModel: CLIP score, PickScore.
 pub(super) fn clip_score(
     model: &str,
     own_tokenizer: Option<&str>,
     preprocess: Preprocess,
     towers: &mut Towers,
-    pipeline_tokenizer: &Arc<ClipTokenizer>,
+    pipeline_tokenizer: Fallback,
 ) -> Result<Judge> {
     let clip = towers.get(model)?;
-    let tokenizer = tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?;
-    Ok(Judge::differentiable(TextImage::new(clip, tokenizer, false, preprocess, &towers.compute)?))
+    let words = match clip.text.as_ref().filter(|_| clip.is_siglip()) {
+        Some(text) => Words::Siglip(Box::new(SentencePieces::load(
+            &Source::open(own_tokenizer.unwrap_or(model))?,
+            text.length(),
+        )?)),
+        None => Words::Clip(tokenizer(own_tokenizer, Some(&Source::open(model)?), pipeline_tokenizer)?),
+    };
+    Ok(Judge::differentiable(TextImage::new(clip, words, preprocess, &towers.compute)?))
 }
 
 /// The tokenizer that the config names, else the one beside the model, else the pipeline's.
-fn tokenizer(
-    named: Option<&str>,
-    beside: Option<&Source>,
-    pipeline: &Arc<ClipTokenizer>,
-) -> Result<Arc<ClipTokenizer>> {
+fn tokenizer(named: Option<&str>, beside: Option<&Source>, pipeline: Fallback) -> Result<Arc<ClipTokenizer>> {
     if let Some(named) = named {
         // a tokenizer.json is loaded with the folder that it lies in
         let path = Path::new(named);
@@ -166,5 +180,5 @@ fn tokenizer(
             return Ok(Arc::new(ClipTokenizer::load(&source)?));
         }
     }
-    Ok(pipeline.clone())
+    pipeline()
 }

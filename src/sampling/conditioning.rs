@@ -30,6 +30,11 @@ impl Conditioning {
         Self { guidance: Guidance { rescale: (amount > 0.0).then_some(amount), ..self.guidance }, ..self }
     }
 
+    /// The same without guidance: the prompts alone.
+    pub fn unguided(self) -> Self {
+        Self { guidance: Guidance { scale: None, rescale: None, one_batch: false }, ..self }
+    }
+
     /// These rows of the batch only.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
         Ok(Self {

@@ -31,18 +31,23 @@ impl<'a> Denoiser<'a> {
         Denoiser { adapters, ..self.clone() }
     }
 
+    /// The same without guidance.
+    pub fn unguided(&self) -> Self {
+        Self { conditioning: self.conditioning.clone().unguided(), ..self.clone() }
+    }
+
     /// The same for these rows of the batch only.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
         Ok(Self { conditioning: self.conditioning.select(rows)?, ..self.clone() })
     }
 
     /// The guided prediction at x_t, (B, C, h, w).
-    pub fn predict(&self, x_t: &Tensor, timestep: usize) -> Result<Tensor> {
+    pub fn predict(&self, x_t: &Tensor, timestep: f64) -> Result<Tensor> {
         self.project()?.predict(x_t, timestep)
     }
 
     /// [`Self::predict`], keeping what its backward pass needs.
-    pub fn record(&self, x_t: &Tensor, timestep: usize) -> Result<Recording<'a>> {
+    pub fn record(&self, x_t: &Tensor, timestep: f64) -> Result<Recording<'a>> {
         let Self { unet, adapters, checkpointing, .. } = *self;
         let guidance = self.conditioning.guidance;
         let x_t = guidance.latents(x_t)?;
@@ -66,34 +71,27 @@ impl<'a> Denoiser<'a> {
         ledger: &mut Ledger,
     ) -> Result<Trajectory<'a>> {
         let mut trajectory = Trajectory::at(x_t);
-        // the steps that are not recorded share the keys and values of the text
-        let (mut projected, mut evaluated) = (None, 0);
-        let graph_pays = self.unet.compute().graphs() && (0..steps.len()).filter(|i| !record(*i)).count() > GRAPH_PAYS;
+        let mut predictor = self.predictor((0..steps.len()).filter(|i| !record(*i)).count());
         for (i, step) in steps.iter().enumerate() {
             let (x, timestep) = (trajectory.latents(), step.timestep);
             let (prediction, recording) = if record(i) {
                 let recording = self.record(x, timestep)?;
                 (recording.prediction.clone(), Some(recording))
             } else {
-                let mut shared = match projected.take() {
-                    Some(shared) => shared,
-                    None => self.project()?,
-                };
-                // the first step runs without a graph: it loads kernels and workspaces, which a capture may not
-                if graph_pays && evaluated == 1 {
-                    shared.capture(x, timestep)?;
-                }
-                evaluated += 1;
-                (projected.insert(shared).predict(x, timestep)?, None)
+                (predictor.predict(x, timestep)?, None)
             };
             let noise = if step.noise != 0.0 { Some(noise(i)?) } else { None };
             let next = step.apply(x, &prediction, noise.as_ref())?;
-            ledger.finite(&next, move |_| {
-                format!("the UNet's prediction at denoising step {i} (timestep {timestep}) is not finite")
-            })?;
+            check_step(&next, i, timestep, ledger)?;
             trajectory.push(prediction, recording, next);
         }
         Ok(trajectory)
+    }
+
+    /// For `evaluations` of one chain that are not recorded: they share the keys and values of the text.
+    pub(super) fn predictor(&self, evaluations: usize) -> Predictor<'a> {
+        let graph_pays = self.unet.compute().graphs() && evaluations > GRAPH_PAYS;
+        Predictor { denoiser: self.clone(), projected: None, evaluated: 0, graph_pays }
     }
 
     /// The keys and values that the UNet's cross-attentions make of the text: the same for all steps of a chain.
@@ -102,6 +100,37 @@ impl<'a> Denoiser<'a> {
         let embeds = self.conditioning.evaluations()?;
         let texts = embeds.iter().map(|embeds| unet.project_text(embeds, adapters)).collect::<Result<_>>()?;
         Ok(Projected { unet, adapters, texts, guidance: self.conditioning.guidance })
+    }
+}
+
+/// Notes that the latents `next`, which step `i` gave, must be finite.
+pub(super) fn check_step(next: &Tensor, i: usize, timestep: f64, ledger: &mut Ledger) -> Result<()> {
+    ledger.finite(next, move |_| {
+        format!("the UNet's prediction at denoising step {i} (timestep {timestep}) is not finite")
+    })
+}
+
+/// A denoiser in the course of a chain.
+pub(super) struct Predictor<'a> {
+    denoiser: Denoiser<'a>,
+    projected: Option<Projected<'a>>,
+    evaluated: usize,
+    graph_pays: bool,
+}
+
+impl Predictor<'_> {
+    /// The guided prediction at x_t, (B, C, h, w).
+    pub fn predict(&mut self, x_t: &Tensor, timestep: f64) -> Result<Tensor> {
+        let mut shared = match self.projected.take() {
+            Some(shared) => shared,
+            None => self.denoiser.project()?,
+        };
+        // the first step runs without a graph: it loads kernels and workspaces, which a capture may not
+        if self.graph_pays && self.evaluated == 1 {
+            shared.capture(x_t, timestep)?;
+        }
+        self.evaluated += 1;
+        self.projected.insert(shared).predict(x_t, timestep)
     }
 }
 
@@ -118,14 +147,14 @@ struct Projected<'a> {
 }
 
 impl Projected<'_> {
-    fn predict(&self, x_t: &Tensor, timestep: usize) -> Result<Tensor> {
+    fn predict(&self, x_t: &Tensor, timestep: f64) -> Result<Tensor> {
         let x_t = self.guidance.latents(x_t)?;
         let evaluate = |text: &Text| self.unet.forward_with(&x_t, timestep, text, self.adapters);
         self.guidance.combine(side_by_side(self.texts.iter().collect(), evaluate)?)
     }
 
     /// Captures the evaluation of latents like x_t, which must have run before, as one launch of a GPU.
-    fn capture(&mut self, x_t: &Tensor, timestep: usize) -> Result<()> {
+    fn capture(&mut self, x_t: &Tensor, timestep: f64) -> Result<()> {
         let x_t = self.guidance.latents(x_t)?;
         for text in &mut self.texts {
             *text = self.unet.capture(&x_t, timestep, text, self.adapters)?;

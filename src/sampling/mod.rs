@@ -4,6 +4,7 @@ mod conditioning;
 mod denoiser;
 mod noise;
 mod sampler;
+mod solve;
 mod trajectory;
 
 pub use conditioning::Conditioning;

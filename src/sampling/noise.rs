@@ -28,6 +28,15 @@ impl ChainNoise {
         self.normal(self.streams[0], self.step)
     }
 
+    /// x_T where every `group` samples in a row share the first one's, (B, C, h, w).
+    pub fn shared_latents(&self, group: u64) -> Result<Tensor> {
+        let of = |sample: u64| {
+            let first = sample - sample % group;
+            Self { samples: first..first + 1, ..self.clone() }.initial_latents()
+        };
+        Ok(Tensor::cat(&self.samples.clone().map(of).collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
     /// z of denoising step `i`, (B, C, h, w).
     pub fn of_step(&self, i: usize) -> Result<Tensor> {
         self.normal(self.streams[1], place(self.step, i))

@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
+use super::solve::solve;
 use super::{ChainNoise, Conditioning, Denoiser};
-use crate::config::{Checkpointing, ModelConfig, Prompt, SamplerConfig};
-use crate::diffusion::{DdimSchedule, Noise, Stream};
+use crate::config::{Checkpointing, ModelConfig, Prompt, SamplerConfig, SamplerKind};
+use crate::diffusion::{DdimSchedule, Noise, Solver, Stream};
 use crate::lora::Adapters;
 use crate::lora::formats::{self, LoadedLora};
 use crate::models::Pipeline;
@@ -18,7 +19,10 @@ use crate::ops::{Ledger, is_finite, not_a_number};
 /// A pipeline as an experiment uses it.
 pub struct Sampler {
     pub pipeline: Pipeline,
+    /// Of the chains that are differentiated.
     pub schedule: DdimSchedule,
+    /// Of images that are only drawn.
+    solver: Solver,
     /// (channels, h, w) of one sample's latents.
     pub latent_shape: (usize, usize, usize),
     guidance_scale: f64,
@@ -46,12 +50,19 @@ impl Sampler {
     pub fn load(model: &ModelConfig, sampler: &SamplerConfig, compute: &Compute) -> Result<Self> {
         let pipeline = Pipeline::load_on(model, compute)?;
         let schedule = DdimSchedule::load(&pipeline.source, sampler.num_inference_steps, sampler.eta)?;
+        let solver = match sampler.kind {
+            SamplerKind::Ddim => Solver::from(&schedule),
+            kind => Solver::load(&pipeline.source, kind, sampler.karras, sampler.num_inference_steps)?,
+        };
         let (height, width) = pipeline.default_size();
         let latent_shape = pipeline.latent_shape(sampler.height.unwrap_or(height), sampler.width.unwrap_or(width))?;
         let (negative_prompt, guidance_scale) = (&sampler.negative_prompt, sampler.guidance_scale);
         let negative_prompt_embeds = pipeline.encode_prompts(std::slice::from_ref(negative_prompt))?;
         ensure!(is_finite(&negative_prompt_embeds)?, "not a number: the text encoder's output is not finite");
-        let SamplerConfig { guidance_rescale, .. } = *sampler;
+        let SamplerConfig { guidance_rescale, kind, eta, .. } = *sampler;
+        if kind != SamplerKind::Ddim && eta > 0.0 {
+            note!("warning: sampler.eta = {eta} does nothing: it goes with sampler.kind = \"ddim\"");
+        }
         if guidance_rescale > 0.0 && guidance_scale <= 1.0 {
             note!(
                 "warning: sampler.guidance_rescale = {guidance_rescale} does nothing: there is no guidance with \
@@ -59,7 +70,7 @@ impl Sampler {
             );
         }
         let sampler =
-            Self { pipeline, schedule, latent_shape, guidance_scale, guidance_rescale, negative_prompt_embeds };
+            Self { pipeline, schedule, solver, latent_shape, guidance_scale, guidance_rescale, negative_prompt_embeds };
         // without guidance nobody reads it
         if guidance_scale > 1.0 {
             sampler.warn_of_cut("sampler.negative_prompt", std::slice::from_ref(negative_prompt))?;
@@ -138,16 +149,18 @@ impl Sampler {
         let mut ledger = Ledger::default();
         let conditioning = self.conditioning(prompts, &mut ledger)?;
         let denoiser = self.denoiser(adapters, conditioning, Checkpointing::Step);
-        let steps = self.schedule.steps();
+        let Solver { start, steps } = &self.solver;
         // timesteps fall along the chain
-        let (early, late) =
-            steps.split_at(steps.partition_point(|step| lora_start.is_some_and(|t| step.timestep >= t)));
+        let early = steps.partition_point(|step| lora_start.is_some_and(|t| step.ddim.timestep >= t as f64));
         let base = Adapters::default();
-        let of_early = |i| noise.of_step(i);
-        let of_late = |i| noise.of_step(early.len() + i);
-        let (base, start) = (denoiser.with_adapters(&base), initial_latents.clone());
-        let middle = base.rollout(early, start, of_early, |_| false, &mut ledger)?.latents().clone();
-        let latents = denoiser.rollout(late, middle, of_late, |_| false, &mut ledger)?.latents().clone();
+        let mut of_base = denoiser.with_adapters(&base).predictor(early);
+        let mut adapted = denoiser.predictor(steps.len() - early);
+        let predict = |i: usize, x_t: &Tensor| {
+            let predictor = if i < early { &mut of_base } else { &mut adapted };
+            predictor.predict(x_t, steps[i].ddim.timestep)
+        };
+        let x_t = if *start == 1.0 { initial_latents.clone() } else { (&initial_latents * *start)? };
+        let latents = solve(steps, x_t, predict, |i| noise.of_step(i), &mut ledger)?;
         ledger.read()?;
         let images = self.decode(&latents).with_context(|| format!("drawing {}", quoted(prompts)))?;
         Ok(Drawn { initial_latents, conditioning: denoiser.conditioning, latents, images })

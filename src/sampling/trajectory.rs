@@ -4,59 +4,66 @@ use candle_core::Tensor;
 
 use super::Recording;
 
-/// The latents of a chain: what each step started from and predicted, and what the last one gave.
+/// The latents of a chain, with what each step predicted where it was run here.
 pub struct Trajectory<'a> {
-    steps: Vec<Taken<'a>>,
-    latents: Tensor,
-}
-
-/// One step of it.
-struct Taken<'a> {
-    input: Tensor,
-    prediction: Tensor,
-    recording: Option<Recording<'a>>,
+    /// From x_T on, one more than steps.
+    latents: Vec<Tensor>,
+    predictions: Vec<Tensor>,
+    recordings: Vec<Option<Recording<'a>>>,
 }
 
 impl<'a> Trajectory<'a> {
     /// A chain of no steps, at x_T (B, C, h, w).
     pub(super) fn at(x_t: Tensor) -> Self {
-        Self { steps: Vec::new(), latents: x_t }
+        Self::of_latents(vec![x_t])
+    }
+
+    /// A chain that was run before, from x_T (B, C, h, w) on: at least one. What its steps predicted is not known any more.
+    pub fn of_latents(latents: Vec<Tensor>) -> Self {
+        Self { latents, predictions: Vec::new(), recordings: Vec::new() }
     }
 
     /// One more step, from the latents so far to `next`.
     pub(super) fn push(&mut self, prediction: Tensor, recording: Option<Recording<'a>>, next: Tensor) {
-        let input = std::mem::replace(&mut self.latents, next);
-        self.steps.push(Taken { input, prediction, recording });
+        self.latents.push(next);
+        self.predictions.push(prediction);
+        self.recordings.push(recording);
     }
 
     /// Goes on with a chain that started from these latents.
     pub fn extend(&mut self, rest: Self) {
-        self.steps.extend(rest.steps);
-        self.latents = rest.latents;
+        self.latents.extend(rest.latents.into_iter().skip(1));
+        self.predictions.extend(rest.predictions);
+        self.recordings.extend(rest.recordings);
     }
 
     /// x_t of step `i`, (B, C, h, w).
     pub fn input(&self, i: usize) -> &Tensor {
-        &self.steps[i].input
+        &self.latents[i]
     }
 
     /// x_{t-1} of step `i`, (B, C, h, w).
     pub fn output(&self, i: usize) -> &Tensor {
-        self.steps.get(i + 1).map_or(&self.latents, |next| &next.input)
+        &self.latents[i + 1]
     }
 
     /// The guided prediction of step `i`, (B, C, h, w).
     pub fn prediction(&self, i: usize) -> &Tensor {
-        &self.steps[i].prediction
+        &self.predictions[i]
     }
 
     /// x_0, or what the last step gave, (B, C, h, w).
     pub fn latents(&self) -> &Tensor {
-        &self.latents
+        &self.latents[self.latents.len() - 1]
+    }
+
+    /// x_T, .., x_0.
+    pub fn into_latents(self) -> Vec<Tensor> {
+        self.latents
     }
 
     /// The recording of step `i`, if it was recorded and not taken before.
     pub fn take_recording(&mut self, i: usize) -> Option<Recording<'a>> {
-        self.steps[i].recording.take()
+        self.recordings.get_mut(i)?.take()
     }
 }

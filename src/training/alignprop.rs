@@ -1,30 +1,29 @@
 //! AlignProp (Prabhudesai et al. 2023): the gradient of the reward goes back through the denoising chain. Which of its steps
 //! keep their gradient is the plan's matter (`training/truncation.rs`): so this is also DRaFT, ReFL and DRTune.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use anyhow::Result;
 
+use super::Plan;
 use super::checkpoint::Checkpoint;
 use super::loss_scale::LossScale;
-use super::step::{Critic, Tally, Update, credit, differentiate, sample, update};
+use super::method::{ImageResult, Setup, StepResult};
+use super::step::{Critic, Tally, credit_moved, differentiate, sample, scaled, update};
 use super::terms::{KlTerm, StepTerm};
-use super::{Plan, RunPlan, health};
-use crate::config::{Config, Prompt};
-use crate::diffusion::{Noise, Stream};
+use crate::config::Prompt;
 use crate::ops::{Ledger, Readings};
-use crate::optim::moving_average;
-use crate::rewards::{ImageScores, Rewards};
-use crate::sampling::{ChainNoise, Denoiser, Sampler, Trajectory};
+use crate::rewards::ImageScores;
+use crate::sampling::{ChainNoise, Denoiser, Trajectory};
 
-/// What every optimizer step needs and none changes.
-pub struct AlignProp<'a> {
-    pub config: &'a Config,
-    pub plan: &'a RunPlan,
-    pub sampler: &'a Sampler,
-    pub rewards: &'a Rewards,
-    pub prompts: &'a [Prompt],
-    pub noise: Noise,
+/// The method of `kind = "alignprop"`.
+pub struct AlignProp<'a>(pub &'a Setup<'a>);
+
+impl<'a> Deref for AlignProp<'a> {
+    type Target = Setup<'a>;
+    fn deref(&self) -> &Setup<'a> {
+        self.0
+    }
 }
 
 /// The samples of one rollout.
@@ -59,13 +58,9 @@ impl AlignProp<'_> {
             let (x_t, noise, stored) =
                 (batch.noise.initial_latents()?, |i| batch.noise.of_step(i), self.plan.stored_steps);
             let mut trajectory = sample(&denoiser, &batch.plan, x_t, noise, stored, &mut tally.ledger)?;
-            images.push(match &mut loss_scale {
-                None => (self.back(&batch, &denoiser, &mut trajectory, &mut tally)?, None),
-                Some(scale) => {
-                    let (noted, readings) = self.back_scaled(&batch, &denoiser, &mut trajectory, scale, &mut tally)?;
-                    (noted, Some(readings))
-                }
-            });
+            // the trajectory does not depend on the loss scale; steps that were stored are evaluated again where it changes
+            let back = |tally: &mut Tally| self.back(&batch, &denoiser, &mut trajectory, tally);
+            images.push(scaled(&mut loss_scale, &state.adapters, &mut tally, back)?);
             kept_steps += batch.plan.kept_count();
             tick(number);
         }
@@ -89,14 +84,14 @@ impl AlignProp<'_> {
 
         let of = |(noted, own): &(Vec<Noted>, Option<Readings>)| self.results(noted, own.as_ref().unwrap_or(&readings));
         let images: Vec<ImageResult> = images.iter().flat_map(of).collect();
-        Ok(StepResult { kept_steps: kept_steps as f64 / images.len() as f64, images, grad_norm })
+        let kept_steps = kept_steps as f64 / images.len() as f64;
+        Ok(StepResult { kept_steps, images, grad_norm, more: Vec::new() })
     }
 
     /// The samples of a micro-batch, from their numbers in the global batch of optimizer step `step`.
     fn micro_batch(&self, step: u64, samples: Range<u64>) -> Result<MicroBatch> {
-        let prompt = |sample| &self.prompts[self.noise.below(Stream::Prompts, step, sample, self.prompts.len())];
         Ok(MicroBatch {
-            prompts: samples.clone().map(|sample| prompt(sample).clone()).collect(),
+            prompts: samples.clone().map(|sample| self.prompt(step, sample).clone()).collect(),
             plan: Plan::new(&self.config.truncation, &self.sampler.schedule, &self.noise, step, samples.clone())?,
             noise: self.sampler.training_noise(&self.noise, step, samples),
         })
@@ -131,35 +126,12 @@ impl AlignProp<'_> {
         let images = (self.plan.global_batch() * averaged) as f64;
         let vae = &self.sampler.pipeline.vae;
         let critic = Critic { vae, rewards: self.rewards, checkpointing: self.plan.checkpointing };
-        let credit = credit(&critic, trajectory.latents(), prompts, loss_coeff / images, tally)?;
+        let rho = self.config.method.rho();
+        let credit = credit_moved(&critic, trajectory.latents(), prompts, rho, loss_coeff / images, tally)?;
         let mut kl = (kl_weight > 0.0).then(|| KlTerm::new(loss_coeff * kl_weight / images, plan));
         let mut terms: Vec<&mut dyn StepTerm> = kl.iter_mut().map(|term| term as &mut dyn StepTerm).collect();
         differentiate(denoiser, plan, trajectory, Some(&credit.d_latents), &mut terms, tally)?;
-        Ok(Noted { scores: credit.scores, kl })
-    }
-
-    /// [`Self::back`] in f16, whose cotangents are scaled up. Where something overflows, this backward pass is done again with
-    /// half the loss scale; the trajectory does not depend on it and is kept. Steps that were stored are evaluated again then.
-    fn back_scaled(
-        &self,
-        batch: &MicroBatch,
-        denoiser: &Denoiser,
-        trajectory: &mut Trajectory,
-        loss_scale: &mut LossScale,
-        tally: &mut Tally,
-    ) -> Result<(Vec<Noted>, Readings)> {
-        let adapters = denoiser.adapters;
-        // what is wrong in the chain itself, a smaller scale does not mend
-        tally.ledger.read_now()?;
-        loop {
-            let mut attempt = Tally::scaled(adapters, loss_scale.get());
-            let noted = self.back(batch, denoiser, trajectory, &mut attempt);
-            let settled = noted.and_then(|noted| Ok((noted, attempt.settle(adapters, &mut tally.gradients)?)));
-            match (settled, loss_scale.smaller()) {
-                (Err(error), Some(smaller)) if health::is_not_a_number(&error) => *loss_scale = smaller,
-                (settled, _) => return settled,
-            }
-        }
+        Ok(Noted { scores: credit.scores, moved: (rho > 0.0).then_some(credit.moved), kl })
     }
 
     /// The backward pass of DRaFT-LV (Clark et al. 2024): the images are noised to the last step's level and denoised again,
@@ -189,23 +161,6 @@ impl AlignProp<'_> {
         Ok(noted)
     }
 
-    /// Makes the update the run's state.
-    ///
-    /// # Errors
-    /// The first update moves no factor B.
-    fn accept(&self, state: &mut Checkpoint, update: Update, grad_norm: f64) -> Result<()> {
-        if update.optimizer.step == 1 {
-            health::ensure_moved(&state.adapters, &update.adapters, grad_norm)?;
-        }
-        if let Some(ema) = &mut state.ema {
-            let decay = self.config.regularization.ema_decay;
-            *ema = ema.with_tensors(moving_average(&ema.tensors(), &update.adapters.tensors(), decay)?)?;
-        }
-        state.adapters = update.adapters;
-        state.optimizer = update.optimizer;
-        Ok(())
-    }
-
     /// What was found of each image of a micro-batch: a mean, where it was judged several times.
     fn results(&self, repetitions: &[Noted], readings: &Readings) -> Vec<ImageResult> {
         let kl_weight = self.config.regularization.kl_weight;
@@ -214,8 +169,11 @@ impl AlignProp<'_> {
             let distances = noted.kl.as_ref().map(|kl| kl.distances(readings));
             for (image, scores) in noted.scores.iter().enumerate() {
                 let distance = distances.as_ref().map(|distances| distances[image]);
-                let loss = scores.loss(self.rewards, readings) + kl_weight * distance.unwrap_or(0.0);
-                let result = ImageResult { scores: scores.get(readings), loss, distance };
+                let of_scores = scores.loss(self.rewards, readings);
+                let loss = of_scores + kl_weight * distance.unwrap_or(0.0);
+                let moved = noted.moved.as_ref().map(|moved| moved[image].loss(self.rewards, readings));
+                let sharpness = moved.map(|moved| moved - of_scores);
+                let result = ImageResult { scores: scores.get(readings), loss, distance, sharpness };
                 match mean.get_mut(image) {
                     Some(sum) => sum.add(result),
                     None => mean.push(result),
@@ -230,52 +188,23 @@ impl AlignProp<'_> {
 /// What a backward pass notes of its images, known when the ledger is read.
 struct Noted {
     scores: Vec<ImageScores>,
+    /// Of the images moved against the rewards, where the loss is theirs.
+    moved: Option<Vec<ImageScores>>,
     /// Where the loss has the KL term.
     kl: Option<KlTerm>,
-}
-
-/// What a step found of one image.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ImageResult {
-    /// One for each reward.
-    pub scores: Vec<f64>,
-    /// Without `optimizer.loss_coeff`.
-    pub loss: f64,
-    /// Mean squared distance of the kept steps' predictions from the base model's, where the loss has the KL term.
-    pub distance: Option<f64>,
-}
-
-impl ImageResult {
-    fn add(&mut self, other: Self) {
-        self.scores.iter_mut().zip(other.scores).for_each(|(sum, score)| *sum += score);
-        self.loss += other.loss;
-        self.distance = self.distance.zip(other.distance).map(|(sum, distance)| sum + distance);
-    }
-
-    fn divide(&mut self, count: f64) {
-        let values = self.scores.iter_mut().chain([&mut self.loss]).chain(&mut self.distance);
-        values.for_each(|value| *value /= count);
-    }
-}
-
-/// What an optimizer step found.
-#[derive(Debug, PartialEq)]
-pub struct StepResult {
-    /// Of the global batch, in order.
-    pub images: Vec<ImageResult>,
-    /// Before clipping; 0 where every step was detached.
-    pub grad_norm: f64,
-    /// Differentiated denoising steps an image.
-    pub kept_steps: f64,
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::trainer::begin;
+    use super::super::{RunPlan, health};
     use super::*;
-    use crate::config::{Checkpointing, Precision};
+    use crate::config::{Checkpointing, Config, Precision};
+    use crate::diffusion::Noise;
     use crate::ops::device::Compute;
     use crate::ops::testing::relative_error;
+    use crate::rewards::Rewards;
+    use crate::sampling::Sampler;
     use candle_core::Tensor;
 
     /// An experiment with all that is read of a step: two micro-batches, several rewards, one of them with a stand-in and a
@@ -329,9 +258,9 @@ mod tests {
             stored_steps: 0,
             memory: None,
         };
-        let method = AlignProp { config, plan, sampler, rewards, prompts, noise };
+        let setup = Setup { config, plan, sampler, rewards, prompts, noise };
         let mut state = before.clone();
-        let result = method.step_noting(&mut state, lr, |_| (), ledger);
+        let result = AlignProp(&setup).step_noting(&mut state, lr, |_| (), ledger);
         (result, before, state)
     }
 

@@ -5,10 +5,12 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::adjoint_matching::Threshold;
+use super::advantages::PromptStatistics;
 use super::loss_scale::LossScale;
 use crate::config::OptimizerConfig;
 use crate::files::{UNFINISHED, sync_folder};
@@ -20,6 +22,9 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 /// The moving average of the adapters, a LoRA file too; only where the run keeps one.
 pub const EMA: &str = "pytorch_lora_weights_ema.safetensors";
 const STATE: &str = "state.json";
+/// The prompts' latest rewards, and Adjoint Matching's threshold, of runs that keep them.
+const STATISTICS: &str = "statistics.safetensors";
+const THRESHOLD: &str = "matching.threshold";
 
 /// The state of a run between two optimizer steps.
 #[derive(Clone)]
@@ -32,6 +37,10 @@ pub struct Checkpoint {
     pub ema: Option<Adapters>,
     /// Of runs in f16.
     pub loss_scale: Option<LossScale>,
+    /// The prompts' latest rewards: empty but for DDPO.
+    pub statistics: PromptStatistics,
+    /// Of Adjoint Matching.
+    pub matching: Option<Threshold>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -92,6 +101,14 @@ impl Checkpoint {
         candle_core::safetensors::save(&moments, unfinished.join(OPTIMIZER))?;
         let state = State { step: self.step, optimizer_step: self.optimizer.step, loss_scale: self.loss_scale };
         fs::write(unfinished.join(STATE), serde_json::to_string_pretty(&state)?)?;
+        let mut statistics = self.statistics.tensors()?;
+        if let Some(Threshold { steps, value }) = self.matching {
+            statistics.insert(THRESHOLD.to_owned(), Tensor::new(&[steps, value], &Device::Cpu)?);
+        }
+        if !statistics.is_empty() {
+            candle_core::safetensors::save(&statistics, unfinished.join(STATISTICS))?;
+            File::open(unfinished.join(STATISTICS))?.sync_all()?;
+        }
         for name in [OPTIMIZER, STATE] {
             File::open(unfinished.join(name))?.sync_all()?;
         }
@@ -170,7 +187,24 @@ impl Checkpoint {
         };
         let ema = folder.join(EMA);
         let ema = if ema.is_file() { Some(formats::load(&ema)?.adapters) } else { None };
-        Ok(Self { step: state.step, adapters, optimizer, ema, loss_scale: state.loss_scale })
+        let (mut statistics, mut matching) = (PromptStatistics::default(), None);
+        let file = folder.join(STATISTICS);
+        if file.is_file() {
+            let read = || -> Result<_> {
+                let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu)?;
+                let threshold = tensors.remove(THRESHOLD).map(|numbers| numbers.to_vec1::<f64>()).transpose()?;
+                Ok((PromptStatistics::from_tensors(tensors)?, threshold))
+            };
+            let threshold;
+            (statistics, threshold) = read().with_context(|| format!("{STATISTICS} is damaged"))?;
+            matching = match threshold.as_deref() {
+                None => None,
+                Some([steps, value]) => Some(Threshold { steps: *steps, value: *value }),
+                Some(_) => bail!("{STATISTICS} is damaged: `{THRESHOLD}` has two numbers"),
+            };
+        }
+        let State { step, loss_scale, .. } = state;
+        Ok(Self { step, adapters, optimizer, ema, loss_scale, statistics, matching })
     }
 
     /// The checkpoints under `parent`, oldest first.

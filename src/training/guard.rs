@@ -8,16 +8,30 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 use serde_json::{Map, Value as Json, json};
 
-use crate::config::{Config, Prompt};
+use crate::config::{Config, GuardConfig, Prompt};
 use crate::models::tokenizer::ClipTokenizer;
 use crate::ops::device::Compute;
 use crate::report::{Metrics, names};
 use crate::rewards::Rewards;
 
+/// Why a run should stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Objection {
+    pub reason: String,
+    /// With this a run goes on all the same.
+    pub overrule: &'static str,
+}
+
+/// The RSA-FT paper's.
+const USUAL_RHO: f64 = 0.01;
+
 /// What a run is watched with.
 pub struct Guard {
     every: usize,
     patience: usize,
+    max_sharpness: Option<f64>,
+    /// How far images are moved to see how sharp the rewards are, if that is looked at.
+    rho: Option<f64>,
     seeds: u64,
     prompts: Vec<Prompt>,
     held_out: Option<Rewards>,
@@ -35,13 +49,19 @@ impl Guard {
         if guard.every == 0 {
             return Ok(None);
         }
-        let prompts = prompts.iter().take(guard.num_prompts).cloned().collect();
+        let prompts: Vec<Prompt> = prompts.iter().take(guard.num_prompts).cloned().collect();
         let held_out = match guard.reward.weights().is_empty() {
             true => None,
             false => Some(Rewards::load_on(&guard.reward, tokenizer, compute).context("the guard's held-out rewards")?),
         };
+        held_out.as_ref().map_or(Ok(()), |rewards| rewards.check(&prompts).context("the guard's held-out rewards"))?;
         let seeds = guard.seeds as u64;
-        Ok(Some(Self { every: guard.every, patience: guard.patience, seeds, prompts, held_out }))
+        let GuardConfig { every, patience, max_sharpness, .. } = *guard;
+        let rho = match config.method.rho() {
+            0.0 => max_sharpness.map(|_| USUAL_RHO),
+            rho => Some(rho),
+        };
+        Ok(Some(Self { every, patience, max_sharpness, rho, seeds, prompts, held_out }))
     }
 
     /// With these held-out scores, which need no gradient, in place of the config's.
@@ -84,6 +104,9 @@ impl Guard {
                         sums.add(&names::part(key, name), score / images);
                     }
                 }
+                if let Some(rho) = self.rho {
+                    sums.add(names::GUARD_SHARPNESS, training.sharpness(&image, prompt, rho)? / images);
+                }
                 sums.add(names::GUARD_DISTANCE, distance / images);
                 let held_out = self.held_out.as_ref().map(|rewards| rewards.embedding(&image)).transpose()?.flatten();
                 let embedding = if held_out.is_some() { held_out } else { training.embedding(&image)? };
@@ -97,14 +120,25 @@ impl Guard {
     }
 
     /// Why the run should stop, if it should.
-    pub fn objection(&self, metrics: &Metrics) -> Option<String> {
+    pub fn objection(&self, metrics: &Metrics) -> Option<Objection> {
         let values = |name| metrics.history(name).iter().map(|(_, value)| *value).collect::<Vec<_>>();
+        let sharpness = metrics.history(names::GUARD_SHARPNESS).last().map(|(_, sharpness)| *sharpness);
+        if let (Some(sharpness), Some(most)) = (sharpness, self.max_sharpness)
+            && sharpness > most
+        {
+            let reason = format!(
+                "the training reward has become sharp: a small change of the images costs {sharpness:.4} of it (guard.max_sharpness = \
+                 {most})"
+            );
+            return Some(Objection { reason, overrule: "guard.max_sharpness=inf" });
+        }
         let in_a_row = drifting(&values(names::GUARD_REWARD), &values(names::GUARD_HELD_OUT));
-        (self.patience > 0 && in_a_row >= self.patience).then(|| {
-            format!(
+        (self.patience > 0 && in_a_row >= self.patience).then(|| Objection {
+            reason: format!(
                 "the training reward rose while the held-out one fell, {in_a_row} evaluations in a row (guard.patience = {})",
                 self.patience
-            )
+            ),
+            overrule: "guard.patience=0",
         })
     }
 }

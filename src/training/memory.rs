@@ -21,13 +21,13 @@ use anyhow::Result;
 use candle_core::{DType, Tensor};
 
 use super::limits;
-use super::step::{Critic, Tally, credit};
 use crate::allocator;
 use crate::config::{Checkpointing, Prompt};
 use crate::diffusion::{Noise, Stream};
 use crate::models::unet::UnetTrace;
 use crate::models::vae::Vae;
 use crate::nn::lora::LoraGradients;
+use crate::ops::Ledger;
 use crate::ops::device::{Compute, Counts};
 use crate::rewards::Rewards;
 use crate::sampling::Denoiser;
@@ -101,12 +101,18 @@ pub struct Parts<'a> {
     pub denoiser: Denoiser<'a>,
     pub vae: &'a Vae,
     pub rewards: &'a Rewards,
+    /// What the rewards are asked about: one that says what they need to know.
+    pub prompt: &'a Prompt,
     /// A timestep of the chain.
-    pub timestep: usize,
+    pub timestep: f64,
     /// (channels, h, w) of one image.
     pub latent_shape: (usize, usize, usize),
     /// Steps of the chain, each of which leaves two latents in the trajectory.
     pub steps: usize,
+    /// Whether images go back through the rewards and the decoder.
+    pub differentiates_rewards: bool,
+    /// Latents that wait until all images of a step are sampled.
+    pub kept_latents: usize,
 }
 
 /// Sides of the latents that are measured: the larger one is enough for every level of the UNet.
@@ -206,17 +212,25 @@ impl Parts<'_> {
 
     fn image_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
-        let critic = Critic { vae: self.vae, rewards: self.rewards, checkpointing };
+        let prompts = std::slice::from_ref(self.prompt);
+        if !self.differentiates_rewards {
+            return rise(self.meter(), || self.rewards.scores_here(&self.vae.decode(&latents)?, prompts));
+        }
         rise(self.meter(), || {
-            let mut tally = Tally::new(self.denoiser.adapters);
-            let credit = credit(&critic, &latents, &[Prompt::from("")], 1.0, &mut tally)?;
-            tally.ledger.read()?;
-            Ok(credit)
+            let mut ledger = Ledger::default();
+            let decoded = self.vae.trace(&latents, checkpointing)?;
+            let judged = self.rewards.judge_here(decoded.image(), prompts, &mut ledger)?;
+            let d_latents = decoded.pull(&judged.pull(1.0)?)?;
+            ledger.read()?;
+            Ok(d_latents)
         })
     }
 
     fn decoder_peak(&self, sides: (usize, usize), checkpointing: Checkpointing) -> Result<Rise> {
         let latents = self.latents(sides, 1)?;
+        if !self.differentiates_rewards {
+            return rise(self.meter(), || self.vae.decode(&latents));
+        }
         rise(self.meter(), || {
             let decoded = self.vae.trace(&latents, checkpointing)?;
             let cotangent = decoded.image().clone();
@@ -228,10 +242,10 @@ impl Parts<'_> {
     pub fn estimate(&self, costs: &Costs, batch: usize, stored_steps: usize) -> Estimate {
         let (channels, h, w) = self.latent_shape;
         let pixels = (h * w) as f64;
-        let latents = (4 * batch * channels * h * w) as f64;
+        let latent = (4 * channels * h * w) as f64;
         Estimate {
             loaded: costs.loaded,
-            trajectory: 2.0 * self.steps as f64 * latents,
+            trajectory: latent * (2 * self.steps * batch + self.kept_latents) as f64,
             unet: self.branches() * costs.unet.of(batch, pixels),
             stored_step: self.branches() * costs.stored.of(batch, pixels),
             stored_steps,
@@ -264,12 +278,14 @@ fn rise<T>(meter: Meter, work: impl Fn() -> Result<T> + Sync) -> Result<Rise> {
     if started.elapsed() > CHEAP || !matches!(meter, Meter::Host) {
         return Ok(Rise { least: most, spread: 0.0 });
     }
-    // the first time in that thread its buffers are made; the thread is waited for, as what it gives back would be missed
-    // from the next count
-    let twice = || look().and_then(|_| look());
-    let least = rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
-        .build_scoped(|thread| thread.run(), |pool| pool.install(twice))??;
+    // the first time in that thread its buffers are made; it is joined, as what it gives back when it has ended would be
+    // missed from the next count (the end of a scope alone does not wait for that)
+    let alone = || -> Result<f64> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build()?;
+        pool.install(|| look().and_then(|_| look()))
+    };
+    let joined = std::thread::scope(|scope| scope.spawn(alone).join());
+    let least = joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     Ok(Rise { least, spread: (most - least).max(0.0) })
 }
 
@@ -320,7 +336,7 @@ impl Evaluation {
 pub struct Estimate {
     /// Weights, adapters, moments, threads' buffers.
     pub loaded: f64,
-    /// The latents and predictions of a micro-batch.
+    /// The latents and predictions of a micro-batch, and the latents of a round that is trained on when it is whole.
     pub trajectory: f64,
     /// One differentiated step of a micro-batch, both branches of guidance.
     pub unet: f64,

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 
 use super::memory::{Budget, Estimate, Meter, Parts, Split, fitting, size};
 use super::truncation::Plan;
-use crate::config::{Checkpointing, CheckpointingChoice, Config, LoraConfig, Precision, Prompt};
+use crate::config::{Checkpointing, CheckpointingChoice, Config, LoraConfig, Method, Precision, Prompt};
 use crate::lora::{Adapters, take_over};
 use crate::ops::Ledger;
 use crate::rewards::Rewards;
@@ -44,16 +44,23 @@ pub struct MemoryPlan {
 }
 
 impl RunPlan {
-    /// Decides what `config` leaves open for a run with these parts, which trains these adapters.
+    /// Decides what `config` leaves open for a run with these parts, which trains these adapters. `prompt` is one of its
+    /// prompts.
     ///
     /// # Errors
     /// `[lora]` says something else than the adapters of `lora.init_from`. The run does not fit `train.memory_budget`.
-    pub fn resolve(config: &Config, sampler: &Sampler, rewards: &Rewards, adapters: &Adapters) -> Result<Self> {
+    pub fn resolve(
+        config: &Config,
+        sampler: &Sampler,
+        rewards: &Rewards,
+        prompt: &Prompt,
+        adapters: &Adapters,
+    ) -> Result<Self> {
         let lora = match &config.lora.init_from {
             Some(file) => take_over(&config.lora, adapters, &sampler.pipeline.unet.targets(), file)?,
             None => config.lora.clone(),
         };
-        let (split, memory) = fit(config, sampler, rewards, adapters)?;
+        let (split, memory) = fit(config, sampler, rewards, prompt, adapters)?;
         let Split { checkpointing, stored_steps, batch_size } = split;
         let gradient_accumulation_steps =
             config.train.gradient_accumulation_steps * (config.train.batch_size / batch_size);
@@ -105,6 +112,7 @@ fn fit(
     config: &Config,
     sampler: &Sampler,
     rewards: &Rewards,
+    prompt: &Prompt,
     adapters: &Adapters,
 ) -> Result<(Split, Option<MemoryPlan>)> {
     let train = &config.train;
@@ -114,14 +122,25 @@ fn fit(
     if meter.live()? == 0 {
         return Ok((asked, None));
     }
-    let (conditioning, _) = Ledger::around(|ledger| sampler.conditioning(&[Prompt::from("")], ledger))?;
+    let (conditioning, _) = Ledger::around(|ledger| sampler.conditioning(std::slice::from_ref(prompt), ledger))?;
     let parts = Parts {
         denoiser: sampler.denoiser(adapters, conditioning, Checkpointing::Step),
         vae: &sampler.pipeline.vae,
         rewards,
+        prompt,
         timestep: sampler.schedule.steps()[0].timestep,
         latent_shape: sampler.latent_shape,
         steps: sampler.schedule.len(),
+        differentiates_rewards: config.method.differentiates_rewards(),
+        // on a GPU a round waits in the host's memory
+        kept_latents: match sampler.compute().device().is_cpu() {
+            true => {
+                train.batch_size
+                    * train.gradient_accumulation_steps
+                    * config.method.kept_latents(sampler.schedule.len())
+            }
+            false => 0,
+        },
     };
     let given = train.memory_budget.map(|gib| gib * f64::from(1 << 30));
     // the estimate includes what the process holds already
@@ -141,7 +160,10 @@ fn fit(
     };
     let (split, fits) = match train.checkpointing {
         CheckpointingChoice::Auto => {
-            let most = Plan::most_kept(&config.truncation, sampler.schedule.len());
+            let most = match config.method {
+                Method::Alignprop(_) => Plan::most_kept(&config.truncation, sampler.schedule.len()),
+                _ => 0,
+            };
             let budget = Budget { all: budget.unwrap_or(f64::INFINITY), storing };
             fitting(batch_size, most, budget, |split| estimate(split).total())
         }

@@ -7,6 +7,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::config::{Config, Prompt, PromptsConfig, concerns};
 use crate::files::write_bytes;
+use crate::rewards::Rewards;
 use crate::sampling::Sampler;
 
 /// The keys of the lists, and the files that keep them.
@@ -60,6 +61,14 @@ impl PromptLists {
     /// A prompt cannot be tokenized.
     pub fn warn_of_cut(&self, sampler: &Sampler) -> Result<()> {
         self.named().try_for_each(|((key, _), list)| sampler.warn_of_cut(key, list))
+    }
+
+    /// Whether each list's prompts say what the rewards ask of them.
+    ///
+    /// # Errors
+    /// Names the list, the reward and the prompt.
+    pub fn check(&self, rewards: &Rewards) -> Result<()> {
+        self.named().try_for_each(|((key, _), list)| rewards.check(list).with_context(|| format!("in {key}")))
     }
 
     /// Writes the lists into the run's folder, as JSON lines.

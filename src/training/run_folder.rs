@@ -310,7 +310,15 @@ mod tests {
         let adapters = Adapters::new(vec![Factor::new("to_q", zeros((1, 2)), zeros((2, 1)), 1.0).unwrap()]).unwrap();
         let config = Config::parse("prompts.list = ['a']", "test", &[]).unwrap();
         let optimizer = AdamW::new(&config.optimizer, &adapters.tensors()).unwrap();
-        Checkpoint { step, optimizer, adapters, ema: None, loss_scale: None }
+        Checkpoint {
+            step,
+            optimizer,
+            adapters,
+            ema: None,
+            loss_scale: None,
+            statistics: Default::default(),
+            matching: None,
+        }
     }
 
     #[test]

@@ -8,11 +8,12 @@
 //! update          clipping and AdamW: the next factors
 //! ```
 //!
-//! `training/alignprop.rs` puts them together.
+//! `training/alignprop.rs` and `training/ddpo.rs` put them together.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
+use super::loss_scale::LossScale;
 use super::{Plan, health};
 use crate::config::{Checkpointing, Prompt};
 use crate::lora::Adapters;
@@ -73,6 +74,32 @@ impl Tally {
     }
 }
 
+/// A backward pass into the tally; in f16, whose cotangents are scaled up, into one of its own that is added when it is finite. Where
+/// something overflows there, it is done again with half the loss scale. What it notes is read with the tally's ledger,
+/// or in f16 from the readings that come with it.
+///
+/// # Errors
+/// Those of `back`; in f16 a number that is not finite with any scale.
+pub fn scaled<T>(
+    loss_scale: &mut Option<LossScale>,
+    adapters: &Adapters,
+    tally: &mut Tally,
+    mut back: impl FnMut(&mut Tally) -> Result<T>,
+) -> Result<(T, Option<Readings>)> {
+    let Some(loss_scale) = loss_scale else { return Ok((back(tally)?, None)) };
+    // what is wrong before it, a smaller scale does not mend
+    tally.ledger.read_now()?;
+    loop {
+        let mut attempt = Tally::scaled(adapters, loss_scale.get());
+        let noted = back(&mut attempt);
+        let settled = noted.and_then(|noted| Ok((noted, Some(attempt.settle(adapters, &mut tally.gradients)?))));
+        match (settled, loss_scale.smaller()) {
+            (Err(error), Some(smaller)) if health::is_not_a_number(&error) => *loss_scale = smaller,
+            (settled, _) => return settled,
+        }
+    }
+}
+
 /// The denoising chain of the plan from x_T (B, C, h, w). The newest `stored_steps` of the steps that all samples keep are
 /// recorded. `noise(i)` is the noise of step `i`, asked for where its σ is not zero.
 ///
@@ -102,12 +129,15 @@ pub struct Critic<'a> {
 /// An image with its scores, whose backward pass can be run once.
 pub struct JudgedImage<'a> {
     decoded: DecodeTrace<'a>,
+    /// Of the image, or of the one that it was moved to.
     judged: Judged,
+    scores: ImageScores,
     /// For messages.
     prompt: String,
 }
 
-/// Decodes and scores one image from its latents (1, C, h, w).
+/// Decodes and scores one image from its latents (1, C, h, w). With a `rho` above 0 the loss is that of the image moved against the
+/// rewards (`Judged::moved_against`), by a vector that has no gradient.
 ///
 /// # Errors
 /// An image or a score that is not finite, here or when the ledger is read.
@@ -115,25 +145,31 @@ pub fn judge<'a>(
     critic: &Critic<'a>,
     latents: &Tensor,
     prompt: &Prompt,
+    rho: f64,
     ledger: &mut Ledger,
 ) -> Result<JudgedImage<'a>> {
     let decoded = critic.vae.trace(latents, critic.checkpointing)?;
     let of = prompt.text.clone();
     ledger.finite(decoded.image(), move |_| format!("the VAE's image of `{of}` is not finite"))?;
-    let judged = critic
-        .rewards
-        .judge(decoded.image(), std::slice::from_ref(prompt), ledger)
-        .with_context(|| format!("scoring the image of `{}`", prompt.text))?;
-    Ok(JudgedImage { decoded, judged, prompt: prompt.text.clone() })
+    let mut scored = |image: &Tensor| {
+        let judged = critic.rewards.judge(image, std::slice::from_ref(prompt), ledger);
+        judged.with_context(|| format!("scoring the image of `{}`", prompt.text))
+    };
+    let mut judged = scored(decoded.image())?;
+    let scores = judged.scores()[0].clone();
+    if rho > 0.0 {
+        judged = scored(&judged.moved_against(rho)?)?;
+    }
+    Ok(JudgedImage { decoded, judged, scores, prompt: prompt.text.clone() })
 }
 
 impl JudgedImage<'_> {
-    /// d (scale · loss) / d latents, (1, C, h, w), and the scores.
+    /// d (scale · loss) / d latents, (1, C, h, w), and the scores of the image and of what it was moved to.
     ///
     /// # Errors
     /// A gradient that is not finite, here or when the ledger is read: says where it comes from.
-    pub fn pull(self, scale: f64, ledger: &mut Ledger) -> Result<(Tensor, ImageScores)> {
-        let scores = self.judged.scores()[0].clone();
+    pub fn pull(self, scale: f64, ledger: &mut Ledger) -> Result<(Tensor, ImageScores, ImageScores)> {
+        let moved = self.judged.scores()[0].clone();
         let d_image = self.judged.pull(scale).with_context(|| format!("scoring the image of `{}`", self.prompt))?;
         let d_latents = self.decoded.pull(&d_image)?;
         for (part, gradient) in [("reward", &d_image), ("VAE", &d_latents)] {
@@ -142,7 +178,7 @@ impl JudgedImage<'_> {
                 format!("the gradient that comes back from the {part} for `{of}` is not finite")
             })?;
         }
-        Ok((d_latents, scores))
+        Ok((d_latents, self.scores, moved))
     }
 }
 
@@ -150,6 +186,8 @@ impl JudgedImage<'_> {
 pub struct Credit {
     /// One for each image, known when the ledger is read.
     pub scores: Vec<ImageScores>,
+    /// Those that the loss is made of: the same, or with a `rho` those of the moved images.
+    pub moved: Vec<ImageScores>,
     /// d (`tally.loss_scale` · scale · sum of losses) / d x_0, (B, C, h, w).
     pub d_latents: Tensor,
 }
@@ -160,16 +198,32 @@ pub struct Credit {
 /// # Errors
 /// An image, a score or a gradient that is not finite, here or when the ledger is read.
 pub fn credit(critic: &Critic, latents: &Tensor, prompts: &[Prompt], scale: f64, tally: &mut Tally) -> Result<Credit> {
+    credit_moved(critic, latents, prompts, 0.0, scale, tally)
+}
+
+/// As [`credit`], of the images moved against the rewards by `rho` (RSA-FT), or of themselves where it is 0.
+///
+/// # Errors
+/// As there.
+pub fn credit_moved(
+    critic: &Critic,
+    latents: &Tensor,
+    prompts: &[Prompt],
+    rho: f64,
+    scale: f64,
+    tally: &mut Tally,
+) -> Result<Credit> {
     let batch = latents.dims4()?.0;
     ensure!(prompts.len() == batch, "{batch} latents with {} prompts", prompts.len());
-    let (mut scores, mut d_latents) = (Vec::with_capacity(batch), Vec::with_capacity(batch));
+    let (mut scores, mut moved, mut d_latents) = (Vec::new(), Vec::new(), Vec::with_capacity(batch));
     for (row, prompt) in prompts.iter().enumerate() {
-        let image = judge(critic, &latents.narrow(0, row, 1)?.contiguous()?, prompt, &mut tally.ledger)?;
-        let (d, of_image) = image.pull(tally.loss_scale * scale, &mut tally.ledger)?;
+        let image = judge(critic, &latents.narrow(0, row, 1)?.contiguous()?, prompt, rho, &mut tally.ledger)?;
+        let (d, of_image, of_moved) = image.pull(tally.loss_scale * scale, &mut tally.ledger)?;
         d_latents.push(d);
         scores.push(of_image);
+        moved.push(of_moved);
     }
-    Ok(Credit { scores, d_latents: Tensor::cat(&d_latents, 0)? })
+    Ok(Credit { scores, moved, d_latents: Tensor::cat(&d_latents, 0)? })
 }
 
 /// The next adapters and moments, until the ledger says that they are finite.

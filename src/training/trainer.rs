@@ -7,15 +7,16 @@ use std::time::Instant;
 use anyhow::{Context, Error, Result, ensure};
 use serde_json::{Map, Value as Json, json};
 
-use super::alignprop::{AlignProp, StepResult};
+use super::advantages::PromptStatistics;
 use super::checkpoint::{Checkpoint, EMA};
-use super::guard::Guard;
+use super::guard::{Guard, Objection};
 use super::health;
 use super::loss_scale::LossScale;
+use super::method::{Setup, StepResult, micro_batches};
 use super::run_folder::{Run, RunFolder};
 use super::signals::Interrupt;
 use super::terms::distances_from_base;
-use crate::config::{Checkpointing, Config, Prompt, RunConfig};
+use crate::config::{Checkpointing, Config, Method, Prompt, RunConfig};
 use crate::diffusion::{Noise, Stream};
 use crate::lora::{Adapters, formats, take_over};
 use crate::ops::Ledger;
@@ -27,7 +28,7 @@ use crate::sampling::Sampler;
 
 /// A run that goes on from a state, in a folder of its own.
 pub struct Trainer<'a> {
-    pub method: AlignProp<'a>,
+    pub setup: Setup<'a>,
     pub guard: Option<&'a Guard>,
     /// What the sample grids show.
     pub sample_prompts: &'a [Prompt],
@@ -43,7 +44,7 @@ pub enum End {
     /// The step that was asked for is done, and there are more.
     Paused,
     /// The guard objects: says why.
-    Guard(String),
+    Guard(Objection),
     /// A signal arrived, and the state is saved.
     Signal(i32),
 }
@@ -99,7 +100,7 @@ impl Trainer<'_> {
         self.write_report(match &end {
             End::Finished => Status::Finished,
             End::Paused => Status::Stopped("as it was told".to_owned()),
-            End::Guard(objection) => Status::Stopped(format!("by the guard, as {objection}")),
+            End::Guard(objection) => Status::Stopped(format!("by the guard, as {}", objection.reason)),
             End::Signal(_) => Status::Stopped("by a signal".to_owned()),
         })?;
         Ok(end)
@@ -120,7 +121,7 @@ impl Trainer<'_> {
     }
 
     fn config(&self) -> &Config {
-        self.method.config
+        self.setup.config
     }
 
     /// One optimizer step, with its line in the metrics.
@@ -128,10 +129,10 @@ impl Trainer<'_> {
         let started = Instant::now();
         let (before, config) = (self.state.step, self.config());
         let lr = learning_rate(&config.optimizer, before, config.train.steps);
-        let earlier = before * self.method.plan.gradient_accumulation_steps;
-        match self.method.step(&mut self.state, lr, |done| watch.micro_batches(earlier + done)) {
+        let earlier = before * micro_batches(config, self.setup.plan);
+        match self.setup.step(&mut self.state, lr, |done| watch.micro_batches(earlier + done)) {
             Ok(result) => {
-                let mut line = result.metrics(self.method.config, self.method.rewards, before + 1, lr);
+                let mut line = result.metrics(self.setup.config, self.setup.rewards, before + 1, lr);
                 let seconds = (started.elapsed().as_secs_f64() * 1e3).round() / 1e3;
                 line.insert(names::SECONDS.to_owned(), json!(seconds));
                 self.run.log(&line).with_context(|| self.going_on())?;
@@ -158,7 +159,7 @@ impl Trainer<'_> {
             return Err(error.context(format!("{}{skipped}", self.in_step(step))));
         }
         watch.skipped(step, &error);
-        watch.micro_batches(step * self.method.plan.gradient_accumulation_steps);
+        watch.micro_batches(step * micro_batches(self.config(), self.setup.plan));
         self.state.step = step;
         let entries =
             [(names::STEP, json!(step)), (names::SKIPPED, json!(1)), (names::CAUSE, json!(format!("{error:#}")))];
@@ -178,20 +179,20 @@ impl Trainer<'_> {
     }
 
     fn write_report(&mut self, status: Status) -> Result<()> {
-        let config = self.method.plan.as_config(self.config());
+        let config = self.setup.plan.as_config(self.config());
         self.run.write_report(&config, &status).with_context(|| self.going_on())
     }
 
     /// The guard's evaluation where one belongs to this step, and its objection.
-    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<String>> {
+    fn ask_guard(&mut self, interrupt: &Interrupt) -> Result<Option<Objection>> {
         let Some(guard) = self.guard else { return Ok(None) };
         let step = self.state.step;
         let due = guard.due(step, self.config().train.steps) && !Guard::has_evaluated(self.run.metrics(), step);
         if due && interrupt.received().is_none() {
             let mut line = Map::from_iter([(names::STEP.to_owned(), json!(step))]);
-            let Trainer { method, state, .. } = self;
-            line.extend(guard.evaluate(method.rewards, |prompt, number, seed| {
-                let (sampler, prompts) = (method.sampler, std::slice::from_ref(prompt));
+            let Trainer { setup, state, .. } = self;
+            line.extend(guard.evaluate(setup.rewards, |prompt, number, seed| {
+                let (sampler, prompts) = (setup.sampler, std::slice::from_ref(prompt));
                 let noise = sampler.guard_noise(seed, number..number + 1);
                 let (conditioning, _) = Ledger::around(|ledger| sampler.conditioning(prompts, ledger))?;
                 let denoiser = sampler.denoiser(&state.adapters, conditioning, Checkpointing::Step);
@@ -209,8 +210,8 @@ impl Trainer<'_> {
 
     /// Where one belongs to this step and is not there: a grid of images on fixed prompts and noise, and their scores.
     fn draw_samples_if_due(&mut self) -> Result<()> {
-        let Trainer { method, state, .. } = self;
-        let (AlignProp { sampler, rewards, config, .. }, step) = (method, state.step);
+        let Trainer { setup: Setup { sampler, rewards, config, .. }, state, .. } = self;
+        let step = state.step;
         let every = config.run.sample_every;
         if every == 0 || !(step.is_multiple_of(every) || step == config.train.steps) {
             return Ok(());
@@ -253,7 +254,7 @@ impl Trainer<'_> {
 
     /// The batch's mean of each reward, and what became of the batches' means since the first ones.
     fn means(&self, result: &StepResult) -> Vec<(&'static str, f64, Option<Change>)> {
-        let names = self.method.rewards.names().into_iter().enumerate();
+        let names = self.setup.rewards.names().into_iter().enumerate();
         let since = |name| Change::of_batches(self.run.metrics().history(&names::reward(name)));
         names.map(|(r, name)| (name, result.score(r).0, since(name))).collect()
     }
@@ -261,19 +262,23 @@ impl Trainer<'_> {
     /// What the adapter's file says of its making.
     fn metadata(&self, step: usize) -> HashMap<String, String> {
         let config = self.config();
-        let rule = toml::to_string(&config.truncation).unwrap_or_default().trim().replace('\n', ", ");
-        let rewards = self.method.rewards.iter().map(|r| format!("{}={}", r.name, r.weight)).collect::<Vec<_>>();
-        HashMap::from(
+        let keys = |table: Result<String, toml::ser::Error>| table.unwrap_or_default().trim().replace('\n', ", ");
+        let rewards = self.setup.rewards.iter().map(|r| format!("{}={}", r.name, r.weight)).collect::<Vec<_>>();
+        let mut metadata = HashMap::from(
             [
                 ("software", format!("alignprop {}", env!("CARGO_PKG_VERSION"))),
                 ("base_model", config.model.path.clone()),
                 ("reward", rewards.join(" ")),
-                ("truncation", rule),
+                ("method", keys(toml::to_string(&config.method))),
                 ("seed", config.run.seed.to_string()),
                 ("step", step.to_string()),
             ]
             .map(|(key, value)| (key.to_owned(), value)),
-        )
+        );
+        if let Method::Alignprop(_) = config.method {
+            metadata.insert("truncation".to_owned(), keys(toml::to_string(&config.truncation)));
+        }
+        metadata
     }
 
     /// Where an error came from, and that nothing is lost.
@@ -314,6 +319,11 @@ impl StepResult {
             let distances = self.images.iter().map(|image| image.distance.unwrap_or(0.0));
             line.insert(names::DISTANCE.to_owned(), json!(mean_std(distances).0));
         }
+        if config.method.rho() > 0.0 {
+            let sharpness = self.images.iter().map(|image| image.sharpness.unwrap_or(0.0));
+            line.insert(names::SHARPNESS.to_owned(), json!(mean_std(sharpness).0));
+        }
+        line.extend(self.more.iter().map(|(name, value)| ((*name).to_owned(), json!(value))));
         line.insert(names::LR.to_owned(), json!(lr));
         line.insert(names::BACKPROP_STEPS.to_owned(), json!(self.kept_steps));
         line
@@ -340,7 +350,9 @@ pub fn begin(config: &Config, sampler: &Sampler, noise: &Noise) -> Result<Checkp
     let ema = (config.regularization.ema_decay > 0.0).then(|| adapters.clone());
     let optimizer = AdamW::new(&config.optimizer, &adapters.tensors())?;
     let loss_scale = LossScale::new(sampler.compute().dtype());
-    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale }.to_device(sampler.compute().device())
+    let statistics = PromptStatistics::default();
+    Checkpoint { step: 0, optimizer, adapters, ema, loss_scale, statistics, matching: None }
+        .to_device(sampler.compute().device())
 }
 
 /// Adapters whose product is zero.

@@ -1,8 +1,10 @@
 //! What the integration tests share: the fixtures, small experiments on them, and how to read and change files.
 #![allow(dead_code)] // each test binary uses a part of it
 
+pub mod lab;
 pub mod original;
 pub mod program;
+pub mod server;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;

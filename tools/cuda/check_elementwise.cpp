@@ -7,12 +7,14 @@ using namespace check;
 static double value64(int f, double x) {
     const double s = 1 / (1 + std::exp(-x)), q = 1 / (1 + std::exp(-1.702 * x)), cdf = 0.5 * std::erfc(-x / std::sqrt(2.0));
     const double u = x / 2 + 0.5;
-    const double values[] = {x, std::max(x, 0.0), x * s, x * cdf, x * q, std::tanh(x), s, std::min(std::max(u, 0.0), 1.0)};
+    const double by_tanh = x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))) / 2;
+    const double values[] = {x, std::max(x, 0.0), x * s, x * cdf, x * q, std::tanh(x), s, by_tanh, std::min(std::max(u, 0.0), 1.0)};
     return values[f];
 }
 static double slope64(int f, double x) {
     const double s = 1 / (1 + std::exp(-x)), q = 1 / (1 + std::exp(-1.702 * x)), cdf = 0.5 * std::erfc(-x / std::sqrt(2.0));
     const double density = std::exp(-x * x / 2) / std::sqrt(2 * M_PI);
+    const double t = std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x));
     const double slopes[] = {1,
                              x > 0 ? 1.0 : 0.0,
                              s * (1 + x * (1 - s)),
@@ -20,6 +22,7 @@ static double slope64(int f, double x) {
                              q * (1 + 1.702 * x * (1 - q)),
                              1 - std::tanh(x) * std::tanh(x),
                              s * (1 - s),
+                             (1 + t) / 2 + x * (1 - t * t) / 2 * std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x),
                              x < -1 || x > 1 ? 0.0 : 0.5};
     return slopes[f];
 }
@@ -37,7 +40,7 @@ template <typename T> static void maps() {
             auto x = normal<T>(n, 2, 0, shift), d = normal<T>(n, 1, 0, shift);
             Buffer<T> y(n, shift);
             const dim3 grid = {blocks(n, 2048)};
-            for (int f = 0; f < 8; f++) {
+            for (int f = 0; f < 9; f++) {
                 emulator::launch(grid, 256, 0, KERNEL_OF(activation_fwd, T), y, x, n, f, shift == 0);
                 close("activation fwd " + std::to_string(f) + name, y, tabulate<T>(n, [&](size_t i) { return value64(f, x[i]); }));
                 emulator::launch(grid, 256, 0, KERNEL_OF(activation_bwd, T), y, d, x, n, f, shift == 0);
@@ -56,7 +59,7 @@ template <typename T> static void maps() {
             report(bad != 0 ? std::isnan(slot) : slot == 7, std::string("finite ") + type_name<T>(), slot, bad);
         }
     // large arguments stay finite
-    for (int f = 0; f < 8; f++) {
+    for (int f = 0; f < 9; f++) {
         Buffer<T> x(4), one(4), y(4), d(4);
         const double large[] = {-200, -90, 90, 200};
         for (int i = 0; i < 4; i++) x.set(i, large[i]), one.set(i, 1);

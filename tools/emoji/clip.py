@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 import data
-from common import LENGTH, Average, Training, averaged, encode, load_tokenizer, rate, set_rate, to_float, trained
+from common import LENGTH, Average, Muon, Training, averaged, encode, load_tokenizer, rate, save_arrays, set_rate, to_float, to_uint8, trained
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MODELS = {  # half: of the combinations, 0 for A and 1 for B
-    "clip": dict(half=0, seed=2, steps=1600, width=128, layers=4, heads=4, act="quick_gelu", text=(128, 4, 4), projection=128),
-    "judge": dict(half=1, seed=3, steps=1600, width=96, layers=6, heads=3, act="gelu", text=(96, 3, 4), projection=96),
+    "clip": dict(half=0, seed=2, steps=2400, width=128, layers=4, heads=4, act="quick_gelu", text=(128, 4, 4), projection=128),
+    "judge": dict(half=1, seed=3, steps=2000, width=96, layers=6, heads=3, act="gelu", text=(96, 3, 4), projection=96),
 }
 PATCH, GRID = 8, data.SIZE // 8
 BATCH, MUON, ADAM = 32, 4e-3, 1e-3  # and peak learning rates
+RECONSTRUCTIONS = 1500  # of scenes of each half
 KINDS, COUNTS = len(data.KINDS), data.MOST + 1
 
 
@@ -67,34 +68,12 @@ def attentions(vision):
     return [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in (layer.self_attn for layer in vision.encoder.layers)]
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal, for matrices (Jordan et al., 2024), scaled to the size of Adam's steps (Liu et al., 2502.16982)."""
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.05):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(m, group["momentum"])
-                wide = x.shape[0] <= x.shape[1]
-                x = x if wide else x.T
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):
-                    a = x @ x.T
-                    x = 3.4445 * x + torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315) @ x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(x if wide else x.T, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
-
-
 def optimizers(module, hidden):
     """Muon for the matrices under the names that `hidden` accepts, AdamW for the rest."""
     muon, decay, rest = [], [], []
     for name, p in module.named_parameters():
         (rest if p.ndim < 2 else muon if hidden(name) else decay).append(p)
-    return [Muon(muon, MUON), torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], ADAM, betas=(0.9, 0.98))]
+    return [Muon(muon, MUON, weight_decay=0.05), torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], ADAM, betas=(0.9, 0.98))]
 
 
 def step_all(optimizers, step, steps):
@@ -214,7 +193,7 @@ def dense_loss(heads, patches, targets, labels):
 def global_loss(heads, pooled, scenes_labels, counts):
     """Style, background, and how many there are of each kind."""
     label = torch.from_numpy(scenes_labels.astype(np.int64))
-    loss = 0.2 * F.cross_entropy(heads["style"](pooled), label[:, 0]) + 0.2 * F.cross_entropy(heads["background"](pooled), label[:, 5])
+    loss = 0.5 * F.cross_entropy(heads["style"](pooled), label[:, 0]) + 0.2 * F.cross_entropy(heads["background"](pooled), label[:, 5], ignore_index=-1)
     return loss + 8 * F.cross_entropy(heads["counts"](pooled).view(-1, COUNTS), torch.from_numpy(counts).flatten())
 
 
@@ -267,6 +246,48 @@ def alike(groups, labels, rng, size):
     return rng.permutation(np.concatenate([rng.permutation(near)[:size * 3 // 4], rng.permutation(own)]))[:size] if len(near) < size else rng.permutation(near)[:size]
 
 
+def reconstructions(folder, half):
+    """(indices of scenes of this half, pictures): what the autoencoder makes of them, by way of noisy latents. None as long as it is not trained."""
+    path = os.path.join(folder, f"reconstructions-{half}.npz")
+    if trained(folder, "vae") < 1:
+        return None
+    if not os.path.exists(path):
+        import vae
+        model, scenes, rng = vae.load(folder), data.load(folder), np.random.default_rng([5, half])
+        torch.manual_seed(5)
+        index, out = np.sort(rng.choice(np.flatnonzero(scenes.half == half), RECONSTRUCTIONS, replace=False)), []
+        with torch.no_grad():
+            for part in np.array_split(index, RECONSTRUCTIONS // 50):
+                mean = model.encode(to_float(scenes.pictures[part])).latent_dist.mean
+                noise = torch.from_numpy(rng.uniform(0, 0.35, (len(part), 1, 1, 1)).astype(np.float32)) / model.config.scaling_factor
+                out.append(to_uint8(model.decode(mean + noise * torch.randn(mean.shape)).sample))
+        save_arrays(path, index=index, pictures=np.concatenate(out))
+    with np.load(path) as z:
+        return z["index"], z["pictures"]
+
+
+def batch(scenes, index, fresh, half, art, scaled, rng, coded=None):
+    """These scenes, a quarter of them replaced by reconstructions where there are any, and the last `fresh` of them by new ones on
+    backgrounds that no caption names (-1 in their labels). Without those the models learn which animals never come with which
+    background, and miss just the ones that are held out."""
+    redrawn = rng.integers(0, RECONSTRUCTIONS, len(index) // 4)
+    if coded:
+        index = np.concatenate([coded[0][redrawn], index[len(redrawn):]])
+    out = data.Scenes(*(np.array(f[index]) for f in scenes))
+    if coded:
+        out.pictures[:len(redrawn)] = coded[1][redrawn]
+    for j in range(len(index) - fresh, len(index)):
+        label = data.draw(rng, False)
+        while data.half(label) != half:
+            label = data.draw(rng, False)
+        side = int(rng.integers(1, 5))
+        behind = F.interpolate(torch.from_numpy(rng.random((1, 3, side, side))), size=data.SIZE, mode="bilinear")[0].permute(1, 2, 0).numpy() * 255
+        out.pictures[j], out.boxes[j] = data.compose(label, art, scaled, rng, behind)
+        out.labels[j] = label._replace(background=-1)
+        out.classes[j] = ([k for k, n in label.parts for _ in range(n)] + [-1] * data.MOST)[:data.MOST]
+    return out
+
+
 def contrastive(model, images, labels, tokenizer, rng, hard):
     """Both directions of the contrastive loss, where several captions may be true of a picture; `hard`: and, for each picture, a
     caption that differs in one thing."""
@@ -275,6 +296,7 @@ def contrastive(model, images, labels, tokenizer, rng, hard):
     if hard:
         stated += [change(l, rng) for l in stated]
         says = np.concatenate([says, says | True])
+    says[:, 1] &= np.array([l.background for l in stated]) >= 0
     scores = model.logit_scale.exp().clamp(max=60) * images @ text_features(model, encode(tokenizer, captions(stated, says))).T
     true = torch.from_numpy(match(stated, says, labels)).T  # (pictures, captions)
     scores = scores.masked_fill(true < 0, -1e4)
@@ -296,7 +318,7 @@ def train(folder, kind, minutes, log):
     training = Training(folder, kind, m["steps"], m["seed"], minutes, both, average, muon=muon, adam=adam)
     mine = np.flatnonzero(scenes.half == m["half"])
     groups = [g for s in range(len(data.STYLES)) for b in range(len(data.BACKGROUNDS)) if len(g := mine[(scenes.labels[mine, 0] == s) & (scenes.labels[mine, 5] == b)])]
-    counts, begin, sums, single = scenes.counts(), time.time(), [], singles(test.labels)[:300]
+    coded, art, scaled, begin, sums, single = reconstructions(folder, m["half"]), data.artwork(folder), {}, time.time(), [], singles(test.labels)[:300]
     own = mine[singles(scenes.labels[mine])[:300]]
 
     def report():
@@ -312,22 +334,23 @@ def train(folder, kind, minutes, log):
     for step, rng in training:
         hard = rng.random() < 0.5
         i = rng.choice(mine, BATCH, replace=False) if hard else alike(groups, scenes.labels, rng, BATCH)
-        x = augment(to_float(scenes.pictures[i]), rng)
+        some = batch(scenes, i, BATCH // 2 if hard else 0, m["half"], art, scaled, rng, coded if hard else None)
+        x = augment(to_float(some.pictures), rng)
         out = model.vision_model(pixel_values=normalise(x), output_hidden_states=True)
         images = F.normalize(model.visual_projection(out.pooler_output), dim=-1)
-        targets = dense_targets(torch.from_numpy(scenes.boxes[i]), torch.from_numpy(scenes.classes[i].astype(np.int64)))
+        targets = dense_targets(torch.from_numpy(some.boxes), torch.from_numpy(some.classes.astype(np.int64)))
         # the layer before the last one knows the animals, too, so that the last one can gather them
-        shown = [dense_loss(heads, model.vision_model.post_layernorm(h[:, 1:]), targets, scenes.labels[i]) for h in out.hidden_states[-2:]]
-        losses = [contrastive(model, images, scenes.labels[i], tokenizer, rng, hard),
+        shown = [dense_loss(heads, model.vision_model.post_layernorm(h[:, 1:]), targets, some.labels) for h in out.hidden_states[-2:]]
+        losses = [contrastive(model, images, some.labels, tokenizer, rng, hard),
                   sum(shown) / 2,
-                  global_loss(heads, out.pooler_output, scenes.labels[i], counts[i].astype(np.int64))]
+                  global_loss(heads, out.pooler_output, some.labels, some.counts())]
         both.zero_grad()
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 2.0)
         step_all((muon, adam), step, training.steps)
         average.update(both)
         sums.append([l.item() for l in losses])
-        if step % 100 == 99:
+        if step % 100 == 99 and step + 1 < training.steps:
             report()
     if sums:
         report()

@@ -297,11 +297,13 @@ def place(label, extents, rng):
         shrink *= 0.985
 
 
-def compose(label, art, scaled, rng):
-    """(picture, boxes): uint8 64x64x3, and MOST rows (cx, cy, w, h) in 0..1, zero where there is no animal. `scaled` caches."""
+def compose(label, art, scaled, rng, behind=None):
+    """(picture, boxes): uint8 64x64x3, and MOST rows (cx, cy, w, h) in 0..1, zero where there is no animal. `scaled` caches.
+    `behind`: a picture in the place of the label's background."""
     sizes = [art[label.style, k].size for k, _ in label.parts]
     placed = place(label, [(w / max(w, h), h / max(w, h)) for w, h in sizes], rng)
-    picture = Image.fromarray(np.clip(backdrop(BACKGROUNDS[label.background], rng), 0, 255).round().astype(np.uint8))
+    behind = backdrop(BACKGROUNDS[label.background], rng) if behind is None else behind
+    picture = Image.fromarray(np.clip(behind, 0, 255).round().astype(np.uint8))
     boxes = np.zeros((MOST, 4), np.float32)
     kinds = [k for k, n in label.parts for _ in range(n)]
     for j in rng.permutation(len(placed)):

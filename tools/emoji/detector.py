@@ -125,7 +125,8 @@ def train(folder, kind, minutes, log):
     m = MODELS[kind]
     torch.manual_seed(m["seed"])
     scenes, test = data.load(folder), data.load_held_out(folder)
-    mine = np.flatnonzero(scenes.half == clip.MODELS[m["start"]]["half"])
+    half, art, scaled = clip.MODELS[m["start"]]["half"], data.artwork(folder), {}
+    mine, coded = np.flatnonzero(scenes.half == half), clip.reconstructions(folder, half)
     both = with_head(kind)
     take_over(both, clip.load(folder, m["start"], heads=True)[0], to_float(scenes.pictures[mine[:256]]))
     muon, adam = clip.optimizers(both, lambda name: ".encoder." in name or ".layers.0" in name or ".layers.1" in name)
@@ -143,8 +144,9 @@ def train(folder, kind, minutes, log):
 
     for step, rng in training:
         i = rng.choice(mine, clip.BATCH, replace=False)
-        true_boxes, classes = torch.from_numpy(scenes.boxes[i]), torch.from_numpy(scenes.classes[i].astype(np.int64))
-        logits, boxes, patches = forward(both, clip.augment(to_float(scenes.pictures[i]), rng))
+        some = clip.batch(scenes, i, clip.BATCH // 4, half, art, scaled, rng, coded)
+        true_boxes, classes = torch.from_numpy(some.boxes), torch.from_numpy(some.classes.astype(np.int64))
+        logits, boxes, patches = forward(both, clip.augment(to_float(some.pictures), rng))
         losses = [*loss(logits, boxes, true_boxes, classes, PULL * max(0.0, 1 - 2 * training.share)), clip.dense(patches, clip.dense_targets(true_boxes, classes))]
         both.zero_grad()
         (4 * losses[0] + losses[1] + losses[2]).backward()
@@ -152,7 +154,7 @@ def train(folder, kind, minutes, log):
         clip.step_all((muon, adam), step, training.steps)
         average.update(both)
         sums.append([l.item() for l in losses])
-        if step % 150 == 149:
+        if step % 100 == 99 and step + 1 < training.steps:
             report()
     if sums:
         report()

@@ -212,7 +212,7 @@ def train(folder, minutes, log):
         head.step()
         average.update(model)
         losses.append(loss.item())
-        if step % 200 == 199:
+        if step % 200 == 199 and step + 1 < training.steps:
             report()
     if losses:
         report()

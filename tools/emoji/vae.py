@@ -14,7 +14,7 @@ from common import Average, Training, averaged, muon_and_adam, rate, set_rate, t
 
 CONFIG = dict(block_out_channels=(32, 64, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
               latent_channels=4, norm_num_groups=4, sample_size=64, in_channels=3, out_channels=3)
-STEPS, PEAK, KL, EDGES = 1800, 1e-3, 1e-6, 1.5
+STEPS, PEAK, KL, EDGES = 8000, 1e-3, 1e-6, 1.5
 CROP, CROPS = 32, 8  # in the last WHOLE of the steps a quarter as many whole pictures
 WHOLE, ADVERSARIAL, ADVERSARIAL_WEIGHT = 0.1, 1 / 3, 0.3
 LATENTS = 40000  # so many of the pictures are encoded for the UNet

@@ -1,9 +1,10 @@
 //! CLIP (Radford et al. 2021): text and vision towers with their projections, from the layout of transformers or of
-//! open_clip. Frozen; images are differentiable. Inside, a tower computes in the number format of its weights; pixels and
+//! open_clip; and SigLIP. Frozen; images are differentiable. Inside, a tower computes in the number format of its weights; pixels and
 //! embeddings are f32, and so is all that is made of them.
 
 pub(super) mod open_clip;
 mod pixels;
+mod siglip;
 mod towers;
 
 use anyhow::{Context, Result, bail};
@@ -11,9 +12,9 @@ use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 pub use pixels::PixelStatistics;
-use towers::TowerConfig;
 pub use towers::{TextTower, VisionTower};
 
+use super::transformer::TowerConfig;
 use super::{Source, Weights};
 use crate::nn::Value;
 use crate::nn::layers::unit_norm;
@@ -23,6 +24,7 @@ use crate::ops::device::Compute;
 /// `config.json` of a transformers CLIPModel, or of one of its towers.
 #[derive(Deserialize)]
 struct TransformersConfig {
+    model_type: Option<String>,
     projection_dim: Option<usize>,
     text_config: Option<TextConfig>,
     vision_config: Option<VisionConfig>,
@@ -181,10 +183,20 @@ pub struct Clip {
 }
 
 impl Clip {
-    /// A transformers `CLIPModel` folder; `text` says whether the text tower is wanted.
+    /// A transformers `CLIPModel` or `SiglipModel` folder; `text` says whether the text tower is wanted.
     pub fn load_transformers(source: &Source, text: bool, compute: &Compute) -> Result<Self> {
         let config: TransformersConfig = source.read_json("config.json")?;
         let weights = Weights::open(source, "model", None)?.on(compute);
+        match config.model_type.as_deref() {
+            Some("siglip" | "siglip_vision_model") => return siglip::load(source, &weights, text),
+            Some(kind) if kind.starts_with("siglip2") => {
+                bail!(
+                    "{} is a SigLIP 2 of images of any shape (`{kind}`), which is not implemented: take one of a fixed size",
+                    source.label()
+                )
+            }
+            _ => {}
+        }
         let vision_config = match config.vision_config {
             Some(vision) => vision,
             None => source.read_json("config.json")?, // a vision tower by itself
@@ -270,6 +282,11 @@ impl Clip {
         })
     }
 
+    /// Whether it is a SigLIP, whose text tower reads other ids.
+    pub fn is_siglip(&self) -> bool {
+        self.text.as_ref().is_some_and(TextTower::is_siglip)
+    }
+
     /// Unit text embeddings, (B, D) in f32, of token ids.
     ///
     /// # Errors
@@ -281,8 +298,9 @@ impl Clip {
 }
 
 fn activation(name: &str) -> Result<Activation> {
-    Activation::from_name(name)
-        .with_context(|| format!("hidden_act `{name}` is not known: quick_gelu, gelu, relu, silu, tanh are"))
+    Activation::from_name(name).with_context(|| {
+        format!("hidden_act `{name}` is not known: quick_gelu, gelu, gelu_pytorch_tanh, relu, silu, tanh are")
+    })
 }
 
 impl VisionConfig {

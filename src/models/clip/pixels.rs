@@ -1,4 +1,4 @@
-//! How the pixels of a CLIP are normalised: as its own files say, as OpenAI's CLIP where they say nothing.
+//! How the pixels of a CLIP, or of a detector, are normalised: as its own files say, as OpenAI's CLIP where they say nothing.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value as Json;
@@ -21,6 +21,8 @@ impl PixelStatistics {
         mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
         std: [0.268_629_55, 0.261_302_6, 0.275_777_1],
     };
+    /// ImageNet's, with which detectors were trained.
+    const IMAGENET: Self = Self { factor: 1.0, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] };
     /// The defaults of transformers' processors for ViT and SigLIP.
     const HALVES: Self = Self { factor: 1.0, mean: [0.5; 3], std: [0.5; 3] };
 
@@ -36,6 +38,22 @@ impl PixelStatistics {
     pub fn of_transformers(source: &Source) -> Result<Self> {
         let found = Self::in_image_processor(source)?;
         Ok(found.map_or_else(|| Self::in_open_clip(source), |found| Ok(Some(found)))?.unwrap_or(Self::OPENAI))
+    }
+
+    /// Of a detector in transformers' layout; ImageNet's where its files say nothing.
+    ///
+    /// # Errors
+    /// As [`Self::of_transformers`].
+    pub fn of_detector(source: &Source) -> Result<Self> {
+        Ok(Self::in_image_processor(source)?.unwrap_or(Self::IMAGENET))
+    }
+
+    /// Of a SigLIP in transformers' layout; 1/2 where its files say nothing.
+    ///
+    /// # Errors
+    /// As [`Self::of_transformers`].
+    pub fn of_siglip(source: &Source) -> Result<Self> {
+        Ok(Self::in_image_processor(source)?.unwrap_or(Self::HALVES))
     }
 
     /// Of a folder in open_clip's layout, where transformers' files count last.
@@ -91,6 +109,7 @@ impl PixelStatistics {
             None => Self::OPENAI,
             Some(kind) if kind.starts_with("CLIP") || kind.starts_with("Bit") => Self::OPENAI,
             Some(kind) if kind.starts_with("ViT") || kind.to_lowercase().starts_with("siglip") => Self::HALVES,
+            Some(kind) if kind.starts_with("Yolos") => Self::IMAGENET,
             Some(_) if mean.is_some() && std.is_some() => Self::OPENAI,
             Some(kind) => {
                 bail!("there is no image_mean and image_std, and the defaults of a {kind} are not known: add them")
@@ -181,6 +200,18 @@ mod tests {
             let (_folder, source) = folder(files);
             assert_eq!(PixelStatistics::of_transformers(&source).unwrap(), transformers, "{files:?}");
             assert_eq!(PixelStatistics::of_open_clip(&source).unwrap(), of_open_clip, "{files:?}");
+        }
+    }
+
+    #[test]
+    fn a_detector_has_the_numbers_of_imagenet_where_its_files_say_nothing() {
+        let (pre, own) = ("preprocessor_config.json", r#"{"image_mean": 0.25, "image_std": 0.75}"#);
+        let silent = r#"{"feature_extractor_type": "YolosFeatureExtractor"}"#;
+        let of_own = PixelStatistics { factor: 1.0, mean: [0.25; 3], std: [0.75; 3] };
+        let imagenet = PixelStatistics::IMAGENET;
+        for (files, expected) in [(&[][..], imagenet), (&[(pre, silent)], imagenet), (&[(pre, own)], of_own)] {
+            let (_folder, source) = folder(files);
+            assert_eq!(PixelStatistics::of_detector(&source).unwrap(), expected, "{files:?}");
         }
     }
 

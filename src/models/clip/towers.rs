@@ -1,101 +1,30 @@
-//! The transformer that all of CLIP's towers are, and what each puts around it.
+//! What each of CLIP's towers puts around its transformer.
 
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 
 use crate::models::Weights;
 use crate::models::parameters::{layer_norm, linear};
+use crate::models::transformer::{CLIP, TowerConfig, Transformer, patches, thirds};
 use crate::nn::layers::{activation, dot_product_attention};
 use crate::nn::{LayerNorm, Linear, Value, computed_in};
 use crate::ops::activation::Activation;
 use crate::ops::attention::Heads;
 
-pub(in crate::models) struct TowerConfig {
-    pub width: usize,
-    pub mlp: usize,
-    pub layers: usize,
-    pub heads: usize,
-    pub act: Activation,
-    pub eps: f64,
-}
-
-/// Pre-norm transformer layers.
-struct Transformer {
-    layers: Vec<Layer>,
-    heads: Heads,
-    act: Activation,
-}
-
-struct Layer {
-    norm1: LayerNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    out: Linear,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-}
-
-impl Transformer {
-    /// `w` is at `encoder`.
-    fn load(w: &Weights, config: &TowerConfig, causal: bool) -> Result<Self> {
-        let layers =
-            (0..config.layers).map(|i| Layer::load(&w.pp(format!("layers.{i}")), config)).collect::<Result<_>>()?;
-        Ok(Self { layers, heads: Heads { count: config.heads, causal }, act: config.act })
-    }
-
-    /// (B, N, C) -> (B, N, C).
-    fn forward(&self, x: Value) -> Result<Value> {
-        self.through(&self.layers, x)
-    }
-
-    fn through(&self, layers: &[Layer], x: Value) -> Result<Value> {
-        layers.iter().try_fold(x, |hidden, layer| {
-            let normed = layer.norm1.forward(&hidden)?;
-            self.rest(layer, &hidden, &normed, &normed)
-        })
-    }
-
-    /// The first row alone of what [`Self::forward`] gives, (B, N, C) -> (B, 1, C): in the last layer the other rows are
-    /// keys and values and nothing else.
-    fn forward_to_first(&self, x: Value) -> Result<Value> {
-        let Some((last, layers)) = self.layers.split_last() else { return Ok(x.narrow(1, 0, 1)?) };
-        let hidden = self.through(layers, x)?;
-        let normed = last.norm1.forward(&hidden)?;
-        self.rest(last, &hidden.narrow(1, 0, 1)?, &normed.narrow(1, 0, 1)?, &normed)
-    }
-
-    /// A layer behind its first norm, for the rows of `hidden`: `queries` are those rows normed, `keys` all rows normed.
-    fn rest(&self, layer: &Layer, hidden: &Value, queries: &Value, keys: &Value) -> Result<Value> {
-        let (q, k, v) = (layer.q.forward(queries)?, layer.k.forward(keys)?, layer.v.forward(keys)?);
-        let hidden = layer.out.forward_onto(&dot_product_attention(&q, &k, &v, self.heads)?, hidden)?;
-        let normed = layer.norm2.forward(&hidden)?;
-        Ok(layer.fc2.forward_onto(&activation(&layer.fc1.forward(&normed)?, self.act)?, &hidden)?)
-    }
-}
-
-impl Layer {
-    fn load(w: &Weights, config: &TowerConfig) -> Result<Self> {
-        let (c, mlp, eps) = (config.width, config.mlp, config.eps);
-        let attention = w.pp("self_attn");
-        Ok(Self {
-            norm1: layer_norm(&w.pp("layer_norm1"), c, eps)?,
-            q: linear(&attention.pp("q_proj"), c, c, true)?,
-            k: linear(&attention.pp("k_proj"), c, c, true)?,
-            v: linear(&attention.pp("v_proj"), c, c, true)?,
-            out: linear(&attention.pp("out_proj"), c, c, true)?,
-            norm2: layer_norm(&w.pp("layer_norm2"), c, eps)?,
-            fc1: linear(&w.pp("mlp.fc1"), c, mlp, true)?,
-            fc2: linear(&w.pp("mlp.fc2"), mlp, c, true)?,
-        })
-    }
-}
-
 /// The weights at `prefix`, which transformers 5 leaves out where a tower is saved by itself.
 fn within(w: &Weights, prefix: &str, key: &str) -> Weights {
     let inner = w.pp(prefix);
     if inner.contains(key) { inner } else { w.clone() }
+}
+
+/// How many patches a square image has.
+fn patches_of(image_size: usize, patch_size: usize) -> Result<usize> {
+    // beyond any tower's
+    const MOST: usize = 1 << 14;
+    if patch_size == 0 || image_size > MOST || !image_size.is_multiple_of(patch_size) {
+        bail!("an image of {image_size} pixels does not divide into patches of {patch_size}, or has more than {MOST}");
+    }
+    Ok((image_size / patch_size).pow(2))
 }
 
 /// A projection: a linear layer `<name>.weight` (D, C), or a matrix `<name>` (C, D) where the model is open_clip's.
@@ -114,8 +43,16 @@ pub struct TextTower {
     transformer: Transformer,
     final_norm: LayerNorm,
     projection: Option<Linear>,
-    /// The id whose first place stands for the text; `None`: the place of the largest id.
-    eos: Option<u32>,
+    pooled: Pooled,
+}
+
+/// The place that stands for a text.
+enum Pooled {
+    /// The first one of this id.
+    First(u32),
+    /// The first one of the largest id.
+    Largest,
+    Last,
 }
 
 impl TextTower {
@@ -132,11 +69,39 @@ impl TextTower {
         Ok(Self {
             tokens: m.get("embeddings.token_embedding.weight", &[vocabulary, c])?,
             positions: m.get("embeddings.position_embedding.weight", &[length, c])?,
-            transformer: Transformer::load(&m.pp("encoder"), config, true)?,
+            transformer: Transformer::load(&m.pp("encoder.layers"), config, &CLIP, true)?,
             final_norm: layer_norm(&m.pp("final_layer_norm"), c, config.eps)?,
             projection: projection_dim.map(|dim| projection(w, "text_projection", c, dim)).transpose()?,
-            eos,
+            pooled: eos.map_or(Pooled::Largest, Pooled::First),
         })
+    }
+
+    /// SigLIP's: every position sees all, and `text_model.head` projects the last one.
+    pub(super) fn load_siglip(
+        w: &Weights,
+        config: &TowerConfig,
+        vocabulary: usize,
+        length: usize,
+        dim: usize,
+    ) -> Result<Self> {
+        let (c, m) = (config.width, within(w, "text_model", "embeddings.token_embedding.weight"));
+        Ok(Self {
+            tokens: m.get("embeddings.token_embedding.weight", &[vocabulary, c])?,
+            positions: m.get("embeddings.position_embedding.weight", &[length, c])?,
+            transformer: Transformer::load(&m.pp("encoder.layers"), config, &CLIP, false)?,
+            final_norm: layer_norm(&m.pp("final_layer_norm"), c, config.eps)?,
+            projection: Some(linear(&m.pp("head"), c, dim, true)?),
+            pooled: Pooled::Last,
+        })
+    }
+
+    pub(super) fn is_siglip(&self) -> bool {
+        matches!(self.pooled, Pooled::Last)
+    }
+
+    /// How many ids a text may have.
+    pub fn length(&self) -> usize {
+        self.positions.dims()[0]
     }
 
     pub fn vocab_size(&self) -> usize {
@@ -172,10 +137,11 @@ impl TextTower {
             .iter()
             .enumerate()
             .map(|(row, list)| {
-                let place = match self.eos {
-                    Some(eos) => list.iter().position(|id| *id == eos).unwrap_or(0),
-                    // the first of the largest, as argmax has it
-                    None => (0..list.len()).rev().max_by_key(|i| list[*i]).unwrap_or(0),
+                let place = match self.pooled {
+                    Pooled::First(eos) => list.iter().position(|id| *id == eos).unwrap_or(0),
+                    // as argmax has it
+                    Pooled::Largest => (0..list.len()).rev().max_by_key(|i| list[*i]).unwrap_or(0),
+                    Pooled::Last => list.len() - 1,
                 };
                 hidden.get(row)?.get(place)
             })
@@ -194,14 +160,68 @@ pub struct VisionTower {
     patch_size: usize,
     /// (C, 3 · patch · patch)
     patch_embedding: Linear,
-    /// (1, C)
-    class_embedding: Tensor,
-    /// One row for the class token and one for each patch, ((1 + patches) · C)
+    /// One row for the class token, if there is one, and one for each patch, (tokens · C)
     positions: Tensor,
-    pre_norm: LayerNorm,
     transformer: Transformer,
     post_norm: LayerNorm,
-    projection: Linear,
+    pooling: Pooling,
+    embed_dim: usize,
+}
+
+/// How tokens become one embedding.
+enum Pooling {
+    /// A token in front of the patches, which a projection reads.
+    ClassToken {
+        /// (1, C)
+        class_embedding: Tensor,
+        pre_norm: LayerNorm,
+        projection: Linear,
+    },
+    Probe(Box<Probe>),
+}
+
+/// A learned query's attention to all tokens, and a network on what it finds.
+struct Probe {
+    /// (1, 1, C)
+    query: Tensor,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    out: Linear,
+    heads: Heads,
+    norm: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    act: Activation,
+}
+
+impl Probe {
+    fn load(w: &Weights, config: &TowerConfig) -> Result<Self> {
+        let (c, attention) = (config.width, w.pp("attention"));
+        let [to_q, to_k, to_v] = thirds(&attention, "in_proj_weight", "in_proj_bias", c)?;
+        Ok(Self {
+            query: w.get("probe", &[1, 1, c])?,
+            to_q,
+            to_k,
+            to_v,
+            out: linear(&attention.pp("out_proj"), c, c, true)?,
+            heads: Heads { count: config.heads, causal: false },
+            norm: layer_norm(&w.pp("layernorm"), c, config.eps)?,
+            fc1: linear(&w.pp("mlp.fc1"), c, config.mlp, true)?,
+            fc2: linear(&w.pp("mlp.fc2"), config.mlp, c, true)?,
+            act: config.act,
+        })
+    }
+
+    /// (B, N, C) -> (B, C).
+    fn forward(&self, x: &Value) -> Result<Value> {
+        let (b, _, c) = x.tensor().dims3()?;
+        let query = Value::from(self.query.expand((b, 1, c))?.contiguous()?);
+        let (q, k, v) = (self.to_q.forward(&query)?, self.to_k.forward(x)?, self.to_v.forward(x)?);
+        let found = self.out.forward(&dot_product_attention(&q, &k, &v, self.heads)?)?;
+        let inner = activation(&self.fc1.forward(&self.norm.forward(&found)?)?, self.act)?;
+        Ok(self.fc2.forward_onto(&inner, &found)?.reshape((b, c))?)
+    }
 }
 
 impl VisionTower {
@@ -212,11 +232,7 @@ impl VisionTower {
         patch_size: usize,
         dim: usize,
     ) -> Result<Self> {
-        let c = config.width;
-        if patch_size == 0 || !image_size.is_multiple_of(patch_size) {
-            bail!("an image of {image_size} pixels does not divide into patches of {patch_size}");
-        }
-        let patches = (image_size / patch_size).pow(2);
+        let (c, patches) = (config.width, patches_of(image_size, patch_size)?);
         let kernel = [c, 3, patch_size, patch_size];
         let flat = (c, 3 * patch_size * patch_size);
         let m = within(w, "vision_model", "embeddings.class_embedding");
@@ -224,12 +240,34 @@ impl VisionTower {
             image_size,
             patch_size,
             patch_embedding: Linear::new(&m.get("embeddings.patch_embedding.weight", &kernel)?.reshape(flat)?, None)?,
-            class_embedding: m.get("embeddings.class_embedding", &[c])?.reshape((1, c))?,
             positions: m.get("embeddings.position_embedding.weight", &[patches + 1, c])?.flatten_all()?,
-            pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
-            transformer: Transformer::load(&m.pp("encoder"), config, false)?,
+            transformer: Transformer::load(&m.pp("encoder.layers"), config, &CLIP, false)?,
             post_norm: layer_norm(&m.pp("post_layernorm"), c, config.eps)?,
-            projection: projection(w, "visual_projection", c, dim)?,
+            pooling: Pooling::ClassToken {
+                class_embedding: m.get("embeddings.class_embedding", &[c])?.reshape((1, c))?,
+                pre_norm: layer_norm(&m.pp("pre_layrnorm"), c, config.eps)?, // sic
+                projection: projection(w, "visual_projection", c, dim)?,
+            },
+            embed_dim: dim,
+        })
+    }
+
+    /// SigLIP's: no class token, and a learned query reads the patches.
+    pub(super) fn load_siglip(w: &Weights, config: &TowerConfig, image_size: usize, patch_size: usize) -> Result<Self> {
+        let (c, patches) = (config.width, patches_of(image_size, patch_size)?);
+        let m = within(w, "vision_model", "embeddings.patch_embedding.weight");
+        let embedding = m.pp("embeddings.patch_embedding");
+        let kernel = embedding.get("weight", &[c, 3, patch_size, patch_size])?;
+        let kernel = kernel.reshape((c, 3 * patch_size * patch_size))?;
+        Ok(Self {
+            image_size,
+            patch_size,
+            patch_embedding: Linear::new(&kernel, Some(embedding.get("bias", &[c])?))?,
+            positions: m.get("embeddings.position_embedding.weight", &[patches, c])?.flatten_all()?,
+            transformer: Transformer::load(&m.pp("encoder.layers"), config, &CLIP, false)?,
+            post_norm: layer_norm(&m.pp("post_layernorm"), c, config.eps)?,
+            pooling: Pooling::Probe(Box::new(Probe::load(&m.pp("head"), config)?)),
+            embed_dim: c,
         })
     }
 
@@ -239,7 +277,7 @@ impl VisionTower {
     }
     /// Features of the embedding.
     pub fn embed_dim(&self) -> usize {
-        self.projection.out_features()
+        self.embed_dim
     }
 
     /// Projected image features (B, D), not normalised, of pixels (B, 3, S, S); both in f32.
@@ -249,24 +287,28 @@ impl VisionTower {
         if channels != 3 || h != s || w != s {
             bail!("the vision tower takes 3x{s}x{s} pixels, got {channels}x{h}x{w}");
         }
-        computed_in(self.class_embedding.dtype(), pixels, |pixels| self.features(pixels))
+        computed_in(self.positions.dtype(), pixels, |pixels| self.features(pixels))
     }
 
     /// [`Self::forward`] in the number format of the weights.
     fn features(&self, pixels: &Value) -> Result<Value> {
         let (b, _, s, _) = pixels.tensor().dims4()?;
-        let (p, c) = (self.patch_size, self.class_embedding.dims()[1]);
-        let side = s / p;
-        let patches = pixels.reshape(vec![b, 3, side, p, side, p])?.permute(&[0, 2, 4, 1, 3, 5])?.reshape((
-            b,
-            side * side,
-            3 * p * p,
-        ))?;
-        let embedded = self.patch_embedding.forward(&patches)?.reshape((b, side * side * c))?;
+        let (patch, count) = (self.patch_size, (s / self.patch_size).pow(2));
+        let embedded = self.patch_embedding.forward(&patches(pixels, patch)?)?;
+        let c = embedded.dims()[2];
         // an image's tokens are one row here, so that the class token goes in front without a kernel of its own
-        let class = Value::from(self.class_embedding.expand((b, c))?.contiguous()?);
-        let tokens = class.concat_last(&embedded)?.add_channels(&self.positions)?.reshape((b, 1 + side * side, c))?;
-        let pooled = self.transformer.forward_to_first(self.pre_norm.forward(&tokens)?)?.reshape((b, c))?;
-        Ok(self.projection.forward(&self.post_norm.forward(&pooled)?)?)
+        let embedded = embedded.reshape((b, count * c))?;
+        match &self.pooling {
+            Pooling::ClassToken { class_embedding, pre_norm, projection } => {
+                let class = Value::from(class_embedding.expand((b, c))?.contiguous()?);
+                let tokens = class.concat_last(&embedded)?.add_channels(&self.positions)?.reshape((b, 1 + count, c))?;
+                let pooled = self.transformer.forward_to(pre_norm.forward(&tokens)?, 0, 1, &[])?.reshape((b, c))?;
+                Ok(projection.forward(&self.post_norm.forward(&pooled)?)?)
+            }
+            Pooling::Probe(probe) => {
+                let tokens = embedded.add_channels(&self.positions)?.reshape((b, count, c))?;
+                probe.forward(&self.post_norm.forward(&self.transformer.forward(tokens)?)?)
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 
+pub(crate) use remote::{bare, is_loopback, root_certs_of_environment};
 use repository::{Hub, check_link};
 
 use super::Weights;

@@ -114,7 +114,7 @@ impl About {
 }
 
 /// Whether a server is this machine, which no proxy reaches.
-fn is_loopback(url: &Url) -> bool {
+pub fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(address)) => address.is_loopback(),
         Some(Host::Ipv6(address)) => address.is_loopback(),
@@ -159,7 +159,7 @@ impl Client {
             .accept_encoding("identity")
             .timeout_connect(Some(CONNECT))
             .timeout_per_read(Some(SILENCE))
-            .tls_config(TlsConfig::builder().root_certs(root_certs(|name| std::env::var(name).ok())?).build());
+            .tls_config(TlsConfig::builder().root_certs(root_certs_of_environment()?).build());
         Ok(self.agent.get_or_init(|| config.build().into()))
     }
 
@@ -353,6 +353,14 @@ impl From<std::io::Error> for Stop {
     }
 }
 
+/// The certificates that servers are known by.
+///
+/// # Errors
+/// A variable names a file that cannot be read or holds none.
+pub fn root_certs_of_environment() -> Result<RootCerts, Failure> {
+    root_certs(|name| std::env::var(name).ok())
+}
+
 /// The certificates of a company's own authority, from the file that Python reads them from; else those of the web.
 fn root_certs(variable: impl Fn(&str) -> Option<String>) -> Result<RootCerts, Failure> {
     let named = |name| Some((name, variable(name).filter(|file| Path::new(file).is_file())?));
@@ -403,7 +411,7 @@ fn gives_rest(answer: &Response<Body>, have: u64) -> bool {
 }
 
 /// Without what follows the path, which may be a signature.
-fn bare(url: &Url) -> String {
+pub fn bare(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
     url.into()

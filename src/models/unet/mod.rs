@@ -34,8 +34,8 @@ pub struct Unet {
     config: UnetConfig,
     compute: Compute,
     time_embedding: [Linear; 2],
-    /// SiLU of the time embedding by timestep, as far as it was asked for; on a GPU only.
-    times: Mutex<HashMap<usize, Tensor>>,
+    /// SiLU of the time embedding by the timestep's bits, as far as it was asked for; on a GPU only.
+    times: Mutex<HashMap<u64, Tensor>>,
     stages: Staged<UnetStage>,
 }
 
@@ -95,7 +95,7 @@ impl Unet {
     }
 
     /// The prediction: x (B, C, h, w) latents, one timestep for all, context (B, tokens, D) -> (B, C, h, w).
-    pub fn forward(&self, x: &Tensor, timestep: usize, context: &Tensor, adapters: &Adapters) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, timestep: f64, context: &Tensor, adapters: &Adapters) -> Result<Tensor> {
         self.forward_with(x, timestep, &Text::of(context), adapters)
     }
 
@@ -112,7 +112,7 @@ impl Unet {
     }
 
     /// [`Self::forward`] with the text as [`Self::project_text`] gave it for the same adapters.
-    pub fn forward_with(&self, x: &Tensor, timestep: usize, text: &Text, adapters: &Adapters) -> Result<Tensor> {
+    pub fn forward_with(&self, x: &Tensor, timestep: f64, text: &Text, adapters: &Adapters) -> Result<Tensor> {
         let evaluation = self.evaluation(x, timestep, text)?;
         let x = to_inside(x, &self.compute)?;
         let y = match &text.replay {
@@ -127,7 +127,7 @@ impl Unet {
     ///
     /// # Errors
     /// The driver's.
-    pub fn capture(&self, x: &Tensor, timestep: usize, text: &Text, adapters: &Adapters) -> Result<Text> {
+    pub fn capture(&self, x: &Tensor, timestep: f64, text: &Text, adapters: &Adapters) -> Result<Text> {
         let evaluation = self.evaluation(x, timestep, text)?;
         let x = to_inside(x, &self.compute)?;
         let (b, h, w, _) = x.dims4()?;
@@ -144,7 +144,7 @@ impl Unet {
     pub fn trace<'a>(
         &'a self,
         x: &Tensor,
-        timestep: usize,
+        timestep: f64,
         context: &Tensor,
         adapters: &'a Adapters,
         checkpointing: Checkpointing,
@@ -171,7 +171,7 @@ impl Unet {
         Ok(batch)
     }
 
-    fn evaluation(&self, x: &Tensor, timestep: usize, text: &Text) -> Result<Evaluation> {
+    fn evaluation(&self, x: &Tensor, timestep: f64, text: &Text) -> Result<Evaluation> {
         let (batch, channels, _, _) = x.dims4()?;
         let context_batch = self.check_text(&text.context)?;
         if channels != self.config.in_channels {
@@ -184,20 +184,20 @@ impl Unet {
     }
 
     /// SiLU of the time embedding, (1, time_dim). On a GPU it is kept: what is uploaded may wait for what was launched.
-    fn time(&self, timestep: usize) -> Result<Tensor> {
+    fn time(&self, timestep: f64) -> Result<Tensor> {
         if self.compute.device().is_cpu() {
             return self.embed_time(timestep);
         }
         let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(time) = times.get(&timestep) {
+        if let Some(time) = times.get(&timestep.to_bits()) {
             return Ok(time.clone());
         }
         let time = self.embed_time(timestep)?;
-        times.insert(timestep, time.clone());
+        times.insert(timestep.to_bits(), time.clone());
         Ok(time)
     }
 
-    fn embed_time(&self, timestep: usize) -> Result<Tensor> {
+    fn embed_time(&self, timestep: f64) -> Result<Tensor> {
         let embedding = timestep_embedding(
             timestep,
             self.config.block_out_channels[0],
@@ -233,7 +233,7 @@ impl UnetTrace<'_> {
 }
 
 /// Sinusoidal embedding of a timestep, (1, dim), in f32 as diffusers computes it (Vaswani et al. 2017).
-fn timestep_embedding(timestep: usize, dim: usize, flip_sin_to_cos: bool, freq_shift: f64) -> Result<Tensor> {
+fn timestep_embedding(timestep: f64, dim: usize, flip_sin_to_cos: bool, freq_shift: f64) -> Result<Tensor> {
     let half = dim / 2;
     let angle = |i: usize| {
         let exponent = -(10_000f64.ln() as f32) * i as f32 / (half as f64 - freq_shift) as f32;

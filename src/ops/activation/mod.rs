@@ -4,6 +4,7 @@
 //! silu        x σ(x)                      σ (1 + x (1 - σ))
 //! gelu        x Φ(x), the exact one       Φ(x) + x φ(x)
 //! quick_gelu  x σ(1.702 x)                σ (1 + 1.702 x (1 - σ))     OpenAI's CLIP
+//! gelu_tanh   x σ(2 u), u = sqrt(2/π) (x + 0.044715 x³)       σ + x σ (1 - σ) 2 u'      SigLIP; x (1 + tanh u) / 2
 //! unit_range  clamp(x / 2 + 1/2, 0, 1)    1/2 inside [-1, 1], else 0   image in [-1, 1] to [0, 1]
 //! ```
 
@@ -28,6 +29,8 @@ pub enum Activation {
     QuickGelu,
     Tanh,
     Sigmoid,
+    /// Transformers' `gelu_pytorch_tanh`.
+    GeluTanh,
     /// An image in [-1, 1] to [0, 1], clamped.
     #[serde(skip)]
     UnitRange,
@@ -44,6 +47,7 @@ impl Activation {
             "quick_gelu" => Self::QuickGelu,
             "tanh" => Self::Tanh,
             "sigmoid" => Self::Sigmoid,
+            "gelu_pytorch_tanh" | "gelu_new" | "gelu_tanh" => Self::GeluTanh,
             _ => return None,
         })
     }
@@ -66,6 +70,7 @@ impl Activation {
             Self::QuickGelu => x * sigmoid(T::lit(1.702) * x),
             Self::Tanh => x.tanh(),
             Self::Sigmoid => sigmoid(x),
+            Self::GeluTanh => x * sigmoid(twice_u(x).0),
             Self::UnitRange => match x * T::lit(0.5) + T::lit(0.5) {
                 y if y < T::zero() => T::zero(),
                 y if y > one => one,
@@ -101,6 +106,11 @@ impl Activation {
             }
             Self::Tanh => one - x.tanh() * x.tanh(),
             Self::Sigmoid => sigmoid(x) * (one - sigmoid(x)),
+            Self::GeluTanh => {
+                let (u, d_u) = twice_u(x);
+                let s = sigmoid(u);
+                s + x * s * (one - s) * d_u
+            }
             // the borders count as inside, as in torch.clamp
             Self::UnitRange => {
                 if x < -one || x > one {
@@ -111,6 +121,13 @@ impl Activation {
             }
         }
     }
+}
+
+/// 2 u of the gelu by tanh, and its derivative.
+#[inline(always)]
+fn twice_u<T: Real>(x: T) -> (T, T) {
+    let (k, c) = (T::lit(2.0 * 0.797_884_560_802_865_4), T::lit(0.044_715)); // sqrt(2/π)
+    (k * x * (T::one() + c * x * x), k * (T::one() + T::lit(3.0) * c * x * x))
 }
 
 /// f(x), elementwise.
@@ -138,7 +155,7 @@ const BLOCK: usize = 1 << 14;
 macro_rules! each_activation {
     ($function:expr, $F:ident => $body:block) => {
         each_activation!(@ $function, $F, $body,
-            Identity Relu Silu Gelu QuickGelu Tanh Sigmoid UnitRange)
+            Identity Relu Silu Gelu QuickGelu Tanh Sigmoid GeluTanh UnitRange)
     };
     (@ $function:expr, $F:ident, $body:block, $($name:ident)*) => {
         match $function {
@@ -185,7 +202,7 @@ mod tests {
     #[test]
     fn agree_with_autograd_and_finite_differences() {
         type Composed = fn(&Tensor) -> Result<Tensor>;
-        let functions: [(Activation, Composed); 8] = [
+        let functions: [(Activation, Composed); 9] = [
             (Activation::Identity, |x| x.affine(1.0, 0.0)),
             (Activation::Relu, |x| x.relu()),
             (Activation::Silu, |x| x.silu()),
@@ -194,6 +211,10 @@ mod tests {
             (Activation::QuickGelu, |x| x * (x.affine(-1.702, 0.0)?.exp()? + 1.0)?.recip()?),
             (Activation::Tanh, |x| x.tanh()),
             (Activation::Sigmoid, |x| (x.neg()?.exp()? + 1.0)?.recip()),
+            (Activation::GeluTanh, |x| {
+                let u = (x + (x.powf(3.0)? * 0.044_715)?)?.affine((2.0 / std::f64::consts::PI).sqrt(), 0.0)?;
+                x * u.tanh()?.affine(0.5, 0.5)?
+            }),
             (Activation::UnitRange, |x| x.affine(0.5, 0.5)?.clamp(0.0, 1.0)),
         ];
         for (function, composed) in functions {
@@ -209,7 +230,9 @@ mod tests {
     #[test]
     fn large_arguments_stay_finite() {
         let x = Tensor::new(&[-200f32, -90.0, 90.0, 200.0], &candle_core::Device::Cpu).unwrap();
-        for function in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Sigmoid] {
+        for function in
+            [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Sigmoid, Activation::GeluTanh]
+        {
             for t in
                 [activation_fwd(&x, function).unwrap(), activation_bwd(&x.ones_like().unwrap(), &x, function).unwrap()]
             {

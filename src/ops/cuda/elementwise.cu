@@ -5,7 +5,7 @@
 #include "common.cuh"
 
 // In the order of ops::activation::Activation.
-enum Function { IDENTITY, RELU, SILU, GELU, QUICK_GELU, TANH, SIGMOID, UNIT_RANGE };
+enum Function { IDENTITY, RELU, SILU, GELU, QUICK_GELU, TANH, SIGMOID, GELU_TANH, UNIT_RANGE };
 
 __device__ __forceinline__ float value(int function, float x) {
     switch (function) {
@@ -15,6 +15,7 @@ __device__ __forceinline__ float value(int function, float x) {
         case QUICK_GELU: return x * sigmoid(1.702f * x);
         case TANH: return tanhf(x);
         case SIGMOID: return sigmoid(x);
+        case GELU_TANH: return x * sigmoid(1.5957691216057308f * x * (1.0f + 0.044715f * x * x));
         case UNIT_RANGE: {
             const float y = x * 0.5f + 0.5f;
             return y < 0.0f ? 0.0f : (y > 1.0f ? 1.0f : y);
@@ -42,6 +43,10 @@ __device__ __forceinline__ float derivative(int function, float x) {
         case SIGMOID: {
             const float s = sigmoid(x);
             return s * (1.0f - s);
+        }
+        case GELU_TANH: {
+            const float s = sigmoid(1.5957691216057308f * x * (1.0f + 0.044715f * x * x));
+            return s + x * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 3.0f * 0.044715f * x * x);
         }
         case UNIT_RANGE: return x < -1.0f || x > 1.0f ? 0.0f : 0.5f;
         default: return 1.0f;

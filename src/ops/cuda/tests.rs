@@ -48,6 +48,7 @@ fn elementwise_operations_agree_with_the_cpu() {
             Activation::QuickGelu,
             Activation::Tanh,
             Activation::Sigmoid,
+            Activation::GeluTanh,
             Activation::UnitRange,
         ] {
             compare(&format!("{function:?}"), &[x.clone(), d.clone()], 2, |t| {

@@ -4,15 +4,17 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use alignprop::config::{AestheticConfig, ModelConfig, RewardsConfig};
-use alignprop::diffusion::DdimSchedule;
+use alignprop::config::{AestheticConfig, ModelConfig, RewardsConfig, SamplerKind};
+use alignprop::diffusion::{DdimSchedule, Solver};
 use alignprop::files;
 use alignprop::lora::Adapters;
 use alignprop::models::clip::{Clip, OpenClipConfig, PixelStatistics};
+use alignprop::models::image_reward::ImageReward;
 use alignprop::models::text_encoder::TextEncoder;
 use alignprop::models::tokenizer::ClipTokenizer;
 use alignprop::models::unet::Unet;
 use alignprop::models::vae::Vae;
+use alignprop::models::yolos::Yolos;
 use alignprop::models::{Source, Weights};
 use alignprop::nn::tape::Value;
 use alignprop::ops::device::Compute;
@@ -103,7 +105,7 @@ pub fn unet(folder: &Path) -> Reader {
     let read = |source: &Source| {
         let unet = Unet::load(source, None, &Compute::cpu())?;
         let (x, embeds) = (zeros(&[1, 4, 8, 8])?, zeros(&[1, 3, 24])?);
-        unet.forward(&x, 500, &embeds, &Adapters::default()).map(drop)
+        unet.forward(&x, 500.0, &embeds, &Adapters::default()).map(drop)
     };
     let words =
         words("dual_cross_attention ~ CrossAttnDownBlock2D ~ DownBlock2D ~ UpBlock2D ~ gelu ~ num_attention_heads");
@@ -135,6 +137,35 @@ pub fn clip(folder: &Path) -> Reader {
     })
 }
 
+/// The config of transformers' YOLOS.
+pub fn detector(folder: &Path) -> Reader {
+    of_json(folder, "tiny-yolos/model", "config.json", |source| {
+        let yolos = Yolos::load(source, &Compute::cpu())?;
+        let side = yolos.patch_size().min(64);
+        yolos.logits(&yolos.tokens(&Value::constant(&zeros(&[1, 3, side, 2 * side])?))?).map(drop)
+    })
+}
+
+/// The config of ImageReward's text encoder.
+pub fn image_reward(folder: &Path) -> Reader {
+    of_json(folder, "tiny-imagereward", "med_config.json", |source| {
+        let weights = Weights::open_file(&source.require("model.safetensors")?)?;
+        let model = ImageReward::load(&weights, source)?;
+        let side = model.image_size();
+        model.scores(&Value::constant(&zeros(&[1, 3, side, side])?), &[vec![2, 5, 3]]).map(drop)
+    })
+}
+
+/// The config of transformers' SigLIP.
+pub fn siglip(folder: &Path) -> Reader {
+    of_json(folder, "tiny-siglip/model", "config.json", |source| {
+        let clip = Clip::load_transformers(source, true, &Compute::cpu())?;
+        clip.text_embeds(&[vec![3; 6]])?;
+        let side = clip.vision.image_size().min(4096);
+        clip.vision.forward(&Value::constant(&zeros(&[1, 3, side, side])?)).map(drop)
+    })
+}
+
 /// How a CLIP's pixels are prepared.
 pub fn preprocessor(folder: &Path) -> Reader {
     let seed = br#"{"image_mean":[0.48,0.45,0.40],"image_std":[0.26,0.26,0.27],"do_normalize":true,"size":{"shortest_edge":224}}"#;
@@ -161,11 +192,16 @@ pub fn scheduler(folder: &Path) -> Reader {
         shape: Shape::Json,
         seeds: vec![bytes_of(&format!("{MODEL}/scheduler/scheduler_config.json"))],
         words: words(
-            "trained_betas ~ linear ~ squaredcos_cap_v2 ~ trailing ~ linspace ~ rescale_betas_zero_snr ~ thresholding",
+            "trained_betas ~ linear ~ squaredcos_cap_v2 ~ trailing ~ linspace ~ rescale_betas_zero_snr ~ thresholding ~ use_karras_sigmas ~ final_sigmas_type ~ sigma_min",
         ),
         read: of_file(folder.join("scheduler/scheduler_config.json"), move |_| {
-            let schedule = DdimSchedule::load(&Source::open(&root)?, 7, 0.5)?;
+            let source = Source::open(&root)?;
             let x = zeros(&[1, 4, 2, 2])?;
+            for kind in [SamplerKind::EulerAncestral, SamplerKind::Dpmpp2m] {
+                let solver = Solver::load(&source, kind, None, 7)?;
+                solver.steps.iter().try_for_each(|step| step.apply(&x, &x, Some(&x), Some(&x)).map(drop))?;
+            }
+            let schedule = DdimSchedule::load(&source, 7, 0.5)?;
             schedule.steps().iter().try_for_each(|step| step.apply(&x, &x, Some(&x)).map(drop))?;
             Ok(())
         }),

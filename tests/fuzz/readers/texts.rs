@@ -7,11 +7,17 @@ use std::path::{Path, PathBuf};
 use alignprop::config::{Config, OptimizerConfig, PromptsConfig};
 use alignprop::lora::formats;
 use alignprop::models::Source;
+use alignprop::models::sentence_pieces::SentencePieces;
 use alignprop::models::tokenizer::ClipTokenizer;
+use alignprop::models::word_pieces::WordPieces;
 use alignprop::optim::AdamW;
+use alignprop::pictures::{Rows, text_in_png};
 use alignprop::report::Pairs;
 use alignprop::report::html::{Contents, Status, page};
 use alignprop::report::{Metrics, best, best_to_show};
+use alignprop::rewards::Rewards;
+use alignprop::training::adjoint_matching::Threshold;
+use alignprop::training::advantages::PromptStatistics;
 use alignprop::training::checkpoint::Checkpoint;
 use alignprop::training::loss_scale::LossScale;
 use anyhow::{Result, ensure};
@@ -34,6 +40,68 @@ pub fn prompts(folder: &Path, extension: &str, shape: Shape, seed: &[u8]) -> Rea
             prompts.iter().for_each(|prompt| drop(prompt.to_string()));
             Ok(())
         }),
+    }
+}
+
+/// A list of pictures with scores.
+pub fn rows(folder: &Path, extension: &str, shape: Shape, seed: &[u8]) -> Reader {
+    Reader {
+        shape,
+        seeds: vec![seed.to_vec()],
+        words: words("file ~ score ~ prompt ~ ; ~ \t ~ \" ~ \"\" ~ null ~ true ~ 1e999 ~ nan ~ [] ~ {} ~ \u{feff}"),
+        read: of_file(folder.join(format!("rows.{extension}")), |path| {
+            let rows = Rows::read(path, &["file"])?;
+            ensure!(!rows.rows.is_empty(), "rows that are none");
+            for row in &rows.rows {
+                row.number(&["score"])?;
+                row.text(&["file"]).map(|name| rows.located(name));
+                row.text(&["prompt"]);
+            }
+            Ok(())
+        }),
+    }
+}
+
+/// ComfyUI's graph in a PNG.
+pub fn texts_in_png(folder: &Path) -> Reader {
+    let path = folder.join("a.png");
+    let graph =
+        br#"{"3": {"inputs": {"latent_image": ["5", 0], "positive": ["6", 0]}}, "6": {"inputs": {"text": "a cat"}}}"#;
+    Reader {
+        shape: Shape::Json,
+        seeds: vec![graph.to_vec()],
+        words: words("positive ~ conditioning ~ inputs ~ text ~ 3 ~ 6 ~ latent_image"),
+        read: Box::new(move |input| {
+            let text = std::str::from_utf8(input)?;
+            let mut encoder = png::Encoder::new(fs::File::create(&path)?, 1, 1);
+            encoder.add_itxt_chunk("prompt".into(), text.into())?;
+            encoder.write_header()?.write_image_data(&[9])?;
+            ensure!(text_in_png(&path).is_some_and(|prompt| !prompt.trim().is_empty()), "no prompt");
+            Ok(())
+        }),
+    }
+}
+
+/// What a head's file says of itself.
+pub fn head_of_fit(folder: &Path) -> Reader {
+    let path = folder.join("head.safetensors");
+    let clip = text(fixture("tiny-sd15/clip"));
+    let said = serde_json::json!({ "clip": clip, "preprocess": "clip-official", "layers": [{ "linear": "head" }] });
+    let header = [("alignprop.head".to_owned(), said.to_string())].into();
+    let tensors = [
+        ("head.weight".to_owned(), super::zeros(&[1, 24]).unwrap()),
+        ("head.bias".to_owned(), super::zeros(&[1]).unwrap()),
+    ];
+    alignprop::files::save_tensors(&path, &header, &tensors, DType::F32).unwrap();
+    let config = format!("[reward.clip-head]\nclip = '{clip}'\nhead = '{}'", path.display());
+    let config = Config::parse(&config, "x.toml", &[]).unwrap().reward;
+    let tokenizer = Source::open(&text(fixture("tiny-sd15/model/tokenizer"))).unwrap();
+    let tokenizer = std::sync::Arc::new(ClipTokenizer::load(&tokenizer).unwrap());
+    Reader {
+        shape: Shape::Safetensors,
+        seeds: vec![fs::read(&path).unwrap()],
+        words: words("alignprop.head ~ preprocess ~ squash ~ layers ~ linear ~ activation ~ relu ~ head"),
+        read: of_file(path, move |_| Rewards::load(&config, &tokenizer).map(drop)),
     }
 }
 
@@ -64,6 +132,34 @@ pub fn config() -> Reader {
 }
 
 const TEXTS: [&str; 3] = ["a photo of <x> cat, isn't it?", "<|endoftext|> ÉÀ \u{0} 12 <|startoftext|>", "! ! !!!"];
+
+/// BERT's vocabulary.
+pub fn word_pieces(folder: &Path) -> Reader {
+    Reader {
+        shape: Shape::Text,
+        seeds: vec![bytes_of("tiny-imagereward/vocab.txt")],
+        words: words("[UNK] ~ [CLS] ~ [SEP] ~ ## ~ ##s ~ \u{feff} ~ \r\n ~ \0"),
+        read: of_file(folder.join("vocab.txt"), |path| {
+            let pieces = WordPieces::load(path, &["[DEC]", "[ENC]"])?;
+            TEXTS.iter().try_for_each(|text| pieces.encode(text, 35).map(drop))
+        }),
+    }
+}
+
+/// SigLIP's tokenizer.
+pub fn sentence_pieces(folder: &Path) -> Reader {
+    let seed = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":{"type":"Metaspace","replacement":"_","prepend_scheme":"always","split":true},"post_processor":null,"decoder":null,"model":{"type":"Unigram","unk_id":1,"vocab":[["</s>",0.0],["<unk>",0.0],["_a",-1.0],["s",-2.0],["_",-4.0]],"byte_fallback":false}}"#;
+    let root = text(folder);
+    Reader {
+        shape: Shape::Json,
+        seeds: vec![seed.to_vec()],
+        words: words("BPE ~ WordPiece ~ merges ~ Replace ~ Precompiled ~ ByteLevel ~ Split ~ Sequence"),
+        read: of_file(folder.join("tokenizer.json"), move |_| {
+            let pieces = SentencePieces::load(&Source::open(&root)?, 8)?;
+            TEXTS.iter().try_for_each(|text| pieces.encode(text).map(drop))
+        }),
+    }
+}
 
 /// One file of a tokenizer.
 pub fn tokenizer(folder: &Path, set: &str, file: &str, shape: Shape) -> Reader {
@@ -184,7 +280,8 @@ pub fn metrics(folder: &Path) -> Reader {
 pub fn checkpoint_state(folder: &Path) -> Reader {
     let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
     let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
-    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: LossScale::new(DType::F16) };
+    let (loss_scale, statistics) = (LossScale::new(DType::F16), PromptStatistics::default());
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale, statistics, matching: None };
     let root = state.save(folder, &HashMap::new()).unwrap();
     let file = root.join("state.json");
     Reader {
@@ -192,6 +289,28 @@ pub fn checkpoint_state(folder: &Path) -> Reader {
         seeds: vec![fs::read(&file).unwrap()],
         words: vec!["ema", "x"],
         read: of_file(file, move |_| Checkpoint::load(&root, &OptimizerConfig::default()).map(drop)),
+    }
+}
+
+/// The latest rewards of a checkpoint's prompts.
+pub fn checkpoint_statistics(folder: &Path) -> Reader {
+    let adapters = formats::load(&fixture("lora/diffusers")).unwrap().adapters;
+    let optimizer = AdamW::new(&OptimizerConfig::default(), &adapters.tensors()).unwrap();
+    let mut statistics = PromptStatistics::default();
+    let matching = Some(Threshold { steps: 3.0, value: 0.7 });
+    statistics.advantages(&["a cat", "a dog", "a cat"], &[1.0, -2.5, 3.0], 4, 2);
+    let state = Checkpoint { step: 3, adapters, optimizer, ema: None, loss_scale: None, statistics, matching };
+    let root = state.save(folder, &HashMap::new()).unwrap();
+    let file = root.join("statistics.safetensors");
+    Reader {
+        shape: Shape::Safetensors,
+        seeds: vec![fs::read(&file).unwrap()],
+        words: words("rewards. ~ rewards.a cat ~ matching.threshold ~ __metadata__ ~ F64 ~ F32 ~ BF16 ~ [0] ~ [2,1]"),
+        read: of_file(file, move |_| {
+            let state = Checkpoint::load(&root, &OptimizerConfig::default())?;
+            state.statistics.clone().advantages(&["a cat"], &[1.0], 4, 2);
+            Ok(())
+        }),
     }
 }
 

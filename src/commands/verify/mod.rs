@@ -1,9 +1,17 @@
 //! `alignprop verify DIR`: recomputes recorded float64 numbers of PyTorch with the code that trains, and compares.
 //!
-//! DIR holds a pipeline (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the
-//! pipeline by themselves, the gradients of whole chains, and the adapters after three optimizer steps.
+//! What DIR holds is said by `kind` in its `reference.json`; a set of another kind is a file here. Without a kind it is a pipeline
+//! (`model/`), reward models (`clip/`, `hps/`), `reference.json` and tensors: the parts of the pipeline by themselves, the
+//! gradients of whole chains, and the adapters after three optimizer steps.
 
-use std::collections::BTreeMap;
+mod fit;
+mod image_reward;
+mod policy;
+mod score;
+mod siglip;
+mod yolos;
+
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -106,13 +114,20 @@ impl Bounds {
     }
 }
 
-/// `reference.json`.
+/// What a `reference.json` is about.
+#[derive(Deserialize)]
+struct Kind {
+    kind: Option<String>,
+}
+
+/// `reference.json` of a pipeline.
 #[derive(Deserialize)]
 struct Reference {
     size: [usize; 2],
     steps: usize,
     lora_alpha: f64,
     prompts: Vec<String>,
+    #[serde(default)]
     cases: BTreeMap<String, Case>,
     train3: Option<Train>,
 }
@@ -213,7 +228,6 @@ struct Distance {
 impl Distance {
     fn between(found: &Tensor, expected: &Tensor) -> Result<Self> {
         anyhow::ensure!(found.dims() == expected.dims(), "shape {:?} instead of {:?}", found.dims(), expected.dims());
-        let numbers = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
         let (found, expected) = (numbers(found)?, numbers(expected)?);
         Ok(Self {
             difference: found.iter().zip(&expected).map(|(x, y)| (x - y) * (x - y)).sum(),
@@ -305,29 +319,29 @@ const GRADIENTS: &str = "all LoRA gradients";
 fn compare(dir: &Path, head: Option<&Path>, compute: &Compute, bounds: &'static Bounds) -> Result<Report> {
     let text = std::fs::read_to_string(dir.join("reference.json"))
         .with_context(|| format!("{} holds no reference.json", dir.display()))?;
-    let reference: Reference =
-        serde_json::from_str(&text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
-    let head = match head {
-        Some(head) => Some(head.to_owned()),
-        None => find_head(dir),
-    };
-    let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
-    let subject = Subject { dir, reference, pipeline, head, compute, bounds };
-    let mut report = Report::default();
-    subject.parts(&mut report)?;
-    let start = formats::load(&dir.join("lora_start.safetensors"))?.adapters;
-    let start = subject.with_alpha(&start)?.to_device(compute.device())?;
-    if compute.dtype() != DType::F32 {
-        subject.one_evaluation(&start, &mut report)?;
+    let place = || format!("reading {}/reference.json", dir.display());
+    let head = head.map(Path::to_owned).or_else(|| find_head(dir));
+    match serde_json::from_str::<Kind>(&text).with_context(place)?.kind.as_deref() {
+        None => Subject::load(dir, &text, head, compute, bounds)?.compare(),
+        Some("fit") => fit::compare(dir, &text).with_context(place),
+        Some("imagereward") => image_reward::compare(dir, &text, compute, bounds),
+        Some("policy") => policy::compare(&Subject::load(dir, &text, head, compute, bounds)?, &text),
+        Some("score") => score::compare(dir, &text, head.as_deref(), compute, bounds).with_context(place),
+        Some("siglip") => siglip::compare(dir, compute, bounds),
+        Some("yolos") => yolos::compare(dir, &text, compute, bounds),
+        Some(other) => {
+            bail!(
+                "{} is of kind `{other}`: none (a pipeline), fit, imagereward, policy, score, siglip and yolos are known",
+                dir.display()
+            )
+        }
     }
-    report.in_chains = true;
-    for (name, case) in &subject.reference.cases {
-        subject.chain(name, case, &start, &mut report)?;
-    }
-    if let Some(train) = &subject.reference.train3 {
-        subject.train(train, &start, &mut report)?;
-    }
-    Ok(report)
+}
+
+/// The tensors of a set's file.
+fn tensors(dir: &Path, name: &str, compute: &Compute) -> Result<HashMap<String, Tensor>> {
+    let path = dir.join(name);
+    candle_core::safetensors::load(&path, compute.device()).with_context(|| format!("reading {}", path.display()))
 }
 
 fn find_head(dir: &Path) -> Option<PathBuf> {
@@ -346,11 +360,41 @@ struct Subject<'a> {
     bounds: &'static Bounds,
 }
 
-impl Subject<'_> {
-    fn tensors(&self, name: &str) -> Result<std::collections::HashMap<String, Tensor>> {
-        let path = self.dir.join(name);
-        candle_core::safetensors::load(&path, self.compute.device())
-            .with_context(|| format!("reading {}", path.display()))
+impl<'a> Subject<'a> {
+    fn load(
+        dir: &'a Path,
+        text: &str,
+        head: Option<PathBuf>,
+        compute: &'a Compute,
+        bounds: &'static Bounds,
+    ) -> Result<Self> {
+        let reference =
+            serde_json::from_str(text).with_context(|| format!("reading {}/reference.json", dir.display()))?;
+        let pipeline = Pipeline::load_on(&ModelConfig::at(dir.join("model").to_string_lossy()), compute)?;
+        Ok(Self { dir, reference, pipeline, head, compute, bounds })
+    }
+
+    /// The pipeline, its rewards and the gradients of its chains.
+    fn compare(&self) -> Result<Report> {
+        let mut report = Report::default();
+        self.parts(&mut report)?;
+        let start = formats::load(&self.dir.join("lora_start.safetensors"))?.adapters;
+        let start = self.with_alpha(&start)?.to_device(self.compute.device())?;
+        if self.compute.dtype() != DType::F32 {
+            self.one_evaluation(&start, &mut report)?;
+        }
+        report.in_chains = true;
+        for (name, case) in &self.reference.cases {
+            self.chain(name, case, &start, &mut report)?;
+        }
+        if let Some(train) = &self.reference.train3 {
+            self.train(train, &start, &mut report)?;
+        }
+        Ok(report)
+    }
+
+    fn tensors(&self, name: &str) -> Result<HashMap<String, Tensor>> {
+        tensors(self.dir, name, self.compute)
     }
 
     fn with_alpha(&self, adapters: &Adapters) -> Result<Adapters> {
@@ -409,12 +453,12 @@ impl Subject<'_> {
         self.reference.prompts.iter().map(|text| Prompt::from(text.as_str())).collect()
     }
 
-    fn denoiser<'a>(&'a self, adapters: &'a Adapters, conditioning: &Conditioning) -> Denoiser<'a> {
+    fn denoiser<'b>(&'b self, adapters: &'b Adapters, conditioning: &Conditioning) -> Denoiser<'b> {
         let checkpointing = Checkpointing::Step;
         Denoiser { unet: &self.pipeline.unet, adapters, conditioning: conditioning.clone(), checkpointing }
     }
 
-    fn critic<'a>(&'a self, rewards: &'a Rewards) -> Critic<'a> {
+    fn critic<'b>(&'b self, rewards: &'b Rewards) -> Critic<'b> {
         Critic { vae: &self.pipeline.vae, rewards, checkpointing: Checkpointing::Step }
     }
 
@@ -453,11 +497,10 @@ impl Subject<'_> {
         )?;
 
         let schedule = DdimSchedule::load(source, self.reference.steps, 0.0)?;
-        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep as f64).collect();
+        let timesteps: Vec<f64> = schedule.steps().iter().map(|step| step.timestep).collect();
         report.push("scheduler", "timesteps", unequal(&timesteps, part("timesteps")?)?, 0.0);
 
-        let t =
-            part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0] as usize;
+        let t = part("unet_t")?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
         let (x, dy) = (part("unet_x")?, part("unet_dy")?);
         let none = Adapters::default();
         let y = unet.forward(x, t, &conditioning.prompt_embeds, &none)?;
@@ -572,14 +615,26 @@ impl Subject<'_> {
         let loss = credit.scores.iter().map(|s| s.loss(&rewards, &readings)).sum::<f64>() / batch as f64;
         report.push(name, "loss", (loss / case.loss - 1.0).abs(), self.bounds.parts);
 
+        self.compare_gradients(name, start, &gradients, &expected, report)
+    }
+
+    /// Compares the gradients of adapters with the tensors `grad.*` of a file.
+    fn compare_gradients(
+        &self,
+        case: &str,
+        adapters: &Adapters,
+        gradients: &[Tensor],
+        expected: &HashMap<String, Tensor>,
+        report: &mut Report,
+    ) -> Result<()> {
         let mut distances = Vec::with_capacity(gradients.len());
-        for ((tensor, _), gradient) in start.named_tensors().iter().zip(&gradients) {
+        for ((tensor, _), gradient) in adapters.named_tensors().iter().zip(gradients) {
             let expected = expected
                 .get(&format!("grad.{tensor}"))
-                .with_context(|| format!("chain_{name}.safetensors has no `grad.{tensor}`"))?;
+                .with_context(|| format!("the tensors of {case} have no `grad.{tensor}`"))?;
             distances.push((tensor.clone(), Distance::between(gradient, expected)?));
         }
-        self.gradients(name, &distances, report);
+        self.gradients(case, &distances, report);
         Ok(())
     }
 
@@ -607,7 +662,7 @@ impl Subject<'_> {
             let (x, dy) = (part("unet_x")?.to_device(device)?, part("unet_dy")?.to_device(device)?);
             let (context, adapters) = (pipeline.encode_prompts(&self.reference.prompts)?, start.to_device(device)?);
             let mut sum = LoraGradients::new(&adapters);
-            pipeline.unet.trace(&x, t as usize, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
+            pipeline.unet.trace(&x, t, &context, &adapters, Checkpointing::Step)?.pull(&dy, &mut sum)?;
             sum.finish(&adapters)
         };
         let reference = Pipeline::load(&ModelConfig::at(self.dir.join("model").to_string_lossy()))?;
@@ -688,9 +743,20 @@ fn largest<'a>(values: impl Iterator<Item = (f64, &'a String)>) -> (f64, &'a str
     values.fold((0.0, ""), |worst, (value, name)| if value > worst.0 || value.is_nan() { (value, name) } else { worst })
 }
 
+/// A tensor's numbers, on the host.
+fn numbers(x: &Tensor) -> Result<Vec<f64>> {
+    Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+/// The largest difference of two entries, or the first that is none.
+fn farthest(found: &[f64], expected: &[f64]) -> f64 {
+    let apart = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
+    apart.fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most })
+}
+
 /// How many entries differ.
 fn unequal(found: &[f64], expected: &Tensor) -> Result<f64> {
-    let expected = expected.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let expected = numbers(expected)?;
     let differing = found.iter().zip(&expected).filter(|(x, y)| x != y).count();
     Ok((differing + found.len().abs_diff(expected.len())) as f64)
 }

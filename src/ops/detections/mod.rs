@@ -26,7 +26,7 @@ pub enum Asked {
     Exactly(usize),
     /// log P(N >= 1)
     AtLeastOne,
-    /// E[N]
+    /// `E[N]`
     Expected,
 }
 

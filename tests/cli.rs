@@ -75,8 +75,10 @@ fn completions_and_man_pages_have_every_command() {
     assert_eq!(succeeds(folder.path(), &["man", "share/man1"]), "");
     let pages = listing(&folder.path().join("share/man1"));
     let help = succeeds(folder.path(), &["--help"]);
-    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1);
-    for command in commands.map_while(|line| line.split_whitespace().next()).filter(|command| *command != "help") {
+    let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    // what is indented further goes on with a description
+    let commands = lines.filter_map(|line| line.strip_prefix("  ")?.split_once(' ')).map(|(command, _)| command);
+    for command in commands.filter(|command| !["", "help"].contains(command)) {
         let page = format!("alignprop-{command}.1");
         assert!(pages.contains(&page), "{page} is not in {pages:?}");
     }

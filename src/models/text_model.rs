@@ -70,7 +70,8 @@ impl TextModel {
     /// # Errors
     /// The tokenizer has ids that the model has not.
     pub fn encode(&self, text: &str) -> Result<(Vec<u32>, Tensor)> {
-        let ids = self.tokenizer.encode(text, true).map_err(|e| anyhow!(e))?.get_ids().to_vec();
+        let encode = || self.tokenizer.encode(text, true).map_err(|e| anyhow!(e));
+        let ids = panics_are_errors(encode).context("encoding with tokenizer.json")?.get_ids().to_vec();
         if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab_size) {
             bail!(
                 "the tokenizer gives the id {id}, and the model has {}: they do not belong together",
@@ -120,11 +121,16 @@ fn tokenizer(source: &Source, positions: usize) -> Result<Tokenizer> {
 pub(super) fn read_tokenizer(file: &Path) -> Result<Tokenizer> {
     let read = || -> Result<Tokenizer> {
         let bytes = std::fs::read(file)?;
-        // of a text that is no JSON the tokenizers crate panics
         serde_json::from_slice::<IgnoredAny>(&bytes)?;
-        Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!(e))
+        panics_are_errors(|| Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!(e)))
     };
     read().with_context(|| format!("reading {}", file.display()))
+}
+
+/// The tokenizers crate panics on some damaged files: on numbers beyond u64, on templates whose pieces are missing.
+fn panics_are_errors<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    caught.unwrap_or_else(|_| bail!("it is damaged: the tokenizers crate cannot make sense of it"))
 }
 
 /// What candle-transformers would divide by or allocate without looking.

@@ -62,12 +62,13 @@ fn the_fixtures_are_reproduced() {
 fn half_precision_stays_near_the_reference() {
     for precision in [Precision::Bf16, Precision::F16] {
         let compute = Compute::open_any("cpu", Some(precision), false).unwrap();
-        for set in SETS {
+        // without XL's set: what rounding does to its random UNet has not been measured, and the bounds are of the others
+        for set in ["tiny-sd15", "tiny-sd21"] {
             let report = verify_on(&fixture(set), None, &compute).unwrap();
             assert_eq!(failures(&report), [""; 0], "{set} in {}", compute.precision_name());
             let angles = report.rows.iter().filter(|row| row.what.starts_with("1 - cosine")).count();
             // one of each chain, one of a single evaluation, and those of two rewards
-            assert_eq!(angles, if set == "tiny-sdxl" { 6 } else { 8 }, "{set}");
+            assert_eq!(angles, 8, "{set}");
         }
         // and no further: what is wrong by more than rounding is found
         let (_folder, dir) = copy("tiny-sd15");
@@ -215,7 +216,8 @@ fn prompts_have_the_ids_of_transformers() {
     let cases = std::fs::read_to_string(fixture("tokenizer_cases.json")).unwrap();
     let cases: Vec<Value> = serde_json::from_str(&cases).unwrap();
     assert!(cases.len() >= 10, "{}", cases.len());
-    for set in SETS {
+    // those of XL are in its set
+    for set in ["tiny-sd15", "tiny-sd21"] {
         let source = Source::open(&text(fixture(set).join("model"))).unwrap();
         let tokenizer = ClipTokenizer::load(&source.sub("tokenizer")).unwrap();
         for case in &cases {
